@@ -1,0 +1,80 @@
+"""What the two doors share: flags, checks, logging, and one line per fault instead of a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from lavis_dcd.common.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def parse_args(program: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """`cfg_path`, `options` and `plugins` of a command line; argparse exits with status 2 on others."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    parser.add_argument(
+        "--cfg-path",
+        required=True,
+        metavar="F",
+        help="the job's YAML file: in the current folder, else one that ships with the package, such as "
+        "projects/dcd/quickstart.yaml",
+    )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="K=V",
+        help="settings over those of the file, as in run.max_epoch=3; a key that nothing reads is an error",
+    )
+    parser.add_argument(
+        "--plugins",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULE",
+        help="modules to import, which register further models, tasks, builders, processors or runners",
+    )
+    return parser.parse_args(argv)
+
+
+def run_door(program: str, description: str, argv: Sequence[str] | None, evaluate: bool) -> int:
+    """Run a job and return the exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    args = parse_args(program, description, argv)
+    return guarded(lambda: _run(args, evaluate))
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Call `work`; its user errors become lines on stderr, without a traceback."""
+    try:
+        work()
+    except UserError as error:
+        for line in error.faults:
+            sys.stderr.write(f"error: {line}\n")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _run(args: argparse.Namespace, evaluate: bool) -> None:
+    from lavis_dcd.job import run_job
+
+    set_up_logging()
+    run_job(args.cfg_path, args.options, args.plugins, evaluate)
+
+
+def set_up_logging() -> None:
+    """Messages of the first process go to stderr; of the others, warnings only."""
+    first = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(
+        level=logging.INFO if first else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )

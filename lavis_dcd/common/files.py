@@ -1,0 +1,124 @@
+"""Files: written whole or not at all, found in a checkout or a wheel, read without running code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from lavis_dcd.common.errors import UserError
+
+_BLOCK = 1 << 20
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open `path` for writing so that it appears complete or keeps its former content.
+
+    Args:
+        path: the file to (re)place; its folder is made when missing.
+        mode: "wb" (default) yields a binary file, "w" a UTF-8 text file.
+
+    Yields:
+        The open temporary file, in the same folder. Leaving the block without an error flushes it to the disk
+        and renames it over `path`; an exception removes it and passes through.
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f"atomic_write: mode must be 'wb' or 'w', got {mode!r}")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    # mkstemp gives 0600; a finished file should have the permissions of any other file of this user.
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def cache_root() -> Path:
+    """The folder of downloads (not created): `LAVIS_CACHE`, else `lavis` in the user's cache folder."""
+    chosen = os.environ.get("LAVIS_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lavis"
+
+
+def packaged_folder(name: str) -> Path:
+    """The folder `name` ("configs" or "projects") that ships with the package.
+
+    In a wheel it lies inside the package, in a checkout (also an editable install) beside it.
+
+    Raises:
+        FileNotFoundError: neither is there; the installation is broken.
+    """
+    package = Path(__file__).resolve().parent.parent
+    if (package / name).is_dir():
+        return package / name
+    # In site-packages the neighbour is not ours: LAVIS installs a top-level folder of the name projects.
+    if (package.parent / "setup.py").is_file() and (package.parent / name).is_dir():
+        return package.parent / name
+    raise FileNotFoundError(f"{name}/ is neither in {package} nor beside it: reinstall lavis-dcd")
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The hexadecimal SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU without running any code that it may contain.
+
+    Args:
+        path: a `.safetensors` file, or one written by `torch.save`.
+
+    Returns:
+        The dictionary in the file, as stored (a Lightning file keeps its tensors under "state_dict").
+
+    Raises:
+        UserError: the file is absent, is no checkpoint, or holds no dictionary.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from lavis_dcd.common.inert import load_inert
+
+    source = Path(path)
+    if not source.is_file():
+        raise UserError(f"checkpoint {source} does not exist")
+    if source.suffix == ".safetensors":
+        try:
+            return load_file(str(source))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"checkpoint {source} is not a readable safetensors file: {error}") from error
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception:
+        # Lightning files also hold callbacks and hyper-parameters; torch refuses them. Read again with every
+        # foreign class replaced by an inert stand-in.
+        content = load_inert(source)
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"checkpoint {source} holds a {kind}, expected a dictionary of tensors")
+    return content

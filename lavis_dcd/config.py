@@ -1,0 +1,203 @@
+"""A job: its YAML file, the options over it, the defaults under it, checked before anything is built."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.common.schema import unknown_key
+
+_SECTIONS = ("model", "datasets", "run", "preprocess")
+_REQUIRED = ("model", "datasets", "run")
+
+
+class JobConfig:
+    """What LAVIS's own `Config` offers its tasks and runners, of a job that `load_config` has checked.
+
+    Attributes:
+        config: the whole, merged.
+        args: `cfg_path` (the file that was read) and `options`, as in LAVIS.
+    """
+
+    def __init__(self, config: DictConfig, cfg_path: Path, options: Sequence[str] = ()) -> None:
+        from lavis.common.registry import registry
+
+        self.config = config
+        self.args = Namespace(cfg_path=str(cfg_path), options=list(options))
+        registry.register("configuration", self)
+
+    @property
+    def run_cfg(self) -> DictConfig:
+        return self.config.run
+
+    @property
+    def datasets_cfg(self) -> DictConfig:
+        return self.config.datasets
+
+    @property
+    def model_cfg(self) -> DictConfig:
+        return self.config.model
+
+    def get_config(self) -> DictConfig:
+        return self.config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, interpolations resolved."""
+        return OmegaConf.to_container(self.config, resolve=True)
+
+    def pretty_print(self) -> None:
+        """Log the run, the data sets and the model, as LAVIS does."""
+        content = self.to_dict()
+        for section in ("run", "datasets", "model"):
+            text = json.dumps(content[section], indent=4, sort_keys=True)
+            logging.info("=====  %s  =====\n%s", section, text)
+
+
+def load_config(cfg_path: str, options: Sequence[str] = (), evaluate: bool = False) -> JobConfig:
+    """Read a job, put the options over it and the defaults under it, and check all of it.
+
+    Nothing is built, written or downloaded.
+
+    Args:
+        cfg_path: a file in the current folder, else one that ships with the package.
+        options: `a.b=c` (or `a.b c`) each.
+        evaluate: sets `run.evaluate`.
+
+    Raises:
+        UserError: one line per fault.
+    """
+    from lavis_dcd.needs import missing_faults
+    from lavis_dcd.validation import job_faults
+
+    path = find_config(cfg_path)
+    user = OmegaConf.merge(read_yaml(path), parse_options(options))
+    if evaluate:
+        user = OmegaConf.merge(user, {"run": {"evaluate": True}})
+    _check_sections(user, path)
+    config = merge_defaults(user)
+    if config.run.get("project") is None:
+        config.run.project = path.stem
+    faults = job_faults(config) + missing_faults(config)
+    if faults:
+        raise UserError(faults)
+    return JobConfig(config, path, options)
+
+
+def find_config(cfg_path: str) -> Path:
+    """`cfg_path` in the current folder if it is there, else among the packaged jobs.
+
+    Raises:
+        UserError: in neither; the packaged jobs are listed.
+    """
+    here = Path(cfg_path).expanduser()
+    if here.is_file():
+        return here
+    try:
+        packaged = packaged_folder("projects")
+    except FileNotFoundError as error:
+        raise UserError(f"--cfg-path {cfg_path}: no such file ({error})") from error
+    parts = here.parts[1:] if here.parts[:1] == ("projects",) else here.parts
+    if not here.is_absolute() and (found := packaged.joinpath(*parts)).is_file():
+        return found
+    names = sorted(f"projects/{p.relative_to(packaged).as_posix()}" for p in packaged.rglob("*.yaml"))
+    raise UserError(
+        f"--cfg-path {cfg_path}: no such file in {Path.cwd()}, and none of the packaged: {', '.join(names)}"
+    )
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: it is no YAML, or no mapping.
+    """
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: expected sections {', '.join(_REQUIRED)}")
+    return content
+
+
+def parse_options(options: Sequence[str]) -> DictConfig:
+    """`a.b=c` items, or LAVIS's `a.b c` pairs, as a nested mapping; values are read as YAML.
+
+    Raises:
+        UserError: one line per item that is neither.
+    """
+    faults, pairs, rest = [], [], list(options)
+    while rest:
+        item = rest.pop(0)
+        if "=" not in item and rest:
+            item = f"{item}={rest.pop(0)}"
+        key, equals, _ = item.partition("=")
+        if not equals or not all(part.strip() for part in key.split(".")):
+            faults.append(f"--options {item}: expected key=value, as in run.max_epoch=3")
+            continue
+        pairs.append(item)
+    merged = OmegaConf.create({})
+    for item in pairs:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            faults.append(f"--options {item}: {str(error).splitlines()[0]}")
+    if faults:
+        raise UserError(faults)
+    return merged
+
+
+def _check_sections(user: DictConfig, path: Path) -> None:
+    faults = [unknown_key("", key, _SECTIONS) for key in user if key not in _SECTIONS]
+    for name in _REQUIRED:
+        section = user.get(name) if name in user else None
+        if not isinstance(section, DictConfig) or not section:
+            faults.append(f"{path}: section {name}: is missing or empty")
+    if not faults:
+        try:
+            OmegaConf.to_container(user, resolve=True)
+        except OmegaConfBaseException as error:
+            where = getattr(error, "full_key", None)
+            faults.append(f"{where}: {str(error).splitlines()[0]}")
+    if faults:
+        raise UserError(faults)
+
+
+def merge_defaults(user: DictConfig) -> DictConfig:
+    """The user's sections over the default YAML files of the model type and of every data set.
+
+    A name that is not registered contributes no defaults; `lavis_dcd.validation` reports it.
+    """
+    from lavis.common.registry import registry
+
+    merged = OmegaConf.create({"run": {"task": "dcd_retrieval", "runner": "runner_dcd"}})
+    model = model_defaults(user.model)
+    for name, section in user.datasets.items():
+        kind = section.get("type", "default") if isinstance(section, DictConfig) else None
+        files = getattr(registry.get_builder_class(name), "DATASET_CONFIG_DICT", {})
+        if kind in files:
+            default = OmegaConf.load(registry.get_builder_class(name).default_config_path(type=kind))
+            merged = OmegaConf.merge(merged, {"datasets": {name: default.datasets.get(name, {})}})
+    return OmegaConf.merge(merged, model, user)
+
+
+def model_defaults(section: DictConfig) -> DictConfig:
+    """The default YAML (`model:`, perhaps `preprocess:`) of a section's `arch` and `model_type`, or empty."""
+    from lavis.common.registry import registry
+
+    model = registry.get_model_class(section.get("arch"))
+    types = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
+    kind = section.get("model_type")
+    if kind is None and len(types) == 1:
+        kind = next(iter(types))
+    return OmegaConf.load(model.default_config_path(kind)) if kind in types else OmegaConf.create({})

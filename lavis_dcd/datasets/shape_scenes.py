@@ -1,0 +1,176 @@
+"""`shape_scenes`: a data set that the package draws itself, as LAVIS data sets and a builder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from lavis.common.registry import registry
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from lavis.processors.base_processor import BaseProcessor
+from PIL import Image
+
+from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.common.schema import faults, parse
+from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
+from lavis_dcd.datasets.scene_captions import SceneIndex, write_captions
+from lavis_dcd.datasets.scene_drawing import draw_scene
+from lavis_dcd.datasets.scenes import MOST_SCENES, SplitScenes, make_splits
+
+CAPTIONS_PER_SCENE = 5
+
+
+@dataclass(frozen=True)
+class SceneCounts:
+    """Scenes per split."""
+
+    train: int = 3000
+    val: int = 300
+    test: int = 300
+
+    def __post_init__(self) -> None:
+        for split, count in vars(self).items():
+            if count < 1:
+                raise ValueError(f"{split}: {count} scenes, at least 1 is needed")
+        if sum(vars(self).values()) > MOST_SCENES:
+            raise ValueError(f"{sum(vars(self).values())} scenes in all, at most {MOST_SCENES} can be drawn")
+
+
+@dataclass(frozen=True)
+class ShapeScenesInfo:
+    """`build_info` of `shape_scenes`.
+
+    Args:
+        seed: the same seed draws the same scenes, pictures and captions everywhere.
+        image_size: side of the pictures in pixels.
+        scenes: how many per split.
+    """
+
+    seed: int = 0
+    image_size: int = 64
+    scenes: SceneCounts = field(default_factory=SceneCounts)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} is negative")
+        if not 24 <= self.image_size <= 512:
+            raise ValueError(f"image_size: {self.image_size} is not between 24 and 512")
+
+
+@dataclass(frozen=True)
+class DrawnSplit:
+    """One split: `pictures` uint8 [scenes, side, side, 3], `captions` per scene, and the scenes' names and families."""
+
+    pictures: np.ndarray
+    captions: list[list[str]]
+    names: list[str]
+    families: list[int]
+
+
+def draw_splits(info: ShapeScenesInfo) -> dict[str, DrawnSplit]:
+    """Draw and word the whole data set: about 4 s for the default size."""
+    splits = make_splits(vars(info.scenes), info.seed)
+    return {name: _draw_split(split, info) for name, split in splits.items()}
+
+
+def _draw_split(split: SplitScenes, info: ShapeScenesInfo) -> DrawnSplit:
+    index = SceneIndex(split.scenes)
+    pictures = np.empty((len(split.scenes), info.image_size, info.image_size, 3), np.uint8)
+    captions = []
+    for row, scene in enumerate(split.scenes):
+        # Every scene has its own streams: nothing depends on the order of drawing.
+        number = split.first + row
+        pictures[row] = draw_scene(scene, info.image_size, np.random.default_rng([info.seed, 12, number]))
+        words = np.random.default_rng([info.seed, 13, number])
+        captions.append([c.text for c in write_captions(scene, index, CAPTIONS_PER_SCENE, words)])
+    return DrawnSplit(pictures, captions, split.names, split.families)
+
+
+class _Pictures:
+    """Items whose picture comes from memory; `annotation[index]["scene"]` is its row in `pictures`."""
+
+    pictures: np.ndarray
+    annotation: list[dict[str, Any]]
+    vis_processor: BaseProcessor
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture of item `index`, unprocessed."""
+        return Image.fromarray(self.pictures[self.annotation[index]["scene"]])
+
+
+class ShapeScenesDataset(_Pictures, RetrievalRows):
+    """The training scenes: one row per caption; items as in `RetrievalRows`. Rows also hold "family" (int)."""
+
+    def __init__(self, vis_processor: BaseProcessor, text_processor: BaseProcessor, drawn: DrawnSplit) -> None:
+        rows = [
+            {"image": name, "caption": caption, "image_id": name, "family": family, "scene": scene}
+            for scene, (name, family) in enumerate(zip(drawn.names, drawn.families, strict=True))
+            for caption in drawn.captions[scene]
+        ]
+        super().__init__(vis_processor, text_processor, "", rows)
+        self.pictures = drawn.pictures
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.annotation[index]
+        return {
+            "image": self.vis_processor(self.picture(index)),
+            "text_input": self.text_processor(row["caption"]),
+            "image_id": self.img_ids[row["image_id"]],
+            "instance_id": row["instance_id"],
+        }
+
+
+class ShapeScenesEvalDataset(_Pictures, RetrievalEvalRows):
+    """The validation or test scenes: one row per scene; items and tables as in `RetrievalEvalRows`."""
+
+    def __init__(self, vis_processor: BaseProcessor, text_processor: BaseProcessor, drawn: DrawnSplit) -> None:
+        rows = [
+            {"image": name, "caption": captions, "image_id": name, "family": family, "scene": scene}
+            for scene, (name, captions, family) in enumerate(
+                zip(drawn.names, drawn.captions, drawn.families, strict=True)
+            )
+        ]
+        super().__init__(vis_processor, text_processor, "", rows)
+        self.pictures = drawn.pictures
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.vis_processor(self.picture(index)), "index": index}
+
+
+@registry.register_builder("shape_scenes")
+class ShapeScenesBuilder(BaseDatasetBuilder):
+    """Builds {"train", "val", "test"} from `build_info`, see `ShapeScenesInfo`."""
+
+    train_dataset_cls = ShapeScenesDataset
+    eval_dataset_cls = ShapeScenesEvalDataset
+    DATASET_CONFIG_DICT = {"default": str(packaged_folder("configs") / "datasets/shape_scenes/defaults.yaml")}
+
+    @staticmethod
+    def config_faults(config: Any, path: str) -> list[str]:
+        """The faults of a `datasets.shape_scenes` section, one line each."""
+        return faults(ShapeScenesInfo, config.get("build_info"), f"{path}.build_info")
+
+    def build_datasets(self) -> dict[str, RetrievalRows | RetrievalEvalRows]:
+        """Draw the data set; nothing is downloaded or written, so every process draws its own."""
+        return self.build()
+
+    def build(self) -> dict[str, RetrievalRows | RetrievalEvalRows]:
+        """The three data sets.
+
+        Raises:
+            UserError: a fault in `build_info`.
+        """
+        info = parse(ShapeScenesInfo, self.config.get("build_info"), "datasets.shape_scenes.build_info")
+        self.build_processors()
+        return {
+            split: self._dataset_class(split)(*self._processors(split), drawn)
+            for split, drawn in draw_splits(info).items()
+        }
+
+    def _dataset_class(self, split: str) -> type:
+        return self.train_dataset_cls if split == "train" else self.eval_dataset_cls
+
+    def _processors(self, split: str) -> tuple[BaseProcessor, BaseProcessor]:
+        kind = "train" if split == "train" else "eval"
+        return self.vis_processors[kind], self.text_processors[kind]

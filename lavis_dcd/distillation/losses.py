@@ -1,0 +1,166 @@
+"""Losses per query: scores [Q, 1+K] in, unreduced rows [Q] out; `weighting` weighs, `reduce_rows` sums them.
+
+Masked entries never contribute, whatever they hold, and a row whose match (column 0) is masked is 0. All of
+it is computed in float32 at least, whatever precision the scores arrive in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import BoolTensor, Tensor
+
+# Fills masked scores before a softmax: finite, so that no inf - inf arises, and far below any score.
+_FILL = -1e30
+
+
+class DistillLoss(Protocol):
+    """Teacher scores, student scores, valid, all [Q, 1+K] -> rows [Q]; ValueError where shapes differ."""
+
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor: ...
+
+
+class ContrastiveLoss(Protocol):
+    """Student scores [Q, 1+K] with the match in column 0, valid [Q, 1+K] -> rows [Q]."""
+
+    def __call__(self, student_scores: Tensor, valid: BoolTensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class MeanSquaredError:
+    """mean_c (t_c - s_c)^2 over the valid candidates: the paper's term, in which a temperature cancels."""
+
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+        teacher, student, valid = prepare(valid, teacher_scores, student_scores)
+        return _row_mean((teacher - student).square(), valid)
+
+
+@dataclass(frozen=True)
+class KullbackLeibler:
+    """T^2 * KL(softmax(t/T) || softmax(s/T)) over the valid candidates.
+
+    Raises:
+        ValueError: when temperature <= 0.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+        teacher, student, valid = prepare(valid, teacher_scores, student_scores)
+        target = masked_log_softmax(teacher / self.temperature, valid)
+        output = masked_log_softmax(student / self.temperature, valid)
+        return self.temperature**2 * (target.exp() * (target - output) * valid).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class MarginMeanSquaredError:
+    """mean over the valid negatives of ((t_0 - t_c) - (s_0 - s_c))^2: gaps to the match, no common zero."""
+
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+        teacher, student, valid = prepare(valid, teacher_scores, student_scores)
+        gaps = (teacher[:, :1] - teacher[:, 1:]) - (student[:, :1] - student[:, 1:])
+        return _row_mean(gaps.square(), valid[:, 1:])
+
+
+@dataclass(frozen=True)
+class RankNet:
+    """mean over pairs that the teacher orders (t_i > t_j, both valid) of softplus(s_j - s_i): order only, no
+    scale.
+    """
+
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+        teacher, student, valid = prepare(valid, teacher_scores, student_scores)
+        ordered = (teacher[:, :, None] > teacher[:, None, :]) & valid[:, :, None] & valid[:, None, :]
+        violation = F.softplus(student[:, None, :] - student[:, :, None])
+        return _row_mean(violation.flatten(1), ordered.flatten(1))
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """mean over the valid candidates of BCEWithLogits(s, [1, 0, ..., 0]): the paper's contrastive term."""
+
+    def __call__(self, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+        student, valid = prepare(valid, student_scores)
+        target = torch.zeros_like(student)
+        target[:, 0] = 1
+        return _row_mean(F.binary_cross_entropy_with_logits(student, target, reduction="none"), valid)
+
+
+@dataclass(frozen=True)
+class ListwiseCrossEntropy:
+    """-log softmax(s)_0 over the valid candidates."""
+
+    def __call__(self, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+        student, valid = prepare(valid, student_scores)
+        return match_cross_entropy(student, valid)
+
+
+# Classes, built with the fields of `objective.LossConfig` that they declare (a dataclass field `temperature`
+# receives it).
+DISTILL_LOSSES: dict[str, Callable[..., DistillLoss]] = {
+    "mse": MeanSquaredError,
+    "kl": KullbackLeibler,
+    "margin_mse": MarginMeanSquaredError,
+    "ranknet": RankNet,
+}
+CONTRASTIVE_LOSSES: dict[str, Callable[..., ContrastiveLoss]] = {
+    "bce": BinaryCrossEntropy,
+    "listwise_ce": ListwiseCrossEntropy,
+}
+
+
+def reduce_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    """sum_q weights_q * rows_q, a scalar: the one reduction, without broadcasting, so no weight can cancel.
+
+    Raises:
+        ValueError: naming both shapes, unless both are one-dimensional and of one length.
+    """
+    if rows.dim() != 1 or rows.shape != weights.shape:
+        shapes = f"rows {tuple(rows.shape)} and weights {tuple(weights.shape)}"
+        raise ValueError(f"rows and weights must both be [Q], got {shapes}")
+    return (rows * weights).sum()
+
+
+def prepare(valid: BoolTensor, *scores: Tensor) -> tuple[Tensor, ...]:
+    """Each of `scores` in float32 with masked entries at 0, then `valid` with unmatched rows off.
+
+    float64 stays float64, for checks of gradients.
+
+    Raises:
+        ValueError: naming the shapes, unless all are [Q, 1+K].
+    """
+    shapes = [tuple(item.shape) for item in scores]
+    if valid.dim() != 2 or any(shape != tuple(valid.shape) for shape in shapes):
+        raise ValueError(
+            f"scores and valid must share one shape [Q, 1+K], got {shapes} and valid {tuple(valid.shape)}"
+        )
+    valid = valid & valid[:, :1]
+    # where, not a product: 0 * nan is nan, and so is its gradient
+    return *(torch.where(valid, full_precision(item), 0.0) for item in scores), valid
+
+
+def full_precision(scores: Tensor) -> Tensor:
+    """The scores in float32; float64 stays as it is."""
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def masked_log_softmax(scores: Tensor, valid: BoolTensor) -> Tensor:
+    """log softmax over the valid entries of each row, 0 at masked ones. Finite for any finite scores."""
+    return torch.where(valid, F.log_softmax(scores.masked_fill(~valid, _FILL), dim=1), 0.0)
+
+
+def match_cross_entropy(scores: Tensor, valid: BoolTensor) -> Tensor:
+    """-log softmax(scores)_0 per row [Q]; 0 where the match is masked."""
+    return -masked_log_softmax(scores, valid)[:, 0]
+
+
+def _row_mean(values: Tensor, valid: BoolTensor) -> Tensor:
+    return (values * valid).sum(dim=1) / valid.sum(dim=1).clamp_min(1)

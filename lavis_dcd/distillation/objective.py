@@ -1,0 +1,208 @@
+"""The whole objective from one config: rows of both terms, their weights, and the sum of the two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import BoolTensor, Tensor
+
+from lavis_dcd.distillation.losses import (
+    CONTRASTIVE_LOSSES,
+    DISTILL_LOSSES,
+    BinaryCrossEntropy,
+    match_cross_entropy,
+    prepare,
+    reduce_rows,
+)
+from lavis_dcd.distillation.weighting import WEIGHTINGS, soft_label_weights
+
+
+@dataclass
+class LossConfig:
+    """The `loss:` section of a `dcd` model.
+
+    Args:
+        reference: "paper", or "release" for the published code's arithmetic, faults included.
+        alpha: share of the distillation term in [0, 1]; 0 trains on the ground truth alone.
+        distill: a name in DISTILL_LOSSES.
+        contrastive: a name in CONTRASTIVE_LOSSES.
+        weighting: a name in WEIGHTINGS.
+        gamma: how sharply the weightings that know it favour what the teacher is sure of; >= 0.
+        temperature: of the KL term; the other terms have none, so there it must be 1 (the release's cancels
+            out).
+        entropy_floor: least contrastive weight, before normalising, in the weightings that know it; >= 0.
+    """
+
+    reference: str = "paper"
+    alpha: float = 0.2
+    distill: str = "mse"
+    contrastive: str = "bce"
+    weighting: str = "entropy_share"
+    gamma: float = 2.0
+    temperature: float = 1.0
+    entropy_floor: float = 0.0
+
+
+class Objective(Protocol):
+    """Scores [Q, 1+K], the match in column 0 -> scalars "loss", "distill_loss", "contrastive_loss" with grad.
+
+    `needs_teacher` is False where teacher_scores may be None.
+    """
+
+    needs_teacher: bool
+
+    def __call__(
+        self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor
+    ) -> dict[str, Tensor]: ...
+
+
+def build_objective(cfg: LossConfig) -> Objective:
+    """The objective that `cfg` names.
+
+    Raises:
+        ValueError: one line per fault: unknown names with the known ones listed, numbers out of range, a
+            temperature where it would do nothing, a term that the release does not have.
+    """
+    faults = config_faults(cfg)
+    if faults:
+        raise ValueError("\n".join(faults))
+    return REFERENCES[cfg.reference](cfg)
+
+
+def config_faults(cfg: LossConfig) -> list[str]:
+    """What is wrong with `cfg`, one line per fault; empty when nothing is."""
+    tables = (
+        ("reference", REFERENCES),
+        ("distill", DISTILL_LOSSES),
+        ("contrastive", CONTRASTIVE_LOSSES),
+        ("weighting", WEIGHTINGS),
+    )
+    faults = [
+        f"loss.{name}: unknown name '{getattr(cfg, name)}'; registered: {', '.join(sorted(table))}"
+        for name, table in tables
+        if getattr(cfg, name) not in table
+    ]
+    if not 0 <= cfg.alpha <= 1:
+        faults.append(f"loss.alpha: must lie in [0, 1], got {cfg.alpha}")
+    if not cfg.temperature > 0:
+        faults.append(f"loss.temperature: must be above 0, got {cfg.temperature}")
+    faults += [
+        f"loss.{name}: must be at least 0, got {getattr(cfg, name)}"
+        for name in ("gamma", "entropy_floor")
+        if not getattr(cfg, name) >= 0
+    ]
+    return faults or REFERENCES[cfg.reference].faults(cfg)
+
+
+class PaperObjective:
+    """alpha * sum_q w_q * distill_q + (1 - alpha) * sum_q v_q * contrastive_q, weights applied row by row."""
+
+    def __init__(self, cfg: LossConfig) -> None:
+        self.alpha = cfg.alpha
+        self.distill = _configured(DISTILL_LOSSES[cfg.distill], cfg)
+        self.contrastive = _configured(CONTRASTIVE_LOSSES[cfg.contrastive], cfg)
+        self.weighting = _configured(WEIGHTINGS[cfg.weighting], cfg)
+        self.weighting_name = cfg.weighting
+        self.needs_teacher = self.alpha > 0 or self.weighting.needs_teacher
+
+    @staticmethod
+    def faults(cfg: LossConfig) -> list[str]:
+        if cfg.temperature != 1 and "temperature" not in _knobs(DISTILL_LOSSES[cfg.distill]):
+            return [
+                f"loss.temperature: does nothing in distill '{cfg.distill}'; leave it at 1 or use distill: kl"
+            ]
+        return []
+
+    def __call__(
+        self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor
+    ) -> dict[str, Tensor]:
+        if teacher_scores is None and self.needs_teacher:
+            raise ValueError(
+                f"alpha {self.alpha} with weighting '{self.weighting_name}' needs teacher_scores, got None; "
+                "without a teacher use alpha: 0 and weighting: uniform"
+            )
+        weights = self.weighting(teacher_scores, student_scores, valid)
+        contrastive = reduce_rows(self.contrastive(student_scores, valid), weights.contrastive)
+        if teacher_scores is None:
+            distill = torch.zeros_like(contrastive)
+        else:
+            rows = self.distill(teacher_scores.detach(), student_scores, valid)
+            distill = reduce_rows(rows, weights.distill)
+        return _total(distill, contrastive, self.alpha, 1 - self.alpha)
+
+
+class ReleaseObjective:
+    """The published arithmetic over full rows, faults included; for comparison only.
+
+    The squared error is one mean over the batch before the weights multiply it, so they cancel (and gamma and
+    temperature with them); log(softmax) of a very sure teacher underflows to nan. With weighting "wsl": the
+    mean weight times that mean, plus the whole of a plain cross-entropy. The published code has no masks;
+    masked entries are simply left out here.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, cfg: LossConfig) -> None:
+        self.alpha = cfg.alpha
+        variants = {"entropy_share": self._entropy_share, "wsl": self._weighted_soft_labels}
+        self.variant = variants[cfg.weighting]
+
+    @staticmethod
+    def faults(cfg: LossConfig) -> list[str]:
+        faults = []
+        if cfg.weighting not in ("entropy_share", "wsl"):
+            faults.append(
+                f"loss.weighting: reference 'release' has entropy_share and wsl only, got '{cfg.weighting}'"
+            )
+        if cfg.distill != "mse":
+            faults.append(f"loss.distill: reference 'release' has mse only, got '{cfg.distill}'")
+        if cfg.contrastive != "bce" and cfg.weighting != "wsl":
+            faults.append(f"loss.contrastive: reference 'release' has bce only, got '{cfg.contrastive}'")
+        return faults
+
+    def __call__(
+        self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor
+    ) -> dict[str, Tensor]:
+        if teacher_scores is None:
+            raise ValueError("reference 'release' needs teacher_scores, got None")
+        teacher, student, valid = prepare(valid, teacher_scores.detach(), student_scores)
+        squared_error = ((teacher - student).square() * valid).sum() / valid.sum().clamp_min(1)
+        return self.variant(teacher, student, valid, squared_error)
+
+    def _entropy_share(
+        self, teacher: Tensor, student: Tensor, valid: BoolTensor, squared_error: Tensor
+    ) -> dict[str, Tensor]:
+        p = torch.where(valid, F.softmax(teacher.masked_fill(~valid, -1e30), dim=1), 1.0)
+        entropy = -(p * p.log()).sum(dim=1)
+        contrastive = reduce_rows(BinaryCrossEntropy()(student, valid), entropy / entropy.sum())
+        return _total(squared_error, contrastive, self.alpha, 1 - self.alpha)
+
+    def _weighted_soft_labels(
+        self, teacher: Tensor, student: Tensor, valid: BoolTensor, squared_error: Tensor
+    ) -> dict[str, Tensor]:
+        rows = valid[:, 0].sum().clamp_min(1)
+        weight = soft_label_weights(teacher, student, valid).sum() / rows
+        cross_entropy = match_cross_entropy(student, valid).sum() / rows
+        return _total(weight * squared_error, cross_entropy, self.alpha, 1.0)
+
+
+REFERENCES: dict[str, Any] = {"paper": PaperObjective, "release": ReleaseObjective}
+
+
+def _total(
+    distill: Tensor, contrastive: Tensor, distill_share: float, contrastive_share: float
+) -> dict[str, Tensor]:
+    loss = distill_share * distill + contrastive_share * contrastive
+    return {"loss": loss, "distill_loss": distill, "contrastive_loss": contrastive}
+
+
+def _knobs(part: Any) -> set[str]:
+    """The LossConfig fields that a registered class takes: its dataclass fields of the same name."""
+    return {item.name for item in fields(LossConfig)} & set(getattr(part, "__dataclass_fields__", {}))
+
+
+def _configured(part: Any, cfg: LossConfig) -> Any:
+    return part(**{name: getattr(cfg, name) for name in _knobs(part)})

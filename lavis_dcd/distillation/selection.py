@@ -1,0 +1,184 @@
+"""Teacher-guided selection: of each query's candidates, the match and the K negatives that reach the student.
+
+Indices and teacher scores are gathered by one index tensor, so they cannot come apart; `release_selection`
+shows the published code's way, where they do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import BoolTensor, FloatTensor, LongTensor, Tensor
+
+from lavis_dcd.distillation.candidates import CandidatePool
+
+
+@dataclass
+class Selection:
+    """What the student sees: [Q, 1+K] each, the match in column 0, masked entries pointing at the match.
+
+    Args:
+        image_rows, text_rows: Long [Q, 1+K], rows into the batch's distinct images and texts.
+        teacher_scores: Float [Q, 1+K] at the same pairs, or None in training on the ground truth alone.
+        valid: Bool [Q, 1+K], False where a query had fewer than K usable negatives.
+    """
+
+    image_rows: LongTensor
+    text_rows: LongTensor
+    teacher_scores: FloatTensor | None
+    valid: BoolTensor
+
+
+class SelectionStrategy(Protocol):
+    """Ranks candidates by priorities(...), Float [Q, C]: higher is taken first, ties by lower column.
+
+    `negatives`, Bool [Q, C], are the usable ones; `teacher_scores` [Q, 1+C] is None without a teacher.
+    """
+
+    needs_teacher: bool
+
+    def priorities(
+        self, negatives: BoolTensor, teacher_scores: FloatTensor | None, generator: torch.Generator | None
+    ) -> FloatTensor: ...
+
+
+class Hardest:
+    """The negatives that the teacher scores highest."""
+
+    needs_teacher = True
+
+    def priorities(
+        self, negatives: BoolTensor, teacher_scores: FloatTensor | None, generator: torch.Generator | None
+    ) -> FloatTensor:
+        if teacher_scores is None:
+            raise ValueError(
+                "selection strategy 'hardest' needs teacher_scores; use 'random' without a teacher"
+            )
+        return teacher_scores[:, 1:]
+
+
+class Random:
+    """Negatives drawn uniformly, without replacement."""
+
+    needs_teacher = False
+
+    def priorities(
+        self, negatives: BoolTensor, teacher_scores: FloatTensor | None, generator: torch.Generator | None
+    ) -> FloatTensor:
+        device = negatives.device if generator is None else generator.device
+        return torch.rand(negatives.shape, generator=generator, device=device).to(negatives.device)
+
+
+SELECTION_STRATEGIES: dict[str, SelectionStrategy] = {"hardest": Hardest(), "random": Random()}
+
+
+def select(
+    pool: CandidatePool,
+    teacher_scores: FloatTensor | None,
+    hard_negatives: int,
+    strategy: str | SelectionStrategy = "hardest",
+    margin: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Selection:
+    """Keeps the match and at most K valid negatives per query.
+
+    Args:
+        pool: candidates [Q, 1+C].
+        teacher_scores: Float [Q, 1+C], or None where the strategy needs none.
+        hard_negatives: K >= 1. With C < K the surplus columns are masked.
+        strategy: a name in SELECTION_STRATEGIES, or an object with the same method.
+        margin: drops candidates whose teacher score exceeds the match's by more than this: likely unlabelled
+            matches.
+        generator: source of chance for "random".
+
+    Returns:
+        Selection [Q, 1+K].
+
+    Raises:
+        ValueError: on K < 1, an unknown strategy, scores of another shape than the pool, or a margin without
+            scores.
+    """
+    chooser = _strategy(strategy)
+    _check(pool, teacher_scores, hard_negatives, margin)
+    negatives = pool.valid[:, 1:] & pool.valid[:, :1]
+    if margin is not None:
+        negatives = negatives & (teacher_scores[:, 1:] <= teacher_scores[:, :1] + margin)
+    priorities = chooser.priorities(negatives, teacher_scores, generator)
+    columns, kept = _take(priorities, negatives, hard_negatives)
+    index = torch.cat([columns.new_zeros(len(columns), 1), columns], dim=1)
+    return Selection(
+        image_rows=pool.image_rows.gather(1, index),
+        text_rows=pool.text_rows.gather(1, index),
+        teacher_scores=None if teacher_scores is None else teacher_scores.gather(1, index),
+        valid=torch.cat([pool.valid[:, :1], kept], dim=1),
+    )
+
+
+def release_selection(pool: CandidatePool, teacher_scores: FloatTensor, hard_negatives: int) -> Selection:
+    """The published code's selection, kept for comparison: teacher scores and pairs are MISALIGNED.
+
+    The pairs are the match and the K hardest candidates, as in `select`; the teacher's scores stay the 1+K
+    highest of all 1+C candidates in descending order. So wherever the teacher ranks the match r-th, the first
+    r columns disagree, and a match outside its first 1+K has no score at all. The published code knows no
+    masks: every candidate counts.
+
+    Args:
+        pool: candidates [Q, 1+C], of which `valid` is ignored.
+        teacher_scores: Float [Q, 1+C].
+        hard_negatives: K, at most C.
+
+    Returns:
+        Selection [Q, 1+K], all valid.
+
+    Raises:
+        ValueError: on K outside 1..C, or scores of another shape than the pool.
+    """
+    _check(pool, teacher_scores, hard_negatives, None)
+    if hard_negatives >= pool.valid.shape[1]:
+        raise ValueError(
+            f"hard_negatives = {hard_negatives} exceeds the pool's {pool.valid.shape[1] - 1} candidates"
+        )
+    everything = CandidatePool(pool.image_rows, pool.text_rows, torch.ones_like(pool.valid), pool.direction)
+    chosen = select(everything, teacher_scores, hard_negatives)
+    in_order = teacher_scores.sort(dim=1, descending=True, stable=True).values
+    chosen.teacher_scores = in_order[:, : 1 + hard_negatives]
+    return chosen
+
+
+def _strategy(strategy: str | SelectionStrategy) -> SelectionStrategy:
+    if not isinstance(strategy, str):
+        return strategy
+    if strategy not in SELECTION_STRATEGIES:
+        raise ValueError(
+            f"unknown selection strategy '{strategy}'; known: {', '.join(sorted(SELECTION_STRATEGIES))}"
+        )
+    return SELECTION_STRATEGIES[strategy]
+
+
+def _check(
+    pool: CandidatePool, teacher_scores: Tensor | None, hard_negatives: int, margin: float | None
+) -> None:
+    if hard_negatives < 1:
+        raise ValueError(f"hard_negatives must be at least 1, got {hard_negatives}")
+    if teacher_scores is None:
+        if margin is not None:
+            raise ValueError("a margin compares teacher scores, but teacher_scores is None")
+    elif teacher_scores.shape != pool.valid.shape:
+        shapes = f"{tuple(teacher_scores.shape)} and {tuple(pool.valid.shape)}"
+        raise ValueError(f"teacher_scores and the pool must have one shape [Q, 1+C], got {shapes}")
+
+
+def _take(priorities: Tensor, negatives: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Pool columns, Long [Q, K], of the usable candidates of highest priority; which are real, Bool."""
+    ranked = priorities.masked_fill(~negatives, float("-inf"))
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    # a second stable sort keeps a masked candidate behind a usable one whose own priority is -inf
+    usable = negatives.gather(1, order)
+    order = order.gather(1, usable.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices)
+    order, kept = order[:, :count], negatives.gather(1, order)[:, :count]
+    missing = count - order.shape[1]
+    order = torch.nn.functional.pad(order + 1, (0, missing))
+    kept = torch.nn.functional.pad(kept, (0, missing))
+    return order.masked_fill(~kept, 0), kept

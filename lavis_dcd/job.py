@@ -1,0 +1,73 @@
+"""From a YAML file to a finished run: config -> task -> (data sets, model) -> runner."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lavis_dcd.config import JobConfig
+
+logger = logging.getLogger(__name__)
+
+
+def run_job(cfg_path: str, options: Sequence[str], plugins: Sequence[str], evaluate: bool) -> None:
+    """Train (or only evaluate) what a job describes.
+
+    Args:
+        cfg_path: a file in the current folder, else a packaged one.
+        options: `a.b=c` settings over those of the file.
+        plugins: modules to import first.
+        evaluate: evaluate without training.
+
+    Raises:
+        UserError: anything the user can put right; before any model is built where it can be told by then.
+    """
+    import lavis  # noqa: F401  registers LAVIS's own names, then ours
+
+    from lavis_dcd.config import load_config
+    from lavis_dcd.plugins import load_plugins
+
+    load_plugins(plugins)
+    config = load_config(cfg_path, options, evaluate)
+    if config.run_cfg.runner == "runner_dcd":
+        _run_ours(config)
+    else:
+        _build_and_run(config, time.strftime("%Y%m%d-%H%M%S"))
+
+
+def _run_ours(config: JobConfig) -> None:
+    import torch.distributed as dist
+
+    from lavis_dcd.common.schema import parse
+    from lavis_dcd.needs import fetch_missing
+    from lavis_dcd.runners.config import RunConfig
+    from lavis_dcd.runners.devices import find_place
+    from lavis_dcd.runners.seeding import seed_everything
+
+    run = parse(RunConfig, config.run_cfg, "run")
+    joined_before = dist.is_available() and dist.is_initialized()
+    place = find_place(run)
+    try:
+        if place.is_main:
+            fetch_missing(config.config)
+        job_id = place.share(time.strftime("%Y%m%d-%H%M%S"))
+        seed_everything(run.seed)
+        _build_and_run(config, job_id)
+    finally:
+        if place.world_size > 1 and not joined_before:
+            dist.destroy_process_group()
+
+
+def _build_and_run(config: JobConfig, job_id: str) -> Any:
+    from lavis.common.registry import registry
+
+    task = registry.get_task_class(config.run_cfg.task).setup_task(cfg=config)
+    datasets = task.build_datasets(config)
+    model = task.build_model(config)
+    runner_class = registry.get_runner_class(config.run_cfg.runner)
+    runner = runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
+    logger.info("job %s: %s with %s", job_id, config.run_cfg.task, config.run_cfg.runner)
+    return runner.evaluate() if config.run_cfg.get("evaluate", False) else runner.train()

@@ -1,0 +1,3 @@
+from lavis_dcd.evaluate import main
+
+raise SystemExit(main())

@@ -1,0 +1,3 @@
+from lavis_dcd.train import main
+
+raise SystemExit(main())

@@ -1,0 +1,48 @@
+"""The ``model:`` section of a distillation job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lavis_dcd.distillation.objective import LossConfig
+
+
+@dataclass
+class PoolConfig:
+    """Where the candidates of one direction come from."""
+
+    source: str = "in_batch"  # in_batch: all other items of the batch | random: drawn from the data set
+    count: int | None = None  # random: captions drawn per picture (the release: 63 Flickr30K, 15 COCO)
+
+
+@dataclass
+class CandidatesConfig:
+    """Candidate pools by direction; a direction set to null is not trained."""
+
+    image_to_text: PoolConfig | None = field(default_factory=PoolConfig)
+    text_to_image: PoolConfig | None = field(default_factory=PoolConfig)
+
+
+@dataclass
+class SelectionConfig:
+    """Which candidates reach the student."""
+
+    hard_negatives: int = 7
+    strategy: str = "hardest"  # hardest: by teacher score | random
+    margin: float | None = None  # drop candidates that the teacher scores above the match by more than this
+
+
+@dataclass
+class DcdConfig:
+    """Everything ``dcd`` is built from. ``teacher`` and ``student`` are ``model:`` sections of any matcher."""
+
+    arch: str = "dcd"
+    model_type: str = "default"
+    teacher: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, Any] = field(default_factory=dict)
+    share_encoders: bool = True  # the student uses the teacher's own frozen towers
+    candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    student_chunk_pairs: int | None = None  # recompute the student in chunks of so many pairs: less memory, same loss

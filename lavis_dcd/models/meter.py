@@ -1,0 +1,287 @@
+"""METER as a LAVIS retrieval model (Dou et al., CVPR 2022): uni-modal towers, co-attention fusion, rank head."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lavis.common.registry import registry
+from lavis.models.base_model import BaseModel
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from lavis_dcd.common import assets
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.common.schema import parse
+from lavis_dcd.matching.contract import Matcher, pair_chunks
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.scoring import score_dataset
+from lavis_dcd.models import meter_weights
+from lavis_dcd.models.meter_config import MeterConfig
+from lavis_dcd.models.meter_fusion import JointHead, Pooler, additive_mask, fusion_layers, start_from_text
+from lavis_dcd.models.retrieval_loss import RetrievalLoss, sample_features
+from lavis_dcd.models.towers import TextTower, build_vision_tower
+
+_TYPES = ("coco", "flickr", "pretrain_288", "student_coco", "student_flickr", "quickstart")
+
+
+@registry.register_model("meter_retrieval")
+class MeterRetrieval(BaseModel, Matcher):
+    """Scores a pair by a co-attention stack over CLIP-ViT (or timm) and RoBERTa (or BERT) tokens.
+
+    Features are the towers' own tokens: image ``[B, N, vision width]``, text ``[B, L, text width]`` with mask.
+    The projections to the fusion's width are trained with it and run once per item of a ``match`` call.
+    The official arithmetic: METER's ``meter_module.py`` (infer) and ``objectives.py`` (compute_irtr).
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        name: str(packaged_folder("configs") / "models" / f"meter_retrieval_{name}.yaml") for name in _TYPES
+    }
+
+    def __init__(self, config: MeterConfig):
+        super().__init__()
+        self._build(config)
+
+    def _build(self, config: MeterConfig) -> None:
+        self.config = config
+        width = config.fusion.width
+        text = dataclasses.replace(config.text, name=assets.resolve(config.text.name))
+        vision = config.vision
+        if vision.weights:
+            vision = dataclasses.replace(vision, weights=assets.resolve(vision.weights))
+        self.vision_tower = build_vision_tower(vision)
+        self.text_tower = TextTower(text)
+        self.cross_modal_text_transform = nn.Linear(self.text_tower.width, width)
+        self.cross_modal_image_transform = nn.Linear(self.vision_tower.width, width)
+        self.token_type_embeddings = nn.Embedding(2, width)
+        self.cross_modal_text_layers = fusion_layers(config.fusion)
+        self.cross_modal_image_layers = fusion_layers(config.fusion)
+        self.cross_modal_text_pooler = Pooler(width)
+        self.cross_modal_image_pooler = Pooler(width)
+        self.rank_output = nn.Linear(2 * width, 1)
+        if self.vision_tower.adds_class_token:
+            self.image_cls = nn.Parameter(torch.zeros(1, 1, width))
+            self.image_positions = nn.Parameter(torch.zeros(1, self.vision_tower.num_tokens + 1, width))
+        self._initialise()
+        joint = config.joint_head
+        self.joint_head = JointHead(self.vision_tower.width, self.text_tower.width, joint) if joint else None
+        self.has_joint_space = joint is not None
+        if not (config.fusion_score or joint):
+            raise UserError("model.fusion_score is false and there is no joint_head: nothing would score a pair")
+        if config.fusion.init_from_text:
+            start_from_text(
+                self.cross_modal_text_layers, self.cross_modal_image_layers, self.text_tower.model.encoder.layer
+            )
+        for tower, frozen in ((self.vision_tower, config.vision.freeze), (self.text_tower, config.text.freeze)):
+            if frozen:
+                tower.requires_grad_(False)
+        self.retrieval_loss = RetrievalLoss(config.loss)
+
+    def _initialise(self) -> None:
+        """METER's initialisation: normal(0, 0.02) weights, zero biases, in everything but the towers."""
+        towers = {id(m) for tower in (self.vision_tower, self.text_tower) for m in tower.modules()}
+        for module in self.modules():
+            if id(module) in towers:
+                continue
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.vision_tower.adds_class_token:
+            nn.init.normal_(self.image_cls, std=0.02)
+            nn.init.normal_(self.image_positions, std=0.02)
+
+    # -- building and loading ------------------------------------------------------------------------------------
+
+    @classmethod
+    def config_schema(cls) -> type:
+        """The dataclass that a ``model:`` section of this arch must fit."""
+        return MeterConfig
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig | Mapping[str, Any] | None = None) -> MeterRetrieval:
+        """Built from a ``model:`` section, weights loaded when it names some.
+
+        Raises:
+            UserError: unknown keys, wrong types, sizes that cannot work, weights that do not fit.
+        """
+        model = cls(parse(MeterConfig, cfg or {}, "model"))
+        config = model.config
+        source = config.finetuned if config.load_finetuned and config.finetuned else config.pretrained
+        if source:
+            model.load_checkpoint(source)
+        else:
+            logging.info("meter_retrieval: no checkpoint named; what no tower weights fill starts at random")
+        return model
+
+    def load_checkpoint(self, url_or_filename: str) -> meter_weights.LoadReport:
+        """Weights of an official Lightning file, of a file with DCD's ``stu_*`` tensors, or of one of ours.
+
+        One of ours says what it is built from; when that differs from this model (a thinned student loaded over
+        its teacher's type, say), the model is rebuilt to it first.
+
+        Raises:
+            UserError: a file that is missing, cannot be fetched, holds more than tensors, or leaves an inference
+                weight at random.
+        """
+        path = meter_weights.locate(url_or_filename, self.config.checkpoint_sha256)
+        saved = meter_weights.read(path)
+        if saved.config is not None and not meter_weights.same_architecture(saved.config, self.config):
+            rebuilt = meter_weights.merge_architecture(saved.config, self.config)
+            logging.info("%s: rebuilding meter_retrieval to the file's own configuration", path)
+            self._modules.clear()
+            self._parameters.clear()
+            self._build(rebuilt)
+        report = meter_weights.load_into(self, saved, path)
+        report.log(path)
+        return report
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What a file of this model holds: tensors and plain containers."""
+        config = meter_weights.portable(self.config)
+        return {"model": self.state_dict(), "arch": "meter_retrieval", "config": config}
+
+    def init_from_teacher(self, teacher: nn.Module, layers: list[int], share_encoders: bool = False) -> None:
+        """Start from a METER teacher ("succession"): its fusion layers ``layers``, projections, poolers and heads.
+
+        Every tensor is copied, so training this model leaves the teacher as it is. With ``share_encoders`` the
+        towers are the teacher's own modules.
+
+        Raises:
+            UserError: when the teacher is no METER, has no such layer, or other sizes.
+        """
+        meter_weights.succeed(self, teacher, layers)
+        if share_encoders:
+            self.vision_tower, self.text_tower = teacher.vision_tower, teacher.text_tower
+
+    # -- the matching contract -----------------------------------------------------------------------------------
+
+    def encoder_modules(self) -> list[nn.Module]:
+        return [self.vision_tower, self.text_tower]
+
+    def train(self, mode: bool = True) -> MeterRetrieval:
+        """Train mode, frozen towers excepted: dropout in a tower that does not learn is noise."""
+        super().train(mode)
+        for tower in self.encoder_modules():
+            if not any(p.requires_grad for p in tower.parameters()):
+                tower.eval()
+        return self
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        return ImageFeatures(self.vision_tower(images))
+
+    def encode_texts(self, texts: list[str]) -> TextFeatures:
+        return self.encode_token_ids(*self.text_tower.tokenize(texts))
+
+    def encode_token_ids(self, ids: Tensor, mask: Tensor) -> TextFeatures:
+        """Features of tokenised texts: int64 ids ``[B, L]``, bool mask ``[B, L]``."""
+        return TextFeatures(self.text_tower(ids, mask), mask.bool())
+
+    def embed_images(self, images: ImageFeatures) -> Tensor:
+        return self._joint().embed_images(images)
+
+    def embed_texts(self, texts: TextFeatures) -> Tensor:
+        return self._joint().embed_texts(texts)
+
+    def _joint(self) -> JointHead:
+        if self.joint_head is None:
+            raise UserError("this meter_retrieval has no joint space: set model.joint_head (and train it)")
+        return self.joint_head
+
+    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        scores = self.fusion_scores(images, texts, pairs) if self.config.fusion_score else 0.0
+        if self.joint_head is not None:
+            scores = scores + self.joint_scores(images, texts, pairs)
+        return scores
+
+    def joint_scores(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        """The joint head's scaled cosine of each pair, ``[P]``."""
+        image_embeds = self._joint().embed_images(images)
+        text_embeds = self._joint().embed_texts(texts)
+        return self._joint().scale * (image_embeds[pairs[:, 0]] * text_embeds[pairs[:, 1]]).sum(dim=-1)
+
+    def fusion_scores(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        """The rank head's logit of each pair, ``[P]``, in chunks of at most ``match_memory_mb`` of activations."""
+        image_rows, image_index = pairs[:, 0].unique(return_inverse=True)
+        text_rows, text_index = pairs[:, 1].unique(return_inverse=True)
+        images, texts = images[image_rows], texts[text_rows].trimmed()
+        image_hidden, text_hidden = self._project_images(images), self._project_texts(texts)
+        mask = texts.mask if texts.mask is not None else text_hidden.new_ones(text_hidden.shape[:2]).bool()
+        local = torch.stack([image_index, text_index], dim=1)
+        scores = []
+        for chunk in pair_chunks(local, self._bytes_per_pair(image_hidden, text_hidden), self.config.match_memory_mb):
+            image, text = chunk[:, 0], chunk[:, 1]
+            cls = self.fuse(image_hidden[image], text_hidden[text], mask[text])[2]
+            scores.append(self.rank_output(cls)[:, 0].float())
+        return torch.cat(scores) if scores else image_hidden.new_zeros(0)
+
+    def fuse(self, image_hidden: Tensor, text_hidden: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The co-attention stack on projected tokens, one row per pair.
+
+        Returns:
+            text features ``[P, L, D]``, image features ``[P, N, D]`` and class features ``[P, 2 D]``.
+        """
+        mask = additive_mask(text_mask, text_hidden.dtype)
+        for text_layer, image_layer in zip(self.cross_modal_text_layers, self.cross_modal_image_layers, strict=True):
+            text_out = text_layer(text_hidden, attention_mask=mask, encoder_hidden_states=image_hidden)[0]
+            image_hidden = image_layer(
+                image_hidden, encoder_hidden_states=text_hidden, encoder_attention_mask=mask
+            )[0]
+            text_hidden = text_out
+        pooled = (self.cross_modal_text_pooler(text_hidden), self.cross_modal_image_pooler(image_hidden))
+        return text_hidden, image_hidden, torch.cat(pooled, dim=-1)
+
+    def _project_images(self, images: ImageFeatures) -> Tensor:
+        weight = self.cross_modal_image_transform.weight
+        hidden = self.cross_modal_image_transform(images.tokens.to(weight.dtype))
+        if self.vision_tower.adds_class_token:
+            cls = self.image_cls.expand(len(hidden), -1, -1).to(hidden.dtype)
+            hidden = torch.cat([cls, hidden], dim=1) + self.image_positions
+        return hidden + self.token_type_embeddings.weight[1]
+
+    def _project_texts(self, texts: TextFeatures) -> Tensor:
+        weight = self.cross_modal_text_transform.weight
+        return self.cross_modal_text_transform(texts.tokens.to(weight.dtype)) + self.token_type_embeddings.weight[0]
+
+    def _bytes_per_pair(self, image_hidden: Tensor, text_hidden: Tensor) -> int:
+        tokens = image_hidden.shape[1] + text_hidden.shape[1]
+        fusion = self.config.fusion
+        # per token: the hidden states in flight (about 8 widths) and the feed-forward's two copies; per head: scores
+        per_token = fusion.width * (8 + 2 * fusion.mlp_ratio)
+        scores = 3 * fusion.heads * max(image_hidden.shape[1], text_hidden.shape[1]) ** 2
+        return image_hidden.element_size() * (tokens * per_token + scores)
+
+    # -- training and LAVIS's evaluation -------------------------------------------------------------------------
+
+    def head_parameter_names(self) -> set[str]:
+        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
+        prefixes = tuple(self.config.fast_parameters)
+        return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The model's own retrieval loss on a training batch (LAVIS's ``RetrievalDataset`` samples).
+
+        Returns:
+            ``loss``, ``fusion_loss`` and, with a joint head, ``joint_loss``: 0-dim tensors.
+        """
+        batch = sample_features(self, samples)
+        return self.retrieval_loss(self, batch, float(samples.get("progress", 1.0)))
+
+    def before_evaluation(self, **kwargs: Any) -> None:
+        """LAVIS's hook; nothing to prepare."""
+
+    def compute_sim_matrix(self, data_loader, task_cfg: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """LAVIS's evaluation hook: image-to-text scores ``[I, T]`` and text-to-image scores ``[T, I]``, float32.
+
+        Args:
+            data_loader: over an evaluation data set (``.text``; samples with ``image``).
+            task_cfg: ``k_test`` reranks that many of the joint head's best; without it every pair is matched.
+        """
+        k_test = OmegaConf.select(task_cfg, "k_test") if isinstance(task_cfg, DictConfig) else None
+        i2t, t2i = score_dataset(self, data_loader.dataset, k_test=k_test, device=self.device)
+        return i2t.numpy(), t2i.numpy()

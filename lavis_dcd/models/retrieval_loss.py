@@ -1,0 +1,194 @@
+"""A retriever's own loss: listwise cross-entropy over in-batch hard negatives, both ways, and InfoNCE on a joint head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from lavis_dcd.distillation.candidates import BatchContext, CandidatePool, InBatch
+from lavis_dcd.matching.chunked import match_recomputed
+from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.models.meter_config import RetrievalLossConfig
+
+if TYPE_CHECKING:
+    from lavis_dcd.models.meter import MeterRetrieval
+
+
+@dataclass
+class BatchFeatures:
+    """A training batch, every distinct picture and caption encoded once.
+
+    ``image_ids [I]`` and ``text_image_ids [T]`` int64: the picture each row is of. ``match_pairs [Q, 2]``: the
+    (image row, text row) of each sample. ``extra_texts [Q, C]``: rows of captions drawn from the data set, or None.
+    """
+
+    images: ImageFeatures
+    texts: TextFeatures
+    image_ids: Tensor
+    text_image_ids: Tensor
+    match_pairs: Tensor
+    extra_texts: Tensor | None = None
+
+    def context(self) -> BatchContext:
+        """The same without the features, as the candidate pools read it."""
+        return BatchContext(
+            image_ids=self.image_ids,
+            text_image_ids=self.text_image_ids,
+            match_pairs=self.match_pairs,
+            extra_texts=self.extra_texts,
+        )
+
+
+def sample_features(matcher: Matcher, samples: Mapping[str, Any]) -> BatchFeatures:
+    """Encode a training batch: each picture (by ``image_id``) and each caption (by text and picture) once.
+
+    Args:
+        matcher: whose encoders to run, when the samples do not carry features already.
+        samples: as LAVIS's ``RetrievalDataset`` collates them; ``candidate_text`` (B*C captions) and
+            ``candidate_image_id [B, C]`` add captions drawn from the data set.
+    """
+    image_id = torch.as_tensor(samples["image_id"]).cpu().tolist()
+    texts = list(samples["text_input"])
+    owners = list(image_id)
+    drawn = samples.get("candidate_text")
+    if drawn:
+        texts += list(drawn)
+        owners += torch.as_tensor(samples["candidate_image_id"]).flatten().tolist()
+    image_first, image_rows = _distinct(image_id)
+    text_first, text_rows = _distinct(list(zip(texts, owners, strict=True)))
+    string_first, string_rows = _distinct([texts[i] for i in text_first])
+    images = samples["image"]
+    image_features = (
+        images[image_first] if isinstance(images, ImageFeatures) else matcher.encode_images(images[image_first])
+    )
+    cached = samples.get("text_features")
+    if cached is not None:
+        text_features = cached[text_first].trimmed()
+    else:
+        text_features = matcher.encode_texts([texts[text_first[i]] for i in string_first])[string_rows]
+    device, size = image_features.device, len(image_id)
+    rows = torch.tensor(text_rows, device=device)
+    return BatchFeatures(
+        images=image_features,
+        texts=text_features,
+        image_ids=torch.tensor([image_id[i] for i in image_first], device=device),
+        text_image_ids=torch.tensor([owners[i] for i in text_first], device=device),
+        match_pairs=torch.stack([torch.tensor(image_rows, device=device), rows[:size]], dim=1),
+        extra_texts=rows[size:].view(size, -1) if drawn else None,
+    )
+
+
+def _distinct(items: list[Any]) -> tuple[list[int], list[int]]:
+    """Positions of first occurrences, and for every item the row of its first occurrence."""
+    row_of: dict[Any, int] = {}
+    first: list[int] = []
+    rows = []
+    for position, item in enumerate(items):
+        if item not in row_of:
+            row_of[item] = len(first)
+            first.append(position)
+        rows.append(row_of[item])
+    return first, rows
+
+
+class RetrievalLoss(nn.Module):
+    """What a METER teacher is fine-tuned with.
+
+    The fusion learns from its own score over negatives that are drawn, not simply taken: by the joint head's
+    in-batch softmax where there is one, else the hardest by the fusion itself among ``pool`` random ones. Taking
+    the listwise loss on fusion plus joint score would leave the fusion nothing to learn once the joint head
+    overfits, so the two are trained apart and added only when matching.
+    """
+
+    def __init__(self, config: RetrievalLossConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, model: MeterRetrieval, batch: BatchFeatures, progress: float = 1.0) -> dict[str, Tensor]:
+        """Losses of a batch; ``progress`` in [0, 1] is how much of the run is done."""
+        losses: dict[str, Tensor] = {}
+        logits = None
+        if model.joint_head is not None:
+            scale = model.joint_head.scale
+            logits = scale * model.embed_images(batch.images) @ model.embed_texts(batch.texts).T
+            losses["joint_loss"] = self.config.joint_weight * info_nce(logits, batch)
+        if model.config.fusion_score:
+            losses["fusion_loss"] = self._fusion_loss(model, batch, None if logits is None else logits.detach(), progress)
+        return {"loss": sum(losses.values()), **losses}
+
+    def _fusion_loss(
+        self, model: MeterRetrieval, batch: BatchFeatures, logits: Tensor | None, progress: float
+    ) -> Tensor:
+        rows = []
+        for direction in ("image_to_text", "text_to_image"):
+            pool = _some_queries(InBatch(direction).build(batch.context()), self.config.queries)
+            kept = self._negatives(model, batch, pool, logits, progress)
+            rows.append((pool.image_rows.gather(1, kept), pool.text_rows.gather(1, kept), pool.valid.gather(1, kept)))
+        image_rows, text_rows, valid = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        pairs = torch.stack([image_rows[valid], text_rows[valid]], dim=1)
+        scores = match_recomputed(model.fusion_scores, batch.images, batch.texts, pairs, self.config.grad_chunk_pairs)
+        table = torch.full(valid.shape, torch.finfo(torch.float32).min, device=scores.device)
+        table = table.masked_scatter(valid, scores.float())
+        target = torch.zeros(len(table), dtype=torch.long, device=table.device)
+        return nnf.cross_entropy(table, target)
+
+    @torch.no_grad()
+    def _negatives(
+        self, model: MeterRetrieval, batch: BatchFeatures, pool: CandidatePool, logits: Tensor | None, progress: float
+    ) -> Tensor:
+        """Columns of ``pool`` to train on, int64 ``[Q, 1 + K]``: 0, the match, and K drawn negatives."""
+        hardness = torch.zeros(pool.valid.shape, device=pool.valid.device)
+        if logits is not None:
+            start = self.config.sharpness_start
+            sharpness = start + (self.config.sharpness - start) * progress
+            hardness = sharpness * logits[pool.image_rows, pool.text_rows]
+        # Gumbel noise makes the K largest a draw without replacement from the softmax
+        noisy = hardness - torch.empty_like(hardness).exponential_().log()
+        noisy = noisy.masked_fill(~pool.valid, -torch.inf)[:, 1:]
+        count = min(self.config.negatives, noisy.shape[1])
+        if logits is not None:
+            chosen = noisy.topk(count, dim=1).indices + 1
+        else:
+            chosen = self._hardest_by_fusion(model, batch, pool, noisy, count)
+        return torch.cat([torch.zeros_like(chosen[:, :1]), chosen], dim=1)
+
+    def _hardest_by_fusion(
+        self, model: MeterRetrieval, batch: BatchFeatures, pool: CandidatePool, noisy: Tensor, count: int
+    ) -> Tensor:
+        some = noisy.topk(min(max(self.config.pool, count), noisy.shape[1]), dim=1).indices + 1
+        valid = pool.valid.gather(1, some)
+        pairs = torch.stack([pool.image_rows.gather(1, some)[valid], pool.text_rows.gather(1, some)[valid]], dim=1)
+        was_training = model.training
+        model.eval()
+        scores = model.fusion_scores(batch.images, batch.texts, pairs)
+        model.train(was_training)
+        table = torch.full(valid.shape, -torch.inf, device=scores.device).masked_scatter(valid, scores.float())
+        return some.gather(1, table.topk(count, dim=1).indices)
+
+
+def info_nce(logits: Tensor, batch: BatchFeatures) -> Tensor:
+    """Symmetric InfoNCE on ``logits [I, T]`` over the batch's samples; other captions of a picture are left out."""
+    image, text = batch.match_pairs.unbind(dim=1)
+    same = batch.image_ids[:, None] == batch.text_image_ids[None, :]
+
+    def one_way(rows: Tensor, same_rows: Tensor, target: Tensor) -> Tensor:
+        others = same_rows.clone()
+        others[torch.arange(len(target), device=target.device), target] = False
+        return nnf.cross_entropy(rows.masked_fill(others, torch.finfo(rows.dtype).min), target)
+
+    forward = one_way(logits[image], same[image], text)
+    backward = one_way(logits.T[text], same.T[text], image)
+    return (forward + backward) / 2
+
+
+def _some_queries(pool: CandidatePool, count: int | None) -> CandidatePool:
+    if count is None or count >= len(pool.valid):
+        return pool
+    chosen = torch.randperm(len(pool.valid), device=pool.valid.device)[:count]
+    return CandidatePool(pool.image_rows[chosen], pool.text_rows[chosen], pool.valid[chosen], pool.direction)

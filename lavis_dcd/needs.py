@@ -1,0 +1,162 @@
+"""The files a job needs that are not there: which, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lavis.common.registry import registry
+from omegaconf import DictConfig, ListConfig
+
+from lavis_dcd.common import assets
+from lavis_dcd.common.download import cached_path, fetch, is_url, unreachable
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import cache_root
+from lavis_dcd.validation import inner_models
+
+
+@dataclass(frozen=True)
+class Need:
+    """One file or folder that a configuration names."""
+
+    field: str
+    target: Path
+    url: str | None = None
+    md5: str | None = None
+    sha256: str | None = None
+    note: str = ""  # what to do where there is no address
+
+    def missing(self) -> bool:
+        return not self.target.exists()
+
+
+def needs(config: DictConfig) -> list[Need]:
+    """Every file and folder that a merged job reads, there or not.
+
+    Raises:
+        UserError: an `asset:` name that the package does not ship.
+    """
+    found = list(_model_needs(config.model, "model"))
+    for name, section in config.datasets.items():
+        found += _dataset_needs(registry.get_builder_class(name), section, f"datasets.{name}")
+    resume = config.run.get("resume")
+    if resume not in (None, "auto"):
+        found.append(Need("run.resume", Path(str(resume)), note="give a checkpoint, a run folder, or auto"))
+    return found
+
+
+def missing_faults(config: DictConfig) -> list[str]:
+    """One line per needed file that is absent and cannot be fetched now. Nothing is downloaded."""
+    try:
+        absent = [need for need in needs(config) if need.missing()]
+    except UserError as error:
+        return error.faults
+    mute = unreachable({need.url for need in absent if need.url})
+    found = []
+    for need in absent:
+        if need.url is None:
+            found.append(f"{need.field}: {need.target} does not exist; {need.note}")
+        elif need.url in mute:
+            found.append(
+                f"{need.field}: {need.target} does not exist; it comes from {need.url}, which cannot be "
+                f"reached ({mute[need.url]}): bring it to that path by hand, or run again with a network"
+            )
+    return found + _asked(config)
+
+
+def fetch_missing(config: DictConfig) -> None:
+    """Download what is absent and has an address; call it in one process only.
+
+    Raises:
+        UserError: a download that fails.
+    """
+    for need in needs(config):
+        if need.url is not None and need.missing():
+            fetch(need.url, need.target, md5=need.md5, sha256=need.sha256)
+
+
+def _asked(config: DictConfig) -> list[str]:
+    """Faults that a data set's builder finds itself."""
+    found: list[str] = []
+    for name, section in config.datasets.items():
+        builder = registry.get_builder_class(name)
+        if hasattr(builder, "config_faults") and isinstance(section, DictConfig):
+            found += builder.config_faults(section)
+    return found
+
+
+def _model_needs(section: DictConfig, path: str) -> Iterator[Need]:
+    inner = inner_models(section)
+    for name, part in inner.items():
+        yield from _model_needs(part, f"{path}.{name}")
+    model = registry.get_model_class(section.get("arch"))
+    if model is None or inner:
+        return
+    finetuned = section.get("load_finetuned", True) and section.get("finetuned")
+    key = "finetuned" if finetuned else "pretrained"
+    if source := section.get(key):
+        yield _weights(model, f"{path}.{key}", str(source), section.get("checkpoint_sha256"))
+    for where, value in _named(section, "weights", path):
+        yield _weights(model, where, value, None)
+
+
+def _weights(model: type, field: str, source: str, sha256: str | None) -> Need:
+    if not is_url(source):
+        return Need(field, Path(assets.resolve(source)).expanduser(), note="name a checkpoint file that does")
+    ours = hasattr(model, "config_schema")
+    return Need(field, cached_path(source) if ours else _lavis_cached(source), source, sha256=sha256)
+
+
+def _lavis_cached(url: str) -> Path:
+    # LAVIS's own models look for a downloaded checkpoint in timm's hub folder, by the address's last part.
+    from timm.models import hub
+
+    return Path(hub.get_cache_dir()) / cached_path(url).name
+
+
+def _named(section: Mapping[str, Any], name: str, path: str) -> Iterator[tuple[str, str]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _named(value, name, f"{path}.{key}")
+        elif key == name and isinstance(value, str):
+            yield f"{path}.{key}", value
+
+
+def _dataset_needs(builder: type | None, section: Any, path: str) -> Iterator[Need]:
+    """LAVIS's layout: annotation files per split with an address, and one folder of pictures without."""
+    build = _mapping(_mapping(section).get("build_info"))
+    if builder is None or hasattr(builder, "config_faults"):
+        return
+    for split, info in _mapping(build.get("annotations")).items():
+        stores, urls, sums = (_listed(_mapping(info).get(key)) for key in ("storage", "url", "md5"))
+        for i, store in enumerate(stores):
+            url = urls[i] if i < len(urls) and is_url(urls[i]) else None
+            md5 = sums[i] if i < len(sums) else None
+            field = f"{path}.build_info.annotations.{split}.storage"
+            yield Need(field, _in_cache(store), url, md5, note="give the annotation file's absolute path")
+    kind = _mapping(section).get("data_type", "images")
+    store = _mapping(build.get(kind)).get("storage")
+    for folder in _listed(store):
+        yield Need(
+            f"{path}.build_info.{kind}.storage",
+            _in_cache(folder),
+            note=f"nothing downloads the {kind}: put them there by hand, or name their folder with --options",
+        )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    # Wrongly shaped sections are reported by the validation; here they name no files.
+    return value if isinstance(value, Mapping) else {}
+
+
+def _listed(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, ListConfig | list | tuple) else [str(value)]
+
+
+def _in_cache(storage: str) -> Path:
+    # LAVIS's rule: a relative path starts at the cache root.
+    return cache_root() / Path(storage).expanduser()

@@ -1,0 +1,97 @@
+"""What enters LAVIS's registry: our own modules, and those of third parties."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import cache_root
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "lavis.plugins"
+
+_MODULES = (
+    "lavis_dcd.models.meter",
+    "lavis_dcd.models.dcd",
+    "lavis_dcd.processors.image",
+    "lavis_dcd.processors.text",
+    "lavis_dcd.datasets.builders",
+    "lavis_dcd.tasks.dcd_retrieval",
+    "lavis_dcd.runners.runner_dcd",
+)
+
+
+def register_all() -> None:
+    """Put all of ours, then what the entry points of `lavis.plugins` name, into LAVIS's registry.
+
+    May be called any number of times. LAVIS's cache root becomes `lavis_dcd.common.files.cache_root()`, and
+    its model and data-set zoos, snapshots taken at import, list what was registered since. It runs inside
+    `import lavis`, so a third party's broken plug-in is only logged here; `load_plugins` raises.
+    """
+    for name in _MODULES:
+        try:
+            if find_spec(name) is not None:
+                importlib.import_module(name)
+        except ImportError as error:  # TEMPORARY while the rooms are being built; removed at the end
+            import logging
+            logging.warning("TEMPORARY: %s not registered: %s", name, error)
+    for line in _entry_point_faults():
+        logger.warning(line)
+    _set_cache_root()
+    refresh_zoos()
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Import further modules that register themselves (`--plugins`), after ours and those of entry points.
+
+    Raises:
+        UserError: one line per module that cannot be imported.
+    """
+    faults = _entry_point_faults()
+    for name in modules:
+        faults += _import_faults(name, "--plugins", partial(importlib.import_module, name))
+    if faults:
+        raise UserError(faults)
+    refresh_zoos()
+
+
+def refresh_zoos() -> None:
+    """Make `lavis.models.model_zoo` and `lavis.datasets.builders.dataset_zoo` list all that is registered."""
+    from lavis.common.registry import registry
+    from lavis.datasets.builders import dataset_zoo
+    from lavis.models import model_zoo
+
+    for name, model in registry.mapping["model_name_mapping"].items():
+        model_zoo.model_zoo[name] = list(getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {}))
+    for name, builder in registry.mapping["builder_name_mapping"].items():
+        dataset_zoo.dataset_zoo[name] = list(getattr(builder, "DATASET_CONFIG_DICT", {}))
+
+
+def _entry_point_faults() -> list[str]:
+    found: list[str] = []
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        found += _import_faults(point.value, f"entry point {ENTRY_POINT_GROUP}: {point.name}", point.load)
+    return found
+
+
+def _import_faults(name: str, origin: str, load: Callable[[], object]) -> list[str]:
+    # A plug-in is foreign code: whatever it raises is its own fault, told in one line.
+    try:
+        load()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        return [f"{origin}: cannot import {name}: {type(error).__name__}: {reason}"]
+    return []
+
+
+def _set_cache_root() -> None:
+    from lavis.common.registry import registry
+
+    # register_path refuses a name it knows, and LAVIS has put a path on its authors' machine there.
+    registry.mapping["paths"]["cache_root"] = str(cache_root())

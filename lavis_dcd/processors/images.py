@@ -1,0 +1,124 @@
+"""`dcd_image_train` and `dcd_image_eval`: a picture becomes a normalised tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lavis.common.registry import registry
+from lavis.processors.base_processor import BaseProcessor
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms.functional import InterpolationMode
+
+from lavis_dcd.common.schema import parse
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Keys of `dcd_image_eval`.
+
+    Args:
+        name: LAVIS's processor name.
+        image_size: side of the square result in pixels.
+        mean, std: per channel, on values in [0, 1]; CLIP's.
+        interpolation: of the resizing.
+        resize: "squash" gives the whole picture, its proportions lost (as METER does); "crop" scales the shorter
+            side and cuts the middle out.
+    """
+
+    name: str = ""
+    image_size: int = 384
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    resize: Literal["squash", "crop"] = "squash"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size: {self.image_size} is not positive")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {list(self.std)} must be positive")
+
+
+@dataclass(frozen=True)
+class TrainImageConfig(ImageConfig):
+    """Keys of `dcd_image_train`: those of `dcd_image_eval` and the augmentation.
+
+    Args:
+        augment: "none"; "flip" mirrors every second picture (wrong where captions say left and right);
+            "randaugment" is torchvision's RandAugment, before the resizing.
+        randaugment_ops, randaugment_magnitude: its operations per picture and their strength (0-30).
+    """
+
+    augment: Literal["none", "flip", "randaugment"] = "none"
+    randaugment_ops: int = 2
+    randaugment_magnitude: int = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.randaugment_ops < 1:
+            raise ValueError(f"randaugment_ops: {self.randaugment_ops} is not positive")
+        if not 0 <= self.randaugment_magnitude <= 30:
+            raise ValueError(f"randaugment_magnitude: {self.randaugment_magnitude} is not between 0 and 30")
+
+
+class _ImageProcessor(BaseProcessor):
+    config_class: type[ImageConfig]
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        self.transform = transforms.Compose([*self._augmentation(config), *_to_tensor(config)])
+
+    def _augmentation(self, config: ImageConfig) -> list[Callable]:
+        return []
+
+    def __call__(self, item: Image.Image) -> torch.Tensor:
+        """PIL picture -> FloatTensor [3, image_size, image_size]."""
+        return self.transform(item)
+
+    @classmethod
+    def from_config(cls, cfg: Any = None) -> _ImageProcessor:
+        """Build from a `vis_processor` section.
+
+        Raises:
+            UserError: one line per unknown key or wrong value.
+        """
+        return cls(parse(cls.config_class, cfg, "vis_processor"))
+
+
+@registry.register_processor("dcd_image_eval")
+class DcdImageEvalProcessor(_ImageProcessor):
+    """Resize, to tensor, normalise. Keys: `ImageConfig`."""
+
+    config_class = ImageConfig
+
+
+@registry.register_processor("dcd_image_train")
+class DcdImageTrainProcessor(_ImageProcessor):
+    """Augment, resize, to tensor, normalise. Keys: `TrainImageConfig`."""
+
+    config_class = TrainImageConfig
+
+    def _augmentation(self, config: TrainImageConfig) -> list[Callable]:
+        if config.augment == "flip":
+            return [transforms.RandomHorizontalFlip()]
+        if config.augment == "randaugment":
+            interpolation = InterpolationMode.BILINEAR
+            return [transforms.RandAugment(config.randaugment_ops, config.randaugment_magnitude,
+                                           interpolation=interpolation)]
+        return []
+
+
+def _to_tensor(config: ImageConfig) -> list[Callable]:
+    size, mode = config.image_size, InterpolationMode(config.interpolation)
+    if config.resize == "squash":
+        resize = [transforms.Resize((size, size), interpolation=mode)]
+    else:
+        resize = [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(size)]
+    return [*resize, transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]

@@ -1,0 +1,135 @@
+"""The `run:` section of a job."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lavis_dcd.common.errors import UserError
+
+
+@dataclass
+class RunConfig:
+    """Every key of `run:`, with its type and default. Values are checked on construction.
+
+    Raises:
+        UserError: one line per value that makes no sense.
+    """
+
+    task: str = "dcd_retrieval"
+    runner: str = "runner_dcd"
+
+    # Where the outputs go: <output_dir>/<project>/<job_id>
+    project: str | None = None  # default: the stem of the config file
+    output_dir: str = "output"
+    job_id: str | None = None  # default: the time of the start
+    report: bool = True
+
+    # The machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    amp: Literal["off", "bf16", "fp16"] = "off"  # fp16 needs CUDA
+    num_threads: int | None = None  # torch's CPU threads; default: torch's own choice
+    num_workers: int = 0
+    seed: int = 42
+
+    # The length and the size of the steps
+    max_epoch: int = 10
+    max_steps: int | None = None  # optimizer steps; ends training earlier than max_epoch
+    batch_size_train: int = 64  # per process
+    batch_size_eval: int = 64
+    accum_grad_iters: int = 1  # micro-batches averaged in one optimizer step
+    drop_last: bool = True
+
+    # The optimizer
+    init_lr: float = 1e-4
+    min_lr: float = 0.0
+    head_lr_multiplier: float = 5.0
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-8
+    lr_sched: Literal["linear_warmup_linear", "cosine", "constant", "linear_warmup_cosine_lr", "constant_lr"] = (
+        "linear_warmup_linear"  # the last two are LAVIS's names of the two before them
+    )
+    warmup: float = 0.1  # a fraction of all steps
+    warmup_steps: int | None = None  # the same as a number of steps; wins over warmup
+    grad_clip: float | None = None  # the largest gradient norm
+
+    # What is evaluated, and when
+    train_splits: list[str] = field(default_factory=lambda: ["train"])
+    valid_splits: list[str] = field(default_factory=list)
+    test_splits: list[str] = field(default_factory=list)
+    evaluate: bool = False  # evaluate only
+    evaluate_before: bool = True  # the student before its first step, on the test splits
+    evaluate_teacher: bool = True
+    teacher_split_eval: list[str] | None = None  # the teacher's splits; default: the test splits
+    eval_every_epochs: int = 1
+    k_test: int | None = None
+    shortlist: str | None = None
+    match_memory_mb: float = 1024
+    coco_1k_folds: bool = False
+
+    # Data
+    cache_features: Literal["off", "memory", "disk"] = "off"
+    verify: Literal["fast", "full", "off"] = "fast"
+
+    # Checkpoints and logs
+    save_every: int | None = None  # optimizer steps; a checkpoint is also written at the end of each epoch
+    keep_last: int = 2
+    resume: str | None = None  # "auto", a checkpoint, or a run folder
+    log_freq: int = 50
+
+    # Accepted so that LAVIS's own YAML files load. Derived from the environment (torchrun), hence never read
+    world_size: int | None = None
+    dist_url: str = "env://"
+    distributed: bool | None = None
+    use_dist_eval_sampler: bool | None = None
+
+    def __post_init__(self) -> None:
+        found = self.faults()
+        if found:
+            raise UserError(found)
+
+    def faults(self) -> list[str]:
+        """One line per value out of its range; empty when the section is sound."""
+        found = []
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                found.append(f"run.{name}: {value!r} must be greater than 0")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                found.append(f"run.{name}: {value!r} must not be negative")
+        if not 0 <= self.warmup <= 1:
+            found.append(f"run.warmup: {self.warmup!r} is a fraction of all steps, 0 to 1 (see run.warmup_steps)")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"run.betas: {self.betas!r} must be two numbers in [0, 1)")
+        if self.min_lr > self.init_lr:
+            found.append(f"run.min_lr: {self.min_lr!r} is greater than run.init_lr {self.init_lr!r}")
+        if self.job_id is not None and ("/" in self.job_id or self.job_id in ("", ".", "..")):
+            found.append(f"run.job_id: {self.job_id!r} must be the name of one folder")
+        return found
+
+    @property
+    def table_splits(self) -> list[str]:
+        """The splits of the final table: the test splits, else the validation splits."""
+        return list(self.test_splits or self.valid_splits)
+
+    @property
+    def teacher_splits(self) -> list[str]:
+        """The splits on which the teacher is evaluated."""
+        if not self.evaluate_teacher:
+            return []
+        return self.table_splits if self.teacher_split_eval is None else list(self.teacher_split_eval)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers only, as a checkpoint may hold them."""
+        return asdict(self)
+
+
+_POSITIVE = (
+    "num_threads", "max_epoch", "max_steps", "batch_size_train", "batch_size_eval", "accum_grad_iters", "init_lr",
+    "head_lr_multiplier", "eps", "grad_clip", "eval_every_epochs", "k_test", "match_memory_mb", "save_every",
+    "keep_last", "log_freq",
+)
+_NOT_NEGATIVE = ("num_workers", "seed", "min_lr", "weight_decay", "warmup_steps")

@@ -1,0 +1,194 @@
+"""What a job writes while it runs: log.txt, metrics.jsonl, TensorBoard scalars, and a bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from lavis_dcd.common.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+class Window:
+    """Sums of the scalars of the steps since the last log line.
+
+    Values stay on their device until `means`, so adding them does not wait for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, scalars: Mapping[str, torch.Tensor]) -> None:
+        """Add one step's scalars (0-dim tensors)."""
+        for name, value in scalars.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """The mean of each scalar over the steps that had it."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+    def clear(self) -> None:
+        """Start a new window."""
+        self._sums, self._counts = {}, {}
+
+    def state_dict(self) -> dict[str, dict]:
+        """For a checkpoint."""
+        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, dict], device: torch.device) -> None:
+        """Continue the window of a checkpoint."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
+
+class MetricsLog:
+    """`metrics.jsonl` and `tensorboard/` of a run folder.
+
+    Args:
+        folder: the run folder.
+        resume_step: drop what an interrupted run wrote beyond this step. Evaluations at the step itself are dropped
+            too: the resumed job writes them again. None starts an empty log.
+        active: False (the processes other than the main one) writes nothing.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None = None, active: bool = True) -> None:
+        self._file = folder / "metrics.jsonl" if active else None
+        self._board = None
+        if self._file is None:
+            return
+        kept = [] if resume_step is None else [line for line in self._lines() if _is_before(line, resume_step)]
+        with atomic_write(self._file, "w") as handle:
+            handle.writelines(json.dumps(line) + "\n" for line in kept)
+        self._board = _board(folder / "tensorboard", resume_step)
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        if not self._file.is_file():
+            return
+        for text in self._file.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError:
+                return  # the line being written when the process was killed; nothing follows it
+
+    def write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        """Append a line {"kind", "step", "epoch", **values}; its numbers also become TensorBoard scalars."""
+        if self._file is None:
+            return
+        line = {"kind": kind, "step": step, "epoch": round(epoch, 6), **values}
+        with self._file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+        if self._board is None:
+            return
+        prefix = "/".join(["train"] if kind == "train" else [str(values["split"]), str(values["model"])])
+        for name, value in values.items():
+            if _is_number(value) and name != "weights_of_step":
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _is_before(line: dict[str, Any], step: int) -> bool:
+    return line["step"] < step or (line["kind"] == "train" and line["step"] == step)
+
+
+def _board(folder: Path, resume_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard is not installed: no TensorBoard scalars (pip install tensorboard)")
+        return None
+    return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+
+
+@contextmanager
+def log_file(path: Path, active: bool = True) -> Iterator[None]:
+    """Also write the log to `path` while inside; the other handlers stay as they are."""
+    root, package = logging.getLogger(), logging.getLogger("lavis_dcd")
+    if not active:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = package.level
+    root.addHandler(handler)
+    if not package.isEnabledFor(logging.INFO):
+        package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        package.setLevel(level)
+        handler.close()
+
+
+@contextmanager
+def progress(total: int, done: int, label: str, active: bool = True) -> Iterator[tqdm]:
+    """A bar on a terminal (nothing elsewhere); log lines print above it."""
+    shown = active and sys.stderr.isatty()
+    with ExitStack() as stack:
+        if shown:
+            stack.enter_context(logging_redirect_tqdm())
+        yield stack.enter_context(
+            tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=not shown)
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def scalars_of(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The scalars of a model's output: numbers and one-element tensors, detached, as 0-dim tensors."""
+    found = {}
+    for name, value in output.items():
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            found[name] = value.detach().reshape(()).double()
+        elif _is_number(value):
+            found[name] = torch.tensor(float(value), dtype=torch.float64)
+    return found
+
+
+_COLUMNS = {
+    "name": "model", "txt_r1": "txt R@1", "txt_r5": "R@5", "txt_r10": "R@10", "img_r1": "img R@1", "img_r5": "R@5",
+    "img_r10": "R@10", "r_sum": "R-sum", "fusion_parameters": "fusion params", "ms_per_pair": "ms/pair", "how": "how",
+}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The results as aligned text: one line per row, columns that no row has are left out."""
+    keys = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
+    cells = [[_COLUMNS[key] for key in keys]] + [[_cell(key, row.get(key)) for key in keys] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(keys))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if key in ("name", "how") else text.rjust(width)
+            for key, text, width in zip(keys, line, widths, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if key == "ms_per_pair" else f"{value:.1f}"
+    return str(value)

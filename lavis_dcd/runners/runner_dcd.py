@@ -1,0 +1,77 @@
+"""The runner "runner_dcd": LAVIS's constructor and registry around `Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lavis.common.registry import registry
+from lavis.datasets.data_utils import reorg_datasets_by_split
+from lavis.datasets.datasets.base_dataset import ConcatDataset
+from omegaconf import OmegaConf
+from torch import nn
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.schema import parse
+from lavis_dcd.runners.config import RunConfig
+from lavis_dcd.runners.trainer import Trainer
+
+
+@registry.register_runner("runner_dcd")
+class RunnerDCD(Trainer):
+    """Trains and evaluates on a CPU, a GPU, or under torchrun.
+
+    Args:
+        cfg: LAVIS's Config, or anything with `run_cfg`, `model_cfg` and `datasets_cfg`.
+        task, model: see `Trainer`.
+        datasets: {builder: {split: data set}}, as `task.build_datasets` returns. The splits of run.train_splits are
+            concatenated; any other split must come from one builder.
+        job_id: the name of the run folder, unless run.job_id gives one.
+
+    Raises:
+        UserError: faults of the configuration, or as `Trainer`.
+    """
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Mapping[str, Any], job_id: str | None) -> None:
+        run = parse(RunConfig, cfg.run_cfg, "run")
+        config = {"model": _plain(cfg.model_cfg), "datasets": _plain(cfg.datasets_cfg)}
+        super().__init__(run, config, task, model, by_split(datasets, run), _project(cfg, run), job_id)
+        self.cfg = cfg
+        # `register_path` refuses a name that it has, which would make a second runner in a process impossible.
+        result_dir = self.output_dir / "result"
+        registry.mapping["paths"].update(output_dir=str(self.output_dir), result_dir=str(result_dir))
+
+
+def by_split(datasets: Mapping[str, Mapping[str, Any]], run: RunConfig) -> dict[str, Any]:
+    """{builder: {split: data set}} as {split: data set}, with the training splits concatenated under "train".
+
+    Raises:
+        UserError: a training split is missing, or two builders have the same evaluation split.
+    """
+    parts = reorg_datasets_by_split(datasets)
+    faults = [
+        f"run.train_splits: the data sets have no split {split!r}; there are {', '.join(sorted(parts)) or 'none'}"
+        for split in run.train_splits if split not in parts and not run.evaluate
+    ]
+    used = {*run.valid_splits, *run.test_splits, *(run.teacher_split_eval or [])}
+    faults += [
+        f"datasets: the split {split!r} comes from {len(parts[split])} data sets; evaluation needs exactly one"
+        for split in sorted(used & set(parts)) if len(parts[split]) > 1
+    ]
+    if faults:
+        raise UserError(faults)
+    found = {split: sets[0] for split, sets in parts.items()}
+    training = [dataset for split in run.train_splits for dataset in parts.get(split, [])]
+    if training:
+        found["train"] = training[0] if len(training) == 1 else ConcatDataset(training)
+    return found
+
+
+def _project(cfg: Any, run: RunConfig) -> str:
+    path = getattr(getattr(cfg, "args", None), "cfg_path", None)
+    return run.project or (Path(path).stem if path else "job")
+
+
+def _plain(section: Any) -> Any:
+    return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section

@@ -1,0 +1,318 @@
+"""The life of a job: start or resume, train, evaluate, choose the best, export, report. Knows nothing of LAVIS."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.runners import checkpoint
+from lavis_dcd.runners.config import RunConfig
+from lavis_dcd.runners.devices import find_place, wrap_for_training
+from lavis_dcd.runners.folder import export_model, new_run_folder, write_config
+from lavis_dcd.runners.interrupt import InterruptGuard
+from lavis_dcd.runners.judge import Judge
+from lavis_dcd.runners.logs import MetricsLog, Window, log_file, progress
+from lavis_dcd.runners.sampler import TrainLoader
+from lavis_dcd.runners.seeding import rng_state, seed_everything, seed_for, set_rng_state
+from lavis_dcd.runners.steps import Stepper
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """How far a job has come, in optimizer steps, and with how many processes."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    global_step: int = 0
+    world_size: int = 1
+
+
+class Trainer:
+    """Trains and evaluates a model in a run folder.
+
+    Args:
+        run: the `run:` section.
+        config: the whole job, {"model", "datasets", "run"} in plain containers; kept in checkpoints and config.yaml.
+        task: `train_step(model, samples) -> dict | Tensor` and `evaluate_matcher(matcher, dataset, run, device) ->
+            dict` (with "agg_metrics" where there are run.valid_splits); optionally `prepare(model, datasets, run,
+            device)` (may return other datasets), `wrap_training_set(dataset, model)` and `gallery(matchers, dataset,
+            run, device) -> list`.
+        model: optionally `matchers()`, `exported()`, `teacher_fingerprint()`, `head_parameter_names()`,
+            `find_unused_parameters`.
+        datasets: by split; "train" (the training set, concatenated) and those of run.valid_splits and test_splits.
+        project: the name of the folder below run.output_dir.
+        job_id: a proposed name of the run folder.
+
+    Raises:
+        UserError: a split is missing; the device is not there; the job to resume cannot be continued.
+    """
+
+    def __init__(
+        self, run: RunConfig, config: Mapping[str, Any], task: Any, model: nn.Module, datasets: Mapping[str, Any],
+        project: str = "job", job_id: str | None = None,
+    ) -> None:
+        self.run, self.task, self.datasets, self.project = run, task, dict(datasets), project
+        self.config = {**config, "run": run.to_dict()}
+        self._check_splits()
+        self.place = find_place(run)
+        if run.num_threads:
+            torch.set_num_threads(run.num_threads)
+        self.model = model.to(self.place.device)
+        self.position = Position(world_size=self.place.world_size)
+        self._window = Window()
+        self._guard = InterruptGuard()
+        self._resumed, self.output_dir = self._find_folder(job_id)
+
+    def _check_splits(self) -> None:
+        run = self.run
+        needed = {"run.valid_splits": run.valid_splits, "run.test_splits": run.test_splits}
+        if run.evaluate_teacher and run.teacher_split_eval:
+            needed["run.teacher_split_eval"] = run.teacher_split_eval
+        if not run.evaluate:
+            needed["run.train_splits"] = ["train"]
+        faults = [
+            f"{key}: the data sets have no split {split!r}; there are {', '.join(sorted(self.datasets)) or 'none'}"
+            for key, splits in needed.items() for split in splits if split not in self.datasets
+        ]
+        if faults:
+            raise UserError(faults)
+
+    # -- where the job lives, and what it continues
+
+    def _find_folder(self, job_id: str | None) -> tuple[dict[str, Any] | None, Path]:
+        """The checkpoint to continue, if any, and the run folder."""
+        run, place = self.run, self.place
+        parent = Path(run.output_dir).absolute() / self.project
+        found = checkpoint.find(run.resume, parent, run.job_id) if run.resume and place.is_main else None
+        path = place.share(found and found[0])
+        if path is None or run.evaluate:
+            if run.resume == "auto" and path is None:
+                logger.info("run.resume=auto: no checkpoint below %s, starting anew", parent)
+            content = checkpoint.load(path) if path is not None else None
+            return content, Path(place.share(new_run_folder(parent, run, job_id) if place.is_main else None))
+        content = found[1] if found else checkpoint.load(path)
+        refused = checkpoint.refusals(content, self.config, self._fingerprint(), place.world_size)
+        if refused:
+            raise UserError(refused)
+        logger.info("continuing %s", path)
+        return content, path.absolute().parent.parent
+
+    def _fingerprint(self) -> str:
+        return self.model.teacher_fingerprint() if hasattr(self.model, "teacher_fingerprint") else ""
+
+    def _save(self) -> None:
+        self._finite_means()
+        if not self.place.is_main:
+            return
+        content = {
+            "format": checkpoint.FORMAT,
+            "model": self.model.state_dict(),
+            **self._stepper.state_dict(),
+            "rng": rng_state(),
+            "position": asdict(self.position),
+            "best": self._judge.best,
+            "window": self._window.state_dict(),
+            "config": self.config,
+            "teacher_fingerprint": self._fingerprint(),
+        }
+        path = checkpoint.step_file(self.output_dir, self.position.global_step)
+        checkpoint.save(path, content)
+        checkpoint.prune(self.output_dir, self.run.keep_last)
+        logger.info("saved %s", path.name)
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        self.model.load_state_dict(content["model"])
+        self._stepper.load_state_dict(content)
+        self.position = Position(**content["position"])
+        self._window.load_state_dict(content["window"], self.place.device)
+        set_rng_state(content["rng"])
+        best = content["best"]
+        if best is not None and not checkpoint.best_file(self.output_dir, best["step"]).is_file():
+            logger.warning("the best weights so far (step %d) are gone; the best is chosen anew", best["step"])
+            best = None
+        self._judge.best = best
+        logger.info("resumed at step %d (epoch %d)", self.position.global_step, self.position.epoch + 1)
+
+    # -- the life of a job
+
+    def train(self) -> dict[str, Any]:
+        """Run the job to its end.
+
+        Returns:
+            The learner's metrics by split of the final table.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once the step is finished and a checkpoint is saved.
+            UserError: the training set is too small, nothing is trainable, or the loss is not finite.
+        """
+        if self.run.evaluate:
+            return self.evaluate(skip_reload=True)
+        with self._open():
+            self._set_up_training()
+            self._train_epochs()
+            self._judge.load_best()
+            return self._finish()
+
+    def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> dict[str, Any]:
+        """Evaluate without training; write results.json and the report.
+
+        Args:
+            cur_epoch, skip_reload: as LAVIS's runners have them; the weights are those the model was built with, or
+                those of run.resume.
+        """
+        del cur_epoch, skip_reload
+        with self._open():
+            if self._resumed is not None:
+                self.model.load_state_dict(self._resumed["model"])
+            return self._finish(export=False)
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        with log_file(self.output_dir / "log.txt", self.place.is_main):
+            self._begin()
+            try:
+                yield
+            finally:
+                self.metrics.close()
+
+    def _begin(self) -> None:
+        run, place = self.run, self.place
+        step = self.position.global_step or None  # evaluate() after train()
+        if self._resumed is not None and not run.evaluate:
+            step = self._resumed["position"]["global_step"]
+        if place.is_main:
+            write_config(self.output_dir, self.config)
+            if step is not None:
+                checkpoint.discard_after(self.output_dir, step)
+        logger.info("run folder: %s (%s)", self.output_dir, place.device)
+        self.metrics = MetricsLog(self.output_dir, step, place.is_main)
+        seed_everything(seed_for(run.seed, "start"))
+        if hasattr(self.task, "prepare"):
+            prepared = self.task.prepare(self.model, self.datasets, run, place.device)
+            self.datasets = self.datasets if prepared is None else dict(prepared)
+        self._judge = Judge(
+            self.output_dir, run, place, self.task, self.model, self.datasets, self.metrics, resume_step=step
+        )
+
+    def _set_up_training(self) -> None:
+        run, place, dataset = self.run, self.place, self.datasets["train"]
+        if hasattr(self.task, "wrap_training_set"):
+            dataset = self.task.wrap_training_set(dataset, self.model)
+        self._loader = TrainLoader(
+            dataset, run.batch_size_train, run.seed, drop_last=run.drop_last, num_workers=run.num_workers,
+            pin_memory=place.device.type == "cuda", rank=place.rank, world_size=place.world_size,
+        )
+        self.steps_per_epoch = math.ceil(len(self._loader) / run.accum_grad_iters)
+        self.total_steps = min(run.max_epoch * self.steps_per_epoch, run.max_steps or math.inf)
+        self._judge.steps_per_epoch = self.steps_per_epoch
+        wrapped = wrap_for_training(self.model, place)
+        self._stepper = Stepper(self.task, wrapped, self.model, run, place, self.total_steps)
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        logger.info(
+            "%s training samples, %d steps per epoch, %d in all; %s trainable parameters",
+            f"{len(dataset):,}", self.steps_per_epoch, self.total_steps, f"{trainable:,}",
+        )
+        if self._resumed is not None:
+            self._restore(self._resumed)
+            self._resumed = None
+
+    def _train_epochs(self) -> None:
+        run, position = self.run, self.position
+        if position.global_step == 0 and run.evaluate_before and run.table_splits:
+            self._judge.evaluate_learner(run.table_splits, 0)
+            self._judge.keep()
+            self._save()
+        while True:
+            self._train_epoch()
+            done = position.global_step >= self.total_steps
+            if done or (position.epoch + 1) % run.eval_every_epochs == 0:
+                self._judge.validate(position.global_step)
+            if done:
+                return
+            position.epoch, position.step_in_epoch = position.epoch + 1, 0
+
+    def _train_epoch(self) -> None:
+        """From the position to the end of its epoch (or of the job), with a checkpoint at the end."""
+        run, position, begin = self.run, self.position, time.monotonic()
+        first = position.step_in_epoch
+        last = first + min(self.steps_per_epoch - first, self.total_steps - position.global_step)
+        if last <= first:
+            return
+        self.model.train()
+        batches = self._loader.epoch(position.epoch, first * run.accum_grad_iters)
+        label = f"epoch {position.epoch + 1}/{run.max_epoch}"
+        with self._guard as guard, progress(self.steps_per_epoch, first, label, self.place.is_main) as bar:
+            for number in range(first, last):
+                self._train_step(batches, number)
+                bar.update()
+                interrupted = self.place.any(guard.requested)
+                if interrupted or number + 1 == last or position.global_step % (run.save_every or math.inf) == 0:
+                    self._save()
+                if interrupted:
+                    raise KeyboardInterrupt
+        logger.info("%s: %d steps in %.1f s", label, last - first, time.monotonic() - begin)
+
+    def _train_step(self, batches: Iterator[Any], number: int) -> None:
+        run, position = self.run, self.position
+        size = min(run.accum_grad_iters, len(self._loader) - number * run.accum_grad_iters)
+        extra = {"epoch": position.epoch, "iters": number, "num_iters_per_epoch": self.steps_per_epoch}
+        lr = self._stepper.lr
+        self._window.add(self._stepper.step(batches, size, position.global_step, extra))
+        position.global_step += 1
+        position.step_in_epoch = number + 1
+        if position.global_step % run.log_freq == 0 or position.global_step == self.total_steps:
+            self._log_window(lr)
+
+    def _log_window(self, lr: float) -> None:
+        means, step = self._finite_means(), self.position.global_step
+        self._window.clear()
+        epoch = step / self.steps_per_epoch
+        self.metrics.write("train", step, epoch, {"lr": lr, **means})
+        figures = " ".join(f"{name} {means[name]:.4g}" for name in sorted(means, key=lambda name: name != "loss"))
+        logger.info("epoch %.2f step %d/%d lr %.3g %s", epoch, step, self.total_steps, lr, figures)
+
+    def _finite_means(self) -> dict[str, float]:
+        found = dict(sorted(self._window.means().items()))
+        if not found:
+            return {}
+        values = torch.stack([value.to(self.place.device) for value in found.values()])
+        means = dict(zip(found, self.place.mean(values).tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            raise UserError(
+                f"run: the loss is {means['loss']} by step {self.position.global_step}; try a lower run.init_lr, "
+                f"run.grad_clip, or run.amp=off. Earlier checkpoints: {self.output_dir / checkpoint.FOLDER}"
+            )
+        return means
+
+    def _finish(self, export: bool = True) -> dict[str, Any]:
+        judge = self._judge
+        step = judge.best["step"] if judge.best is not None else self.position.global_step
+        found = judge.evaluate_learner(self.run.table_splits, step, self.position.global_step)
+        judge.keep()
+        judge.evaluate_teacher(self.position.global_step)
+        if self.place.is_main:
+            if export:
+                logger.info("model: %s", export_model(self.output_dir, self.model))
+            judge.write_results(self.project, step)
+            self._report()
+        self.place.share(None)
+        return found
+
+    def _report(self) -> None:
+        if self.run.report and (self.output_dir / "results.json").is_file():
+            from lavis_dcd.runners.report import write_report
+
+            write_report(self.output_dir)
+            logger.info("report: %s", self.output_dir / "report.html")

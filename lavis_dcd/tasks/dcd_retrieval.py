@@ -1,0 +1,228 @@
+"""The task `dcd_retrieval`: data sets and model from a job, training steps, evaluation of every matcher."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from lavis.common.registry import registry
+from lavis.tasks.base_task import BaseTask
+from torch import Tensor, nn
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import cache_root
+from lavis_dcd.datasets.bank_rows import is_evaluation_set
+from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet, leaf_sets
+from lavis_dcd.datasets.feature_bank import build_feature_bank, weights_fingerprint
+from lavis_dcd.datasets.pictures import load_picture
+from lavis_dcd.datasets.random_captions import RandomCaptions
+from lavis_dcd.datasets.verify import verify_pictures
+from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.tasks.evaluation import Evaluation, Protocol, evaluate
+from lavis_dcd.tasks.gallery import gallery_items
+
+log = logging.getLogger(__name__)
+
+
+def matchers_of(model: nn.Module) -> dict[str, Matcher]:
+    """What can be evaluated, by name: ``model.matchers()``, else the model itself as "model"."""
+    return dict(model.matchers()) if hasattr(model, "matchers") else {"model": model}
+
+
+@registry.register_task("dcd_retrieval")
+class DcdRetrievalTask(BaseTask):
+    """Image-text retrieval with any matchers, a distiller's teacher and student included.
+
+    Args:
+        run: the ``run:`` section, a mapping or ``RunConfig``.
+    """
+
+    def __init__(self, run: Any = None) -> None:
+        super().__init__()
+        self.run = run
+        self._matchers: dict[str, Matcher] = {}
+        self._kept = _KeptEvaluations()
+
+    @classmethod
+    def setup_task(cls, cfg: Any = None, **_: Any) -> DcdRetrievalTask:
+        """LAVIS's way to make a task."""
+        return cls(getattr(cfg, "run_cfg", None))
+
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
+        """The job's data sets by builder and split, their pictures verified as ``run.verify`` says.
+
+        Raises:
+            UserError: pictures that are missing or broken, all of them listed.
+        """
+        datasets = super().build_datasets(cfg)
+        mode = cfg.run_cfg.get("verify", "fast")
+        faults: list[str] = []
+        for splits in datasets.values():
+            for dataset in splits.values():
+                try:
+                    verify_pictures(dataset, mode)
+                except UserError as error:
+                    faults += error.faults
+        if faults:
+            raise UserError(faults)
+        return datasets
+
+    def prepare(
+        self, model: nn.Module, datasets: Mapping[str, Any], run: Any, device: Any = None
+    ) -> dict[str, Any]:
+        """``datasets`` by split, answering from a feature bank where ``run.cache_features`` asks for one.
+
+        Raises:
+            UserError: the encoders learn, or the model's matchers do not share them.
+        """
+        self._matchers = matchers_of(model)
+        mode = _option(run, "cache_features", "off")
+        if mode == "off":
+            return dict(datasets)
+        matcher = self._one_with_shared_encoders()
+        leaves = {split: leaf_sets(dataset, split) for split, dataset in datasets.items()}
+        flat = {name: leaf for of_split in leaves.values() for name, leaf in of_split.items()}
+        _use_evaluation_processors(flat)
+        protocol = Protocol.of_run(run)
+        bank = build_feature_bank(
+            matcher,
+            flat,
+            protocol.batch_size,
+            folder=cache_root() / "dcd_features" if mode == "disk" else None,
+            fingerprint=weights_fingerprint(matcher.encoder_modules()) if mode == "disk" else "",
+            num_workers=protocol.num_workers,
+            amp=protocol.amp,
+        )
+        return {
+            split: BankedEvaluationSet(dataset, bank, split)
+            if is_evaluation_set(dataset)
+            else BankedTrainingSet(dataset, bank, split)
+            for split, dataset in datasets.items()
+        }
+
+    def _one_with_shared_encoders(self) -> Matcher:
+        learner = self._matchers.get("student") or next(iter(self._matchers.values()))
+        for name, other in self._matchers.items():
+            if other is not learner and not other.shares_encoders_with(learner):
+                raise UserError(
+                    f"run.cache_features: the {name} has encoders of its own, and kept features serve "
+                    "one pair of encoders only; set model.share_encoders=true or run.cache_features=off"
+                )
+        return learner
+
+    def wrap_training_set(self, dataset: Any, model: nn.Module) -> Any:
+        """The training set with the drawn captions that the model asks for (``random_captions_per_image``)."""
+        count = getattr(model, "random_captions_per_image", 0)
+        if not count:
+            return dataset
+        seed = int(_option(self.run, "seed", 0))
+        if isinstance(dataset, BankedTrainingSet):
+            return dataset.wrapped(lambda rows: RandomCaptions(rows, count, seed))
+        return RandomCaptions(dataset, count, seed)
+
+    def train_step(self, model: nn.Module, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The model's output: ``loss``, its parts, diagnostics."""
+        return model(samples)
+
+    # -- evaluation ----------------------------------------------------------------------------------------
+
+    def evaluate_matcher(
+        self, matcher: Matcher, dataset: Any, run: Any, device: Any = None, shortlist: Matcher | None = None
+    ) -> Evaluation:
+        """Figures and scores of one matcher; the result reads as the mapping of its figures.
+
+        Args:
+            shortlist: whose joint space makes the shortlist; by default the one that ``run.shortlist`` names.
+
+        Raises:
+            UserError: ``run.shortlist`` names no matcher of the model, or one without a joint space.
+        """
+        protocol = Protocol.of_run(run)
+        shortlist = shortlist or self._shortlist_matcher(protocol)
+        found = evaluate(matcher, dataset, protocol, device, shortlist)
+        self._kept.put(matcher, dataset, found)
+        return found
+
+    def _shortlist_matcher(self, protocol: Protocol) -> Matcher | None:
+        name = protocol.shortlist
+        if protocol.k_test is None or name in (None, "joint"):
+            return None
+        if name not in self._matchers:
+            known = ", ".join(["joint", *self._matchers])
+            raise UserError(f"run.shortlist: {name!r} is none of this job's matchers: {known}")
+        return self._matchers[name]
+
+    def gallery(
+        self,
+        matchers: Mapping[str, Matcher],
+        dataset: Any,
+        run: Any,
+        device: Any = None,
+        count: int = 12,
+        seed: int = 0,
+    ) -> list[dict[str, Any]]:
+        """Queries with what each matcher returns, see ``tasks.gallery``.
+
+        The scores of this process's last evaluation serve where the weights are still the same.
+        """
+        found = {
+            name: self._kept.get(matcher, dataset) or self.evaluate_matcher(matcher, dataset, run, device)
+            for name, matcher in matchers.items()
+        }
+        source = getattr(dataset, "source", dataset)
+        return gallery_items(found, dataset, lambda row: load_picture(source, row), count, seed)
+
+    def evaluation(self, model: nn.Module, data_loader: Any, **_: Any) -> dict[str, Any]:
+        """LAVIS's own runners call this: the figures of the learner on the loader's data set."""
+        self._matchers = self._matchers or matchers_of(model)
+        learner = self._matchers.get("student") or next(iter(self._matchers.values()))
+        dataset = getattr(data_loader, "dataset", data_loader)
+        return dict(self.evaluate_matcher(learner, dataset, self.run).metrics)
+
+    def before_evaluation(self, model: nn.Module, dataset: Any, **_: Any) -> None:
+        """LAVIS's hook; nothing to prepare."""
+
+    def after_evaluation(self, val_result: Any = None, **_: Any) -> Any:
+        """LAVIS's hook: the figures as they are."""
+        return val_result
+
+
+class _KeptEvaluations:
+    """The last evaluation of each matcher, as long as its weights and the set are the ones evaluated."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[Any, Any, Any, Evaluation]] = {}
+
+    def put(self, matcher: Matcher, dataset: Any, found: Evaluation) -> None:
+        self._last[id(matcher)] = (matcher, dataset, _weights_state(matcher), found)
+
+    def get(self, matcher: Matcher, dataset: Any) -> Evaluation | None:
+        kept = self._last.get(id(matcher))
+        if kept is None or kept[1] is not dataset or kept[2] != _weights_state(matcher):
+            return None
+        return kept[3]
+
+
+def _weights_state(matcher: Matcher) -> list[tuple[int, int]]:
+    """Which tensors hold the weights, and how often each was written in place."""
+    return [(t.data_ptr(), t._version) for t in matcher.state_dict(keep_vars=True).values()]
+
+
+def _use_evaluation_processors(datasets: Mapping[str, Any]) -> None:
+    """Kept features need pictures that are always the same: training sets read them as evaluation does."""
+    evaluation = [d for d in datasets.values() if is_evaluation_set(d)]
+    if not evaluation:
+        raise UserError(
+            "run.cache_features: needs an evaluation split, whose processor the training pictures go "
+            "through; name one in the data set, or set run.cache_features=off"
+        )
+    for name, dataset in datasets.items():
+        if not is_evaluation_set(dataset):
+            log.info("run.cache_features: the pictures of %s go through the evaluation processor", name)
+            dataset.set_processors(evaluation[0].vis_processor, dataset.text_processor)
+
+
+def _option(run: Any, name: str, default: Any) -> Any:
+    value = run.get(name) if hasattr(run, "get") else getattr(run, name, None)
+    return default if value is None else value

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    for line in (ROOT / "lavis_dcd" / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("lavis_dcd/__init__.py states no __version__")
+
+
+def readme() -> str:
+    path = ROOT / "README.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+setup(
+    name="lavis-dcd",
+    version=version(),
+    description="Dynamic Contrastive Distillation for image-text retrieval: a plug-in of LAVIS",
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.12",
+    # `lavis` here is one folder with the two launchers. In a wheel they land beside LAVIS's own modules; in
+    # an editable install setuptools' finder is asked only for what the real package lacks. configs/ and
+    # projects/ are data, kept at the top of the checkout and shipped inside the package.
+    packages=[
+        *find_packages(include=["lavis_dcd", "lavis_dcd.*"]),
+        "lavis_dcd.configs",
+        "lavis_dcd.projects",
+        "lavis",
+    ],
+    package_dir={
+        "lavis_dcd.configs": "configs",
+        "lavis_dcd.projects": "projects",
+        "lavis": "lavis_dcd/launch",
+    },
+    package_data={
+        "lavis_dcd": ["assets/**", "**/*.html", "**/*.jinja", "**/*.j2", "**/*.css"],
+        "lavis_dcd.configs": ["**/*.yaml"],
+        "lavis_dcd.projects": ["**/*.yaml"],
+    },
+    include_package_data=False,
+    # torch and torchvision are one tested pair; LAVIS 1.0.2 brings the tight pins of transformers, timm and
+    # fairscale, and an OpenCV that was built against NumPy 1.
+    install_requires=[
+        "salesforce-lavis==1.0.2",
+        "torch>=2.12,<2.13",
+        "torchvision>=0.27,<0.28",
+        "transformers>=4.25,<4.27",
+        "timm==0.4.12",
+        "fairscale==0.4.4",
+        "numpy<2",
+        "omegaconf>=2.3,<3",
+        "pycocotools",
+        "safetensors",
+        "tensorboard",
+        "jinja2",
+        "tqdm",
+        "pillow",
+    ],
+    extras_require={"test": ["pytest", "hypothesis", "ruff"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "License :: OSI Approved :: Apache Software License",
+    ],
+)

@@ -1,0 +1,248 @@
+"""Features from the bank against features made on the spot."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet, leaf_sets
+from lavis_dcd.datasets.feature_bank import FeatureBank, build_feature_bank, weights_fingerprint
+from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.matching.encoding import encode_dataset
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+
+
+class Toy(nn.Module, Matcher):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = nn.Linear(3, 4).requires_grad_(False)
+        self.words = nn.Embedding(128, 4).requires_grad_(False)
+        self.head = nn.Linear(4, 1)
+        self.encoded: list[str] = []
+        self.pictures = 0
+
+    def encoder_modules(self) -> list[nn.Module]:
+        return [self.vision, self.words]
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        self.pictures += len(images)
+        tokens = self.vision(images.flatten(2).transpose(1, 2))
+        return ImageFeatures(tokens, embeds=tokens.mean(1))
+
+    def encode_texts(self, texts: list[str]) -> TextFeatures:
+        self.encoded += texts
+        length = max(map(len, texts))
+        ids = torch.tensor([[ord(c) for c in t.ljust(length)] for t in texts])
+        mask = torch.tensor([[i < len(t) for i in range(length)] for t in texts])
+        return TextFeatures(self.words(ids), mask)
+
+    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        return self.head(images.tokens.mean(1)[pairs[:, 0]] * texts.tokens.mean(1)[pairs[:, 1]])[:, 0]
+
+
+def picture(name: str) -> Tensor:
+    return torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(sum(map(ord, name))))
+
+
+class Training(Dataset):
+    """LAVIS's retrieval training shape: a row per caption."""
+
+    vis_root = None
+
+    def __init__(self, names: str = "aab") -> None:
+        self.annotation = [
+            {"image": n, "image_id": f"id {n}", "caption": f"{n.upper()} No {i % 3}", "instance_id": str(i)}
+            for i, n in enumerate(names)
+        ]
+        self.img_ids = {f"id {n}": i for i, n in enumerate(sorted(set(names)))}
+        self.text_processor = str.lower
+
+    def __len__(self) -> int:
+        return len(self.annotation)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.annotation[index]
+        return {
+            "image": picture(row["image"]),
+            "text_input": self.text_processor(row["caption"]),
+            "image_id": self.img_ids[row["image_id"]],
+            "instance_id": row["instance_id"],
+        }
+
+    def collater(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return default_collate(items)
+
+
+class Evaluation(Dataset):
+    vis_root = None
+
+    def __init__(self) -> None:
+        self.annotation = [{"image": "c"}, {"image": "d"}]
+        self.image = ["c", "d"]
+        self.text = ["a no 0", "a longer caption", "d"]
+        self.txt2img = {0: 0, 1: 0, 2: 1}
+        self.img2txt = {0: [0, 1], 1: [2]}
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": picture(self.image[index]), "index": index}
+
+
+class Drawing(Dataset):
+    """A wrapper that adds two captions of the set to every row."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.epoch = dataset, 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], "candidate_text": ["b no 2", "a no 0"], "candidate_image_id": [1, 0]}
+
+    def collater(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        plain = [{k: v for k, v in item.items() if not k.startswith("candidate")} for item in items]
+        return {
+            **self.dataset.collater(plain),
+            "candidate_text": [text for item in items for text in item["candidate_text"]],
+            "candidate_image_id": torch.tensor([item["candidate_image_id"] for item in items]),
+        }
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def bank_of(matcher: Toy, **options: Any) -> FeatureBank:
+    sets = {"train": Training(), "val": Evaluation()}
+    return build_feature_bank(matcher, sets, 2, torch.float32, **options)
+
+
+def test_every_distinct_picture_and_caption_is_encoded_once() -> None:
+    matcher = Toy()
+    bank = bank_of(matcher)
+    assert matcher.pictures == 4  # a, b of the training set; c, d
+    assert sorted(matcher.encoded) == ["a longer caption", "a no 0", "a no 1", "b no 2", "d"]
+    assert bank.tensors["text_tokens"].shape == (len("".join(matcher.encoded)), 4)  # no padding is kept
+    assert not bank.tensors["image_tokens"].requires_grad
+
+
+def assert_same(got: ImageFeatures | TextFeatures, expected: ImageFeatures | TextFeatures) -> None:
+    mask = expected.mask
+    if mask is None:
+        assert got.mask is None and torch.allclose(got.tokens, expected.tokens)
+    else:
+        assert torch.equal(got.mask, mask)
+        assert torch.allclose(got.tokens[mask], expected.tokens[mask]) and not got.tokens[~mask].any()
+    assert (got.embeds is None) == (expected.embeds is None)
+    if got.embeds is not None:
+        assert torch.allclose(got.embeds, expected.embeds)
+
+
+def test_a_batch_carries_what_the_encoders_would_make_of_it() -> None:
+    matcher, plain = Toy(), Training()
+    banked = BankedTrainingSet(plain, bank_of(matcher))
+    batch = banked.collater([banked[i] for i in (2, 0)])
+    expected = plain.collater([plain[i] for i in (2, 0)])
+    assert_same(batch["image"], matcher.encode_images(expected["image"]))
+    assert_same(batch["text_features"], matcher.encode_texts(expected["text_input"]))
+    assert batch["text_input"] == expected["text_input"] and batch["instance_id"] == ["2", "0"]
+    assert torch.equal(batch["image_id"], expected["image_id"])
+
+
+@pytest.mark.parametrize("order", ["bank around wrapper", "wrapper put in afterwards"])
+def test_drawn_captions_get_features_too(order: str) -> None:
+    matcher = Toy()
+    bank = bank_of(matcher)
+    if order == "bank around wrapper":
+        banked = BankedTrainingSet(Drawing(Training()), bank)
+    else:
+        banked = BankedTrainingSet(Training(), bank).wrapped(Drawing)
+    batch = banked.collater([banked[i] for i in range(3)])
+    texts = [*batch["text_input"], *batch["candidate_text"]]
+    assert len(texts) == 3 + 6
+    assert_same(batch["text_features"], matcher.encode_texts(texts))
+    banked.set_epoch(4)
+    assert banked.dataset.epoch == 4
+
+
+def test_an_evaluation_set_answers_from_the_bank_for_matchers_with_the_same_encoders() -> None:
+    matcher, plain = Toy(), Evaluation()
+    banked = BankedEvaluationSet(plain, bank_of(matcher), "val")
+    direct = encode_dataset(matcher, plain)
+    matcher.pictures = 0
+    from_bank = encode_dataset(matcher, banked)
+    assert matcher.pictures == 0
+    assert_same(from_bank[0], direct[0])
+    assert_same(from_bank[1], direct[1])
+    assert banked.txt2img == plain.txt2img and len(banked) == 2
+    stranger = Toy()
+    assert banked.banked_features(stranger) is None
+    encode_dataset(stranger, banked)
+    assert stranger.pictures == 2
+
+
+def test_half_precision_is_kept_and_float32_is_given() -> None:
+    matcher = Toy()
+    bank = build_feature_bank(matcher, {"train": Training()})
+    assert bank.tensors["image_tokens"].dtype == torch.float16
+    images = bank.images([0])
+    assert images.tokens.dtype == torch.float32
+    assert torch.allclose(images.tokens, matcher.encode_images(picture("a")[None]).tokens, atol=2e-3)
+
+
+def test_a_bank_on_disk_serves_the_next_run_and_no_other(tmp_path, caplog) -> None:
+    matcher = Toy()
+    key = weights_fingerprint(matcher.encoder_modules())
+    with caplog.at_level(logging.INFO):
+        first = bank_of(matcher, folder=tmp_path, fingerprint=key)
+    assert "features of 4 pictures: 0 MB" in caplog.text
+    made = matcher.pictures
+    again = bank_of(matcher, folder=tmp_path, fingerprint=key)
+    assert matcher.pictures == made and len(list(tmp_path.iterdir())) == 1
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, again.tensors[name])
+    with torch.no_grad():
+        matcher.vision.bias += 1
+    changed = weights_fingerprint(matcher.encoder_modules())
+    assert changed != key
+    bank_of(matcher, folder=tmp_path, fingerprint=changed)
+    assert matcher.pictures > made and len(list(tmp_path.iterdir())) == 2
+
+
+def test_same_names_in_two_sets_without_files_are_different_pictures() -> None:
+    bank = build_feature_bank(Toy(), {"train": Training(), "other": Training()})
+    assert len(bank.picture_rows) == 4
+
+
+def test_leaves_of_wrapped_and_concatenated_sets() -> None:
+    one, two = Training(), Training("cd")
+    both = torch.utils.data.ConcatDataset([one, Drawing(two)])
+    leaves = leaf_sets(both, "train")
+    assert leaves == {"train.0": one, "train.1": two}
+    banked = BankedTrainingSet(torch.utils.data.ConcatDataset([one, two]), build_feature_bank(Toy(), leaves))
+    assert len(banked) == 5 and banked[3]["text_input"] == "c no 0"
+
+
+def test_encoders_that_learn_and_foreign_sets_are_refused() -> None:
+    matcher = Toy()
+    with pytest.raises(UserError, match="'train' \\(TensorDataset\\)"):
+        build_feature_bank(matcher, {"train": torch.utils.data.TensorDataset(torch.zeros(2))})
+    matcher.vision.requires_grad_(True)
+    with pytest.raises(UserError, match="cache_features: the encoders of Toy learn"):
+        bank_of(matcher)
+
+
+def test_features_too_large_for_half_precision_are_refused() -> None:
+    matcher = Toy()
+    with torch.no_grad():
+        matcher.vision.bias += 1e6
+    with pytest.raises(UserError, match="do not fit"):
+        build_feature_bank(matcher, {"train": Training()})

@@ -1,0 +1,198 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lavis_dcd.distillation.losses import CONTRASTIVE_LOSSES, DISTILL_LOSSES, MeanSquaredError, reduce_rows
+from lavis_dcd.distillation.objective import LossConfig, build_objective, config_faults
+from lavis_dcd.distillation.weighting import WEIGHTINGS, EntropyShare
+
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "dcd_loss.safetensors")
+CASES = [(name, temperature) for name in "abc" for temperature in (1, 2)]
+
+
+class Case:
+    def __init__(self, name: str, temperature: int) -> None:
+        prefix = f"{name}.T{temperature}."
+        self.golden = {key.removeprefix(prefix): v for key, v in GOLDEN.items() if key.startswith(prefix)}
+        self.teacher = self.golden["teacher"]
+        self.student = self.golden["student"].clone().requires_grad_()
+        self.valid = torch.ones_like(self.teacher, dtype=torch.bool)
+        self.temperature = temperature
+
+    def close(self, value: torch.Tensor, key: str) -> None:
+        torch.testing.assert_close(value.detach(), self.golden[key], rtol=1e-5, atol=1e-9)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}.T{case[1]}")
+def case(request):
+    return Case(*request.param)
+
+
+def test_release_reproduces_the_published_loss_and_gradient(case):
+    objective = build_objective(LossConfig(reference="release", temperature=case.temperature))
+    out = objective(case.teacher, case.student, case.valid)
+    case.close(out["loss"], "loss")
+    case.close(out["distill_loss"], "distill")
+    case.close(out["contrastive_loss"], "contrastive")
+    out["loss"].backward()
+    case.close(case.student.grad, "grad")
+
+
+def test_release_reproduces_the_published_weighted_soft_labels(case):
+    objective = build_objective(
+        LossConfig(reference="release", weighting="wsl", temperature=case.temperature)
+    )
+    out = objective(case.teacher, case.student, case.valid)
+    case.close(out["loss"], "wsl_loss")
+    case.close(out["distill_loss"], "wsl_distill")
+    case.close(out["contrastive_loss"], "wsl_ce")
+    out["loss"].backward()
+    case.close(case.student.grad, "wsl_grad")
+
+
+def test_entropy_shares_and_weights(case):
+    weights = EntropyShare()(case.teacher, case.student, case.valid)
+    case.close(weights.contrastive, "entropy_share")
+    case.close(weights.distill, "distill_weight")
+
+
+def test_paper_applies_the_weights_row_by_row(case):
+    rows = MeanSquaredError()(case.teacher, case.student, case.valid)
+    case.close(rows / case.temperature**2, "per_sample_mse")
+    weights = EntropyShare()(case.teacher, case.student, case.valid)
+    case.close(reduce_rows(rows, weights.distill), "distill_weighted_per_sample")
+    out = build_objective(LossConfig())(case.teacher, case.student, case.valid)
+    case.close(out["distill_loss"], "distill_weighted_per_sample")
+    case.close(out["contrastive_loss"], "contrastive")
+    expected = 0.2 * case.golden["distill_weighted_per_sample"] + 0.8 * case.golden["contrastive"]
+    torch.testing.assert_close(out["loss"].detach(), expected, rtol=1e-5, atol=0)
+
+
+def paper_configs():
+    for distill in DISTILL_LOSSES:
+        for weighting in WEIGHTINGS:
+            for contrastive in CONTRASTIVE_LOSSES:
+                yield LossConfig(distill=distill, weighting=weighting, contrastive=contrastive)
+
+
+def label(config):
+    return f"{config.distill}-{config.weighting}-{config.contrastive}"
+
+
+@pytest.mark.parametrize("config", list(paper_configs()), ids=label)
+def test_a_very_sure_teacher_gives_finite_values_and_gradients(config):
+    teacher = torch.tensor([[1e4, -1e4, 0.0, 1.0], [-1e4, 1e4, 1e4, 0.0], [1e4, 0.0, -1e4, 5.0]])
+    valid = torch.tensor([[True] * 4, [True, True, True, False], [True, False, False, False]])
+    student = torch.tensor([[0.5, -1.0, 2.0, 0.0], [1.0, 0.0, -1.0, 9.0], [1e4, 0.0, 0.0, 0.0]])
+    student.requires_grad_()
+    out = build_objective(config)(teacher, student, valid)
+    out["loss"].backward()
+    assert all(value.isfinite() and value.dim() == 0 for value in out.values())
+    assert student.grad.isfinite().all() and (student.grad[~valid] == 0).all()
+
+
+def test_the_release_turns_to_nan_on_a_very_sure_teacher():
+    teacher = torch.tensor([[1e4, -1e4]])
+    out = build_objective(LossConfig(reference="release"))(
+        teacher, torch.zeros(1, 2), torch.ones(1, 2).bool()
+    )
+    assert out["loss"].isnan()
+
+
+def test_the_release_is_blind_to_gamma_and_temperature(case):
+    first = build_objective(LossConfig(reference="release"))
+    second = build_objective(LossConfig(reference="release", gamma=9.0, temperature=5.0))
+    assert first(case.teacher, case.student, case.valid) == second(case.teacher, case.student, case.valid)
+
+
+@pytest.mark.parametrize("reference", ["paper", "release"])
+@pytest.mark.parametrize("weighting", ["entropy_share", "wsl"])
+def test_masked_entries_and_unmatched_rows_equal_their_absence(reference, weighting):
+    generator = torch.Generator().manual_seed(5)
+    teacher, student = torch.randn(2, 4, 6, generator=generator)
+    valid = torch.ones(5, 8, dtype=torch.bool)
+    valid[:, 6:] = False
+    valid[4, 0] = False
+    objective = build_objective(LossConfig(reference=reference, weighting=weighting))
+    small = objective(teacher, student, valid[:4, :6])
+    padded = [torch.nn.functional.pad(x, (0, 2, 0, 1), value=float("nan")) for x in (teacher, student)]
+    large = objective(*padded, valid)
+    for key, value in small.items():
+        torch.testing.assert_close(large[key], value)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(list(paper_configs())), st.permutations(range(6)), st.integers(0, 1000))
+def test_the_order_of_queries_does_not_matter(config, order, seed):
+    generator = torch.Generator().manual_seed(seed)
+    teacher, student = torch.randn(2, 6, 5, generator=generator)
+    valid = torch.rand(6, 5, generator=generator) > 0.2
+    objective = build_objective(config)
+    first, second = (
+        objective(teacher, student, valid),
+        objective(teacher[order], student[order], valid[order]),
+    )
+    for key in first:
+        torch.testing.assert_close(first[key], second[key])
+
+
+def test_alpha_zero_trains_without_a_teacher():
+    student = torch.randn(4, 3, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    valid = torch.ones(4, 3, dtype=torch.bool)
+    objective = build_objective(LossConfig(alpha=0, weighting="uniform"))
+    assert not objective.needs_teacher
+    out = objective(None, student, valid)
+    target = torch.zeros(4, 3)
+    target[:, 0] = 1
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(student, target)
+    torch.testing.assert_close(out["loss"], expected)
+    assert out["distill_loss"] == 0
+    out["loss"].backward()
+    assert student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LossConfig(alpha=0), LossConfig(weighting="uniform"), LossConfig(reference="release", alpha=0)],
+    ids=["entropies need it", "distillation needs it", "the release needs it"],
+)
+def test_a_missing_teacher_is_named(config):
+    objective = build_objective(config)
+    assert objective.needs_teacher
+    with pytest.raises(ValueError, match="needs teacher_scores, got None"):
+        objective(None, torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_no_gradient_reaches_the_teacher(case):
+    teacher = case.teacher.clone().requires_grad_()
+    for reference in ("paper", "release"):
+        build_objective(LossConfig(reference=reference))(teacher, case.student, case.valid)["loss"].backward()
+    assert teacher.grad is None
+
+
+def test_knobs_reach_the_parts(case):
+    def run(**settings):
+        return build_objective(LossConfig(**settings))(case.teacher, case.student, case.valid)["loss"]
+
+    assert run(distill="kl", temperature=4.0) != run(distill="kl")
+    assert run(gamma=0.0) != run()
+    assert run(weighting="entropy_normalised", entropy_floor=0.9) != run(weighting="entropy_normalised")
+
+
+def test_every_fault_of_a_config_is_listed():
+    faults = config_faults(
+        LossConfig(reference="p", alpha=2, distill="l1", weighting="x", gamma=-1, temperature=0)
+    )
+    assert len(faults) == 6
+    assert faults[1] == "loss.distill: unknown name 'l1'; registered: kl, margin_mse, mse, ranknet"
+    with pytest.raises(ValueError, match=r"loss\.temperature: does nothing in distill 'mse'"):
+        build_objective(LossConfig(temperature=2.0))
+    with pytest.raises(ValueError, match=r"loss.weighting: .*\nloss.distill: .*\nloss.contrastive: "):
+        build_objective(
+            LossConfig(reference="release", weighting="uniform", distill="kl", contrastive="listwise_ce")
+        )
+    assert config_faults(LossConfig()) == []
