@@ -72,9 +72,5 @@ def _run(args: argparse.Namespace, evaluate: bool) -> None:
 def set_up_logging() -> None:
     """Messages of the first process go to stderr; of the others, warnings only."""
     first = int(os.environ.get("RANK", "0")) == 0
-    logging.basicConfig(
-        level=logging.INFO if first else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().setLevel(logging.INFO if first else logging.WARNING)

@@ -18,7 +18,7 @@ from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import unknown_key
 
 _SECTIONS = ("model", "datasets", "run", "preprocess")
-_REQUIRED = ("model", "datasets", "run")
+_REQUIRED = ("model", "datasets")
 
 
 class JobConfig:

@@ -63,7 +63,7 @@ def missing_faults(config: DictConfig) -> list[str]:
                 f"{need.field}: {need.target} does not exist; it comes from {need.url}, which cannot be "
                 f"reached ({mute[need.url]}): bring it to that path by hand, or run again with a network"
             )
-    return found + _asked(config)
+    return found
 
 
 def fetch_missing(config: DictConfig) -> None:
@@ -75,16 +75,6 @@ def fetch_missing(config: DictConfig) -> None:
     for need in needs(config):
         if need.url is not None and need.missing():
             fetch(need.url, need.target, md5=need.md5, sha256=need.sha256)
-
-
-def _asked(config: DictConfig) -> list[str]:
-    """Faults that a data set's builder finds itself."""
-    found: list[str] = []
-    for name, section in config.datasets.items():
-        builder = registry.get_builder_class(name)
-        if hasattr(builder, "config_faults") and isinstance(section, DictConfig):
-            found += builder.config_faults(section)
-    return found
 
 
 def _model_needs(section: DictConfig, path: str) -> Iterator[Need]:

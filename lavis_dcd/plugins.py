@@ -19,9 +19,9 @@ ENTRY_POINT_GROUP = "lavis.plugins"
 _MODULES = (
     "lavis_dcd.models.meter",
     "lavis_dcd.models.dcd",
-    "lavis_dcd.processors.image",
-    "lavis_dcd.processors.text",
-    "lavis_dcd.datasets.builders",
+    "lavis_dcd.processors.images",
+    "lavis_dcd.processors.captions",
+    "lavis_dcd.datasets.shape_scenes",
     "lavis_dcd.tasks.dcd_retrieval",
     "lavis_dcd.runners.runner_dcd",
 )

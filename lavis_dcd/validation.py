@@ -12,7 +12,6 @@ from typing import Any
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import unknown_key
 from lavis_dcd.config import model_defaults
@@ -67,20 +66,12 @@ def model_faults(section: DictConfig, path: str) -> list[str]:
         found = _by_example(section, model_defaults(section).get("model", {}), path,
                             _MODEL_KEYS | (_keys_read_by(model.from_config) or set(section)))  # fmt: skip
     if hasattr(model, "config_faults") and not found:
-        found += _asked(model, section, path)
+        found += model.config_faults(section, path)
     for name, inner in inner_models(section).items():
         found += model_faults(inner, f"{path}.{name}")
     if isinstance((student := section.get("student")), Mapping) and "init_from_teacher" in student:
         found += schema_faults(_Succession, student["init_from_teacher"], f"{path}.student.init_from_teacher")
     return found
-
-
-def _asked(owner: type, section: DictConfig, path: str) -> list[str]:
-    try:
-        return [line if path == "model" else line.replace("model.", f"{path}.", 1)
-                for line in owner.config_faults(section)]  # fmt: skip
-    except UserError as error:
-        return error.faults
 
 
 def inner_models(section: DictConfig) -> dict[str, DictConfig]:
@@ -119,11 +110,13 @@ def _datasets_faults(datasets: DictConfig) -> list[str]:
 
 
 def _dataset_faults(builder: type, section: DictConfig, path: str) -> list[str]:
-    if hasattr(builder, "config_schema"):
-        found = schema_faults(builder.config_schema(), section, path)
+    default = OmegaConf.load(builder.default_config_path(type=section.get("type", "default")))
+    example = default.datasets[next(iter(default.datasets))]
+    if hasattr(builder, "config_faults"):
+        legal = {*example, *_DATASET_KEYS}
+        found = [unknown_key(path, key, legal) for key in section if key not in legal]
+        found += builder.config_faults(section, path)
     else:
-        default = OmegaConf.load(builder.default_config_path(type=section.get("type", "default")))
-        example = default.datasets[next(iter(default.datasets))]
         found = _by_example(section, example, path, _DATASET_KEYS)
     for kind in ("vis_processor", "text_processor"):
         for stage, processor in (section.get(kind) or {}).items():
@@ -142,9 +135,8 @@ def _processor_faults(section: Any, path: str) -> list[str]:
     processor = registry.get_processor_class(section.name)
     if processor is None:
         return [unknown_name(f"{path}.name", section.name, registry.list_processors())]
-    if hasattr(processor, "config_schema"):
-        keys = {key: value for key, value in section.items() if key != "name"}
-        return schema_faults(processor.config_schema(), keys, path)
+    if hasattr(processor, "config_class"):
+        return schema_faults(processor.config_class, section, path)
     legal = _keys_read_by(processor.from_config)
     if legal is None:
         return []

@@ -27,6 +27,7 @@ from lavis_dcd.models.meter_fusion import JointHead, Pooler, additive_mask, fusi
 from lavis_dcd.models.retrieval_loss import RetrievalLoss, sample_features
 from lavis_dcd.models.towers import TextTower, build_vision_tower
 
+MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger is no faster, and pads more
 _TYPES = ("coco", "flickr", "pretrain_288", "student_coco", "student_flickr", "quickstart")
 
 
@@ -212,13 +213,21 @@ class MeterRetrieval(BaseModel, Matcher):
         images, texts = images[image_rows], texts[text_rows].trimmed()
         image_hidden, text_hidden = self._project_images(images), self._project_texts(texts)
         mask = texts.mask if texts.mask is not None else text_hidden.new_ones(text_hidden.shape[:2]).bool()
-        local = torch.stack([image_index, text_index], dim=1)
+        # pairs in the order of their captions' lengths: a chunk pays for its own longest caption only
+        lengths = mask.sum(dim=1)[text_index]
+        order = lengths.argsort(stable=True)
+        local = torch.stack([image_index, text_index], dim=1)[order]
+        size = min(MATCH_CHUNK, max(32, len(local) // 4 + 1))
         scores = []
         for chunk in pair_chunks(local, self._bytes_per_pair(image_hidden, text_hidden), self.config.match_memory_mb):
-            image, text = chunk[:, 0], chunk[:, 1]
-            cls = self.fuse(image_hidden[image], text_hidden[text], mask[text])[2]
-            scores.append(self.rank_output(cls)[:, 0].float())
-        return torch.cat(scores) if scores else image_hidden.new_zeros(0)
+            for part in chunk.split(size):
+                image, text = part[:, 0], part[:, 1]
+                longest = _last_used(mask[text])
+                cls = self.fuse(image_hidden[image], text_hidden[text, :longest], mask[text, :longest])[2]
+                scores.append(self.rank_output(cls)[:, 0].float())
+        if not scores:
+            return image_hidden.new_zeros(0)
+        return torch.cat(scores)[order.argsort()]
 
     def fuse(self, image_hidden: Tensor, text_hidden: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The co-attention stack on projected tokens, one row per pair.
@@ -285,3 +294,9 @@ class MeterRetrieval(BaseModel, Matcher):
         k_test = OmegaConf.select(task_cfg, "k_test") if isinstance(task_cfg, DictConfig) else None
         i2t, t2i = score_dataset(self, data_loader.dataset, k_test=k_test, device=self.device)
         return i2t.numpy(), t2i.numpy()
+
+
+def _last_used(mask: Tensor) -> int:
+    """One past the last column that any row of ``mask [B, N]`` uses."""
+    used = mask.any(dim=0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1

@@ -112,7 +112,7 @@ class DcdRetrievalTask(BaseTask):
         return learner
 
     def wrap_training_set(self, dataset: Any, model: nn.Module) -> Any:
-        """The training set with the drawn captions that the model asks for (``random_captions_per_image``)."""
+        """The training set with the drawn captions that the model wants (``random_captions_per_image``)."""
         count = getattr(model, "random_captions_per_image", 0)
         if not count:
             return dataset

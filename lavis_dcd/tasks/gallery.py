@@ -41,7 +41,7 @@ def gallery_items(
 
     Returns:
         items ``{"direction", "query": SHOWN, "ranks": {name: 1-based rank of the best match},
-        "results": {name: [SHOWN + {"right": bool, "score": float}, ...]}}``, where SHOWN is ``{"text": str}`` or
+        "results": {name: [SHOWN + {"right": bool, "score": float}, ...]}}``; SHOWN is ``{"text": str}`` or
         ``{"picture": str}``, a JPEG data address.
     """
     pictures = _Pictures(load_picture)

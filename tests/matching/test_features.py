@@ -1,0 +1,55 @@
+"""Feature dataclasses: rows, padding, saving."""
+
+import pytest
+import torch
+
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+
+
+def texts(lengths: list[int], width: int = 3) -> TextFeatures:
+    longest = max(lengths)
+    mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    return TextFeatures(torch.randn(len(lengths), longest, width), mask, torch.randn(len(lengths), 2))
+
+
+def test_cat_pads_the_shorter_and_keeps_rows():
+    short, long = texts([2, 1]), texts([4])
+    both = TextFeatures.cat([short, long])
+    assert both.tokens.shape == (3, 4, 3)
+    assert both.mask.sum(dim=1).tolist() == [2, 1, 4]
+    assert torch.equal(both.tokens[:2, :2], short.tokens) and torch.equal(both[2:].tokens, long.tokens)
+    assert torch.equal(both.embeds, torch.cat([short.embeds, long.embeds]))
+
+
+def test_unmasked_parts_of_one_length_stay_unmasked():
+    joined = ImageFeatures.cat([ImageFeatures(torch.ones(2, 5, 3)), ImageFeatures(torch.zeros(1, 5, 3))])
+    assert joined.mask is None and len(joined) == 3
+
+
+def test_trimmed_drops_only_columns_nobody_uses():
+    padded = TextFeatures.cat([texts([2]), texts([5])])
+    assert padded[[0]].trimmed().tokens.shape[1] == 2
+    assert padded.trimmed().tokens.shape[1] == 5
+
+
+def test_rows_may_repeat_and_precision_changes_floats_only():
+    features = texts([3, 2])[[1, 1, 0]].half()
+    assert features.mask.dtype == torch.bool and features.tokens.dtype == torch.float16
+    assert torch.equal(features.tokens[0], features.tokens[1])
+
+
+def test_saved_and_loaded(tmp_path):
+    features = texts([3, 1])
+    features.save(tmp_path / "f.safetensors")
+    loaded = TextFeatures.load(tmp_path / "f.safetensors")
+    assert torch.equal(loaded.tokens, features.tokens) and torch.equal(loaded.mask, features.mask)
+    assert loaded.nbytes == features.nbytes
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(tokens=torch.ones(2, 3)), dict(tokens=torch.ones(2, 3, 4), mask=torch.ones(2, 4, dtype=torch.bool)),
+            dict(tokens=torch.ones(2, 3, 4), embeds=torch.ones(3, 4))]
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_refused(bad):
+    with pytest.raises(ValueError):
+        ImageFeatures(**bad)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lavis_dcd import config as config_module
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.config import find_config, load_config, parse_options, read_yaml
+
+SCENES = {
+    "model": {"arch": "meter_retrieval", "model_type": "student_coco"},
+    "datasets": {"shape_scenes": {"build_info": {"scenes": {"train": 30, "val": 6, "test": 6}}}},
+    "run": {"task": "dcd_retrieval", "max_epoch": 2},
+}
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, cache):
+    """Writes a job into the current folder, an otherwise empty one."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def write(content) -> str:
+        OmegaConf.save(OmegaConf.create(content), folder / "job.yaml")
+        return "job.yaml"
+
+    return write
+
+
+def faults_of(path, options=(), **kwargs) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load_config(path, options, **kwargs)
+    assert all("\n" not in line for line in caught.value.faults)
+    return caught.value.faults
+
+
+def one(faults: list[str], start: str) -> str:
+    found = [line for line in faults if line.startswith(start)]
+    assert len(found) == 1, faults
+    return found[0]
+
+
+def test_options_go_over_the_file_and_defaults_under_it(job):
+    config = load_config(job(SCENES), ["run.max_epoch=5", "run.init_lr=1e-5", "model.fusion.layers=2"])
+    assert (config.run_cfg.max_epoch, config.run_cfg.init_lr) == (5, 1e-5)
+    assert (config.model_cfg.fusion.layers, config.model_cfg.fusion.heads) == (2, 12)  # heads: the type's YAML
+    assert config.datasets_cfg.shape_scenes.vis_processor.train.name == "dcd_image_train"  # the builder's YAML
+    assert config.datasets_cfg.shape_scenes.build_info.scenes.train == 30
+    assert (config.run_cfg.runner, config.run_cfg.project) == ("runner_dcd", "job")
+    assert set(config.to_dict()) >= {"run", "model", "datasets"}
+    config.pretty_print()
+
+    from lavis.common.registry import registry
+
+    assert registry.get("configuration") is config
+
+
+def test_evaluate_and_lavis_style_pairs(job):
+    config = load_config(job(SCENES), ["run.max_epoch", "3", "run.seed=7"], evaluate=True)
+    assert (config.run_cfg.max_epoch, config.run_cfg.seed, config.run_cfg.evaluate) == (3, 7, True)
+
+
+def test_model_type_may_come_from_the_options(job):
+    config = load_config(job(SCENES), ["model.model_type=student_flickr"])
+    assert config.model_cfg.model_type == "student_flickr"
+
+
+def test_options_that_are_no_settings():
+    got = parse_options(["a.b=[0,3,5]", "a.c=null", "d", "x", "e=k=v"])
+    assert OmegaConf.to_container(got) == {"a": {"b": [0, 3, 5], "c": None}, "d": "x", "e": "k=v"}
+    with pytest.raises(UserError) as caught:
+        parse_options(["a..b=1", "=3", "lonely"])
+    assert len(caught.value.faults) == 3
+    assert all("expected key=value" in line for line in caught.value.faults)
+
+
+def test_every_fault_is_told_at_once(job):
+    content = {
+        "model": {"arch": "meter_retrieval", "model_type": "student_coco", "fusoin": {}, "fusion": {"layers": "two"}},
+        "datasets": {
+            "shape_scenes": {
+                "vis_procesor": {},
+                "vis_processor": {"train": {"name": "dcd_image_trian"}, "evla": {}, "eval": {"image_siez": 1}},
+                "build_info": {"seeed": 1},
+            },
+            "flickr30": {},
+        },
+        "run": {"task": "dcd_retrival", "amp": "bf61", "resume": "gone", "max_epoch": -1},
+    }
+    found = faults_of(job(content), ["run.max_epochs=3"])
+    assert "did you mean dcd_retrieval" in one(found, "run.task: 'dcd_retrival' is not registered")
+    assert "did you mean max_epoch" in one(found, "run.max_epochs: unknown key")
+    assert "bf16" in one(found, "run.amp")
+    assert "did you mean fusion" in one(found, "model.fusoin")
+    assert "not an integer" in one(found, "model.fusion.layers")
+    assert "did you mean flickr30k" in one(found, "datasets.flickr30:")
+    assert "did you mean vis_processor" in one(found, "datasets.shape_scenes.vis_procesor")
+    assert "dcd_image_train" in one(found, "datasets.shape_scenes.vis_processor.train.name")
+    assert "legal keys: eval, train" in one(found, "datasets.shape_scenes.vis_processor.evla")
+    assert "image_size" in one(found, "datasets.shape_scenes.vis_processor.eval.image_siez")
+    assert "seed" in one(found, "datasets.shape_scenes.build_info.seeed")
+    assert "does not exist" in one(found, "run.resume")
+    assert list(Path().iterdir()) == [Path("job.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model": {"arch": "meter_retrival"}}, "model.arch: 'meter_retrival' is not registered; did you mean meter_"),
+        ({"model": {"arch": None}}, "model.arch: None is not registered; registered: albef_classification"),
+        ({"model": {"model_type": "cocoa"}}, "model.model_type: 'cocoa' is not registered; did you mean coco"),
+        ({"run": {"runner": "runner_dc"}}, "run.runner: 'runner_dc' is not registered; did you mean runner_dcd"),
+        ({"datasets": {"shape_scenes": {"type": "big"}}}, "datasets.shape_scenes.type: 'big' is not registered"),
+        ({"runs": {"a": 1}}, "runs: unknown key; did you mean run?"),
+        ({"run": {"output_dir": "${oc.env:NO_SUCH_VARIABLE}"}}, "run.output_dir: Environment variable"),
+    ],
+)
+def test_single_faults(job, change, expected):
+    assert one(faults_of(job(OmegaConf.merge(SCENES, change))), expected)
+
+
+def test_teacher_and_student_are_checked_by_their_own_arch(job):
+    model = {
+        "arch": "dcd", "model_type": "default", "shar_encoders": True,
+        "teacher": {"arch": "meter_retrieval", "model_type": "student_coco", "fusion": {"layer": 3}},
+        "student": {"init_from_teacher": {"layer": [0]}, "text": {"nam": "x"}},
+    }  # fmt: skip
+    found = faults_of(job({**SCENES, "model": model}))
+    assert "did you mean share_encoders" in one(found, "model.shar_encoders")
+    assert "did you mean layers" in one(found, "model.teacher.fusion.layer:")
+    assert "did you mean layers" in one(found, "model.student.init_from_teacher.layer:")
+    assert "did you mean name" in one(found, "model.student.text.nam:")
+    model["teacher"] = {"arch": "metre"}
+    assert one(faults_of(job({**SCENES, "model": model})), "model.teacher.arch: 'metre' is not registered")
+
+
+def test_lavis_own_models_and_data_sets_are_checked_against_their_defaults(job, offline):
+    content = {
+        "model": {"arch": "albef_retrieval", "model_type": "coco", "alpa": 0.4, "use_distill": 3},
+        "datasets": {
+            "coco_retrieval": {
+                "vis_processor": {"train": {"name": "blip_image_train", "image_size": 384, "blur": 1}},
+                "build_info": {"imags": {"storage": "x"}},
+            }
+        },
+        "run": {"task": "retrieval"},
+    }
+    found = faults_of(job(content))
+    assert "did you mean alpha" in one(found, "model.alpa")
+    assert "not of the default's kind" in one(found, "model.use_distill")
+    assert "min_scale" in one(found, "datasets.coco_retrieval.vis_processor.train.blur")
+    assert "did you mean images" in one(found, "datasets.coco_retrieval.build_info.imags")
+
+
+def test_offline_every_missing_file_is_named_with_its_source(job, cache, offline):
+    content = {
+        "model": {
+            "arch": "dcd",
+            "teacher": {"arch": "meter_retrieval", "model_type": "coco"},
+            "student": {"init_from_teacher": {"layers": [0, 3, 5]}},
+        },
+        "datasets": {"coco_retrieval": {"vis_processor": {"train": {"name": "blip_image_train"}}}},
+    }
+    found = faults_of(job(content))
+    weights = one(found, "model.teacher.finetuned")
+    assert str(cache / "checkpoints" / "meter_clip16_288_roberta_coco.ckpt") in weights
+    assert "https://github.com/zdou0830/METER/releases/" in weights and "cannot be reached" in weights
+    for split in ("train", "val", "test"):
+        line = one(found, f"datasets.coco_retrieval.build_info.annotations.{split}.storage")
+        assert str(cache / f"coco/annotations/coco_karpathy_{split}.json") in line
+        assert f"datasets/coco_karpathy_{split}.json" in line
+    assert "by hand" in one(found, f"datasets.coco_retrieval.build_info.images.storage: {cache / 'coco/images'} does")
+    assert not cache.exists()
+
+
+def test_files_that_are_there_are_not_missed(job, cache, offline, tmp_path):
+    (tmp_path / "ann.json").write_text("[]")
+    (cache / "coco" / "images").mkdir(parents=True)
+    ann = {split: {"storage": str(tmp_path / "ann.json")} for split in ("train", "val", "test")}
+    content = {**SCENES, "datasets": {"coco_retrieval": {"build_info": {"annotations": ann}}}}
+    assert load_config(job(content)).datasets_cfg.coco_retrieval.data_type == "images"
+    content["model"] = {**SCENES["model"], "pretrained": "gone.ckpt"}
+    assert faults_of(job(content)) == ["model.pretrained: gone.ckpt does not exist; name a checkpoint file that does"]
+
+
+def test_the_current_folder_comes_before_the_packaged_jobs(tmp_path, monkeypatch):
+    packaged = tmp_path / "packaged"
+    (packaged / "dcd").mkdir(parents=True)
+    (packaged / "dcd" / "a.yaml").write_text("run: {}\n")
+    monkeypatch.setattr(config_module, "packaged_folder", lambda name: packaged)
+    monkeypatch.chdir(tmp_path)
+    assert find_config("projects/dcd/a.yaml") == packaged / "dcd" / "a.yaml"
+    assert find_config("dcd/a.yaml") == packaged / "dcd" / "a.yaml"
+    own = tmp_path / "projects" / "dcd"
+    own.mkdir(parents=True)
+    (own / "a.yaml").write_text("run: {}\n")
+    assert find_config("projects/dcd/a.yaml") == Path("projects/dcd/a.yaml")
+    with pytest.raises(UserError, match=r"no such file in .*none of the packaged: projects/dcd/a.yaml"):
+        find_config("projects/dcd/b.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1", "just text", "\t: x", ""])
+def test_files_that_are_no_jobs(tmp_path, text, job):
+    Path("bad.yaml").write_text(text)
+    assert "bad.yaml" in faults_of("bad.yaml")[-1]
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        read_yaml(path)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lavis_dcd import evaluate, job, train
+from lavis_dcd.cli import guarded
+from lavis_dcd.common.errors import UserError
+
+JOB = {
+    "model": {"arch": "meter_retrieval", "model_type": "student_coco"},
+    "datasets": {"shape_scenes": {"build_info": {"scenes": {"train": 30, "val": 6, "test": 6}}}},
+    "run": {"task": "door_task", "runner": "door_runner", "device": "cpu"},
+}
+
+
+@pytest.fixture
+def doors(tmp_path, monkeypatch):
+    """A job of a task and a runner that only write down how they are called."""
+    import lavis  # noqa: F401
+    from lavis.common.registry import registry
+
+    calls = []
+
+    class Task:
+        @classmethod
+        def setup_task(cls, cfg):
+            calls.append(("setup", cfg.run_cfg.task))
+            return cls()
+
+        def build_datasets(self, cfg):
+            calls.append(("datasets", list(cfg.datasets_cfg)))
+            return {"shape_scenes": {}}
+
+        def build_model(self, cfg):
+            calls.append(("model", cfg.model_cfg.arch))
+
+    class Runner:
+        def __init__(self, cfg, task, model, datasets, job_id):
+            calls.append(("runner", list(datasets)))
+            assert job_id
+
+        def train(self):
+            calls.append(("train",))
+
+        def evaluate(self):
+            calls.append(("evaluate",))
+
+    monkeypatch.setitem(registry.mapping["task_name_mapping"], "door_task", Task)
+    monkeypatch.setitem(registry.mapping["runner_name_mapping"], "door_runner", Runner)
+    monkeypatch.chdir(tmp_path)
+    OmegaConf.save(OmegaConf.create(JOB), tmp_path / "job.yaml")
+    return calls
+
+
+def test_train_builds_in_order_and_trains(doors):
+    assert train.main(["--cfg-path", "job.yaml"]) == 0
+    assert [call[0] for call in doors] == ["setup", "datasets", "model", "runner", "train"]
+
+
+def test_evaluate_only_evaluates(doors):
+    assert evaluate.main(["--cfg-path", "job.yaml", "--options", "run.seed=3"]) == 0
+    assert doors[-1] == ("evaluate",)
+
+
+def test_faults_are_lines_and_status_2_and_nothing_is_written(doors, capsys):
+    status = train.main(["--cfg-path", "job.yaml", "--options", "run.max_epochs=3", "--options", "model.fusoin=1"])
+    assert status == 2
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert [line.split(":")[1].strip() for line in errors] == ["run.max_epochs", "model.fusoin"]
+    assert "Traceback" not in "".join(lines)
+    assert doors == []
+    assert list(Path().iterdir()) == [Path("job.yaml")]
+
+
+def test_plugins_come_first(doors, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert train.main(["--cfg-path", "job.yaml", "--plugins", "not_a_plugin"]) == 2
+    assert "error: --plugins: cannot import not_a_plugin" in capsys.readouterr().err
+
+
+def test_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "python -m lavis.evaluate" in out and "--options" in out and "--plugins" in out
+
+
+def test_statuses(monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "run_job", stop)
+    assert train.main(["--cfg-path", "x"]) == 130
+
+    def fail():
+        raise UserError(["first", "second"])
+
+    assert guarded(fail) == 2
+    assert capsys.readouterr().err == "error: first\nerror: second\n"
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0)

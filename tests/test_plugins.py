@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lavis_dcd import plugins
+from lavis_dcd.common.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str) -> list[str]:
+    """The lines that a fresh interpreter prints."""
+    prelude = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-W", "error::DeprecationWarning:fairscale", "-c", prelude + code],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_importing_the_package_leaves_lavis_alone_and_then_lists_our_models():
+    lines = run_python(
+        "import lavis_dcd, lavis_dcd.distillation.losses\n"
+        "print('lavis' in sys.modules, len(sys.meta_path))\n"
+        "from lavis.models import model_zoo\n"
+        "from lavis.datasets.builders import dataset_zoo\n"
+        "print(dict(model_zoo)['meter_retrieval'], dict(model_zoo)['dcd'], 'shape_scenes' in dataset_zoo.get_names())\n"
+        "from lavis.common.registry import registry\n"
+        "print(registry.list_runners(), registry.get_path('cache_root').endswith('lavis'))\n"
+        "print(any('lavis_dcd' in type(f).__module__ for f in sys.meta_path))\n"
+    )
+    assert lines[0].startswith("False")
+    assert "'coco', 'flickr', 'pretrain_288', 'student_coco', 'student_flickr', 'quickstart'" in lines[1]
+    assert lines[1].endswith("True")
+    assert "runner_dcd" in lines[2] and lines[2].endswith("True")
+    assert lines[3] == "False"
+
+
+@pytest.mark.parametrize("module", ["lavis_dcd.models.dcd", "lavis_dcd.tasks.dcd_retrieval", "lavis_dcd.plugins"])
+def test_any_of_our_modules_may_be_the_first_to_import_lavis(module):
+    lines = run_python(
+        f"import {module}, lavis\n"
+        "from lavis.common.registry import registry\n"
+        "print(registry.get_model_class('dcd').__module__, registry.get_runner_class('runner_dcd').__module__)\n"
+    )
+    assert lines == ["lavis_dcd.models.dcd lavis_dcd.runners.runner_dcd"]
+
+
+def test_a_package_imported_after_lavis_registers_at_once_and_twice_is_harmless():
+    lines = run_python(
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import lavis, lavis_dcd\n"
+        "from lavis.common.registry import registry\n"
+        "print('dcd' in registry.list_models())\n"
+        "from lavis_dcd.plugins import register_all\n"
+        "register_all(); lavis_dcd.install(); print(len(registry.list_models()))\n"
+    )
+    assert lines[0] == "True"
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """A folder on the import path with a sound and a broken plug-in."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "sound_plugin.py").write_text(
+        "from lavis.common.registry import registry\n"
+        "from lavis.tasks.base_task import BaseTask\n"
+        "if 'plugged_task' not in registry.list_tasks():\n"
+        "    registry.register_task('plugged_task')(type('PluggedTask', (BaseTask,), {}))\n"
+    )
+    (tmp_path / "broken_plugin.py").write_text("raise ValueError('no such backbone')\n")
+    yield tmp_path
+    for name in ("sound_plugin", "broken_plugin"):
+        sys.modules.pop(name, None)
+
+
+def test_plugins_are_imported_and_the_broken_ones_named(modules):
+    from lavis.common.registry import registry
+
+    plugins.load_plugins(["sound_plugin"])
+    assert "plugged_task" in registry.list_tasks()
+    with pytest.raises(UserError) as caught:
+        plugins.load_plugins(["broken_plugin", "sound_plugin", "no.such.module"])
+    assert caught.value.faults == [
+        "--plugins: cannot import broken_plugin: ValueError: no such backbone",
+        "--plugins: cannot import no.such.module: ModuleNotFoundError: No module named 'no'",
+    ]
+
+
+def test_entry_points_are_loaded_by_group(modules, caplog):
+    info = modules / "third_party-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lavis.plugins]\ngood = sound_plugin\nbad = broken_plugin\n")
+    plugins.register_all()
+    assert "sound_plugin" in sys.modules
+    line = "entry point lavis.plugins: bad: cannot import broken_plugin: ValueError: no such backbone"
+    assert line in caplog.text
+    with pytest.raises(UserError) as caught:
+        plugins.load_plugins([])
+    assert caught.value.faults == [line]
