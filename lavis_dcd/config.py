@@ -159,16 +159,17 @@ def parse_options(options: Sequence[str]) -> DictConfig:
 
 def _check_sections(user: DictConfig, path: Path) -> None:
     faults = [unknown_key("", key, _SECTIONS) for key in user if key not in _SECTIONS]
+    try:
+        content = OmegaConf.to_container(user, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
+        raise UserError([*faults, f"{error.full_key}: {reason}"]) from error
     for name in _REQUIRED:
-        section = user.get(name) if name in user else None
-        if not isinstance(section, DictConfig) or not section:
-            faults.append(f"{path}: section {name}: is missing or empty")
-    if not faults:
-        try:
-            OmegaConf.to_container(user, resolve=True)
-        except OmegaConfBaseException as error:
-            where = getattr(error, "full_key", None)
-            faults.append(f"{where}: {str(error).splitlines()[0]}")
+        if not content.get(name):
+            faults.append(f"{path}: the section {name}: is missing or empty")
+    for name, section in content.items():
+        if name in _SECTIONS and not isinstance(section, dict):
+            faults.append(f"{path}: {name}: {section!r} is not a section")
     if faults:
         raise UserError(faults)
 

@@ -27,17 +27,14 @@ class Need:
     md5: str | None = None
     sha256: str | None = None
     note: str = ""  # what to do where there is no address
+    hub: str | None = None  # its name on the hub; transformers fetches it, into a layout of its own
 
     def missing(self) -> bool:
         return not self.target.exists()
 
 
 def needs(config: DictConfig) -> list[Need]:
-    """Every file and folder that a merged job reads, there or not.
-
-    Raises:
-        UserError: an `asset:` name that the package does not ship.
-    """
+    """Every file and folder that a merged job reads, there or not."""
     found = list(_model_needs(config.model, "model"))
     for name, section in config.datasets.items():
         found += _dataset_needs(registry.get_builder_class(name), section, f"datasets.{name}")
@@ -49,21 +46,27 @@ def needs(config: DictConfig) -> list[Need]:
 
 def missing_faults(config: DictConfig) -> list[str]:
     """One line per needed file that is absent and cannot be fetched now. Nothing is downloaded."""
-    try:
-        absent = [need for need in needs(config) if need.missing()]
-    except UserError as error:
-        return error.faults
+    absent = [need for need in needs(config) if need.missing()]
     mute = unreachable({need.url for need in absent if need.url})
     found = []
     for need in absent:
         if need.url is None:
             found.append(f"{need.field}: {need.target} does not exist; {need.note}")
         elif need.url in mute:
-            found.append(
-                f"{need.field}: {need.target} does not exist; it comes from {need.url}, which cannot be "
-                f"reached ({mute[need.url]}): bring it to that path by hand, or run again with a network"
-            )
+            found.append(f"{need.field}: {_absence(need, mute[need.url])}")
     return found
+
+
+def _absence(need: Need, reason: str) -> str:
+    if need.hub:
+        return (
+            f"{need.hub} is not in the hub's cache ({need.target}), and {need.url} cannot be reached "
+            f"({reason}): set {need.field} to a local folder, or run again with a network"
+        )
+    return (
+        f"{need.target} does not exist; it comes from {need.url}, which cannot be reached ({reason}): "
+        "bring it to that path by hand, or run again with a network"
+    )
 
 
 def fetch_missing(config: DictConfig) -> None:
@@ -73,7 +76,7 @@ def fetch_missing(config: DictConfig) -> None:
         UserError: a download that fails.
     """
     for need in needs(config):
-        if need.url is not None and need.missing():
+        if need.url is not None and not need.hub and need.missing():
             fetch(need.url, need.target, md5=need.md5, sha256=need.sha256)
 
 
@@ -88,15 +91,40 @@ def _model_needs(section: DictConfig, path: str) -> Iterator[Need]:
     key = "finetuned" if finetuned else "pretrained"
     if source := section.get(key):
         yield _weights(model, f"{path}.{key}", str(source), section.get("checkpoint_sha256"))
-    for where, value in _named(section, "weights", path):
+    for where, value in _named(section, ("weights",), path):
         yield _weights(model, where, value, None)
+    for where, value in _named(section, ("text", "name"), path):
+        yield _hub_or_local(where, value)
 
 
 def _weights(model: type, field: str, source: str, sha256: str | None) -> Need:
     if not is_url(source):
-        return Need(field, Path(assets.resolve(source)).expanduser(), note="name a checkpoint file that does")
+        return _local(field, source, "name a checkpoint file that does")
     ours = hasattr(model, "config_schema")
     return Need(field, cached_path(source) if ours else _lavis_cached(source), source, sha256=sha256)
+
+
+def _local(field: str, source: str, note: str) -> Need:
+    try:
+        return Need(field, Path(assets.resolve(source)).expanduser(), note=note)
+    except UserError as error:
+        return Need(field, Path(source), note=error.faults[0].partition(": ")[2])
+
+
+def _hub_or_local(field: str, source: str) -> Need:
+    """A tokenizer or tower of `transformers`: a local folder or file, an asset, or a name on the hub."""
+    local = source.startswith((assets.PREFIX, "/", ".", "~")) or source.count("/") > 1
+    if local or Path(source).exists():
+        return _local(field, source, "name a local folder that does, or a model on the hub")
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils.hub import TRANSFORMERS_CACHE
+
+    for file in ("tokenizer.json", "vocab.json", "vocab.txt"):
+        found = try_to_load_from_cache(source, file, cache_dir=TRANSFORMERS_CACHE)
+        if isinstance(found, str):
+            return Need(field, Path(found))
+    folder = Path(TRANSFORMERS_CACHE) / f"models--{source.replace('/', '--')}"
+    return Need(field, folder, f"https://huggingface.co/{source}/resolve/main/config.json", hub=source)
 
 
 def _lavis_cached(url: str) -> Path:
@@ -106,12 +134,14 @@ def _lavis_cached(url: str) -> Path:
     return Path(hub.get_cache_dir()) / cached_path(url).name
 
 
-def _named(section: Mapping[str, Any], name: str, path: str) -> Iterator[tuple[str, str]]:
+def _named(section: Mapping[str, Any], keys: tuple[str, ...], path: str) -> Iterator[tuple[str, str]]:
+    """The strings in a section whose keys end in `keys`, with where they stand."""
     for key, value in section.items():
+        where = f"{path}.{key}"
         if isinstance(value, Mapping):
-            yield from _named(value, name, f"{path}.{key}")
-        elif key == name and isinstance(value, str):
-            yield f"{path}.{key}", value
+            yield from _named(value, keys, where)
+        elif isinstance(value, str) and tuple(where.split(".")[-len(keys) :]) == keys:
+            yield where, value
 
 
 def _dataset_needs(builder: type | None, section: Any, path: str) -> Iterator[Need]:

@@ -40,6 +40,7 @@ def register_all() -> None:
                 importlib.import_module(name)
         except ImportError as error:  # TEMPORARY while the rooms are being built; removed at the end
             import logging
+
             logging.warning("TEMPORARY: %s not registered: %s", name, error)
     for line in _entry_point_faults():
         logger.warning(line)

@@ -22,7 +22,7 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
-    """Photographs, weights and golden values that do not ship with the product; skips where they are absent."""
+    """Photographs, weights and golden values that do not ship with the product; skips without them."""
     folder = Path(os.environ.get("LAVIS_DCD_SHARED", ROOT.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no shared folder at {folder} (set LAVIS_DCD_SHARED)")

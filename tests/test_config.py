@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,15 @@ from omegaconf import OmegaConf
 
 from lavis_dcd import config as config_module
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.config import find_config, load_config, parse_options, read_yaml
+from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.config import find_config, load_config, merge_defaults, parse_options, read_yaml
 
 SCENES = {
-    "model": {"arch": "meter_retrieval", "model_type": "student_coco"},
+    "model": {
+        "arch": "meter_retrieval",
+        "model_type": "student_coco",
+        "text": {"name": "asset:quickstart/vocab.txt"},
+    },
     "datasets": {"shape_scenes": {"build_info": {"scenes": {"train": 30, "val": 6, "test": 6}}}},
     "run": {"task": "dcd_retrieval", "max_epoch": 2},
 }
@@ -46,8 +52,13 @@ def one(faults: list[str], start: str) -> str:
 def test_options_go_over_the_file_and_defaults_under_it(job):
     config = load_config(job(SCENES), ["run.max_epoch=5", "run.init_lr=1e-5", "model.fusion.layers=2"])
     assert (config.run_cfg.max_epoch, config.run_cfg.init_lr) == (5, 1e-5)
-    assert (config.model_cfg.fusion.layers, config.model_cfg.fusion.heads) == (2, 12)  # heads: the type's YAML
-    assert config.datasets_cfg.shape_scenes.vis_processor.train.name == "dcd_image_train"  # the builder's YAML
+    assert (config.model_cfg.fusion.layers, config.model_cfg.fusion.heads) == (
+        2,
+        12,
+    )  # heads: the type's YAML
+    assert (
+        config.datasets_cfg.shape_scenes.vis_processor.train.name == "dcd_image_train"
+    )  # the builder's YAML
     assert config.datasets_cfg.shape_scenes.build_info.scenes.train == 30
     assert (config.run_cfg.runner, config.run_cfg.project) == ("runner_dcd", "job")
     assert set(config.to_dict()) >= {"run", "model", "datasets"}
@@ -79,11 +90,20 @@ def test_options_that_are_no_settings():
 
 def test_every_fault_is_told_at_once(job):
     content = {
-        "model": {"arch": "meter_retrieval", "model_type": "student_coco", "fusoin": {}, "fusion": {"layers": "two"}},
+        "model": {
+            "arch": "meter_retrieval",
+            "model_type": "student_coco",
+            "fusoin": {},
+            "fusion": {"layers": "two"},
+        },
         "datasets": {
             "shape_scenes": {
                 "vis_procesor": {},
-                "vis_processor": {"train": {"name": "dcd_image_trian"}, "evla": {}, "eval": {"image_siez": 1}},
+                "vis_processor": {
+                    "train": {"name": "dcd_image_trian"},
+                    "evla": {},
+                    "eval": {"image_siez": 1},
+                },
                 "build_info": {"seeed": 1},
             },
             "flickr30": {},
@@ -109,13 +129,29 @@ def test_every_fault_is_told_at_once(job):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model": {"arch": "meter_retrival"}}, "model.arch: 'meter_retrival' is not registered; did you mean meter_"),
+        (
+            {"model": {"arch": "meter_retrival"}},
+            "model.arch: 'meter_retrival' is not registered; did you mean meter_",
+        ),
         ({"model": {"arch": None}}, "model.arch: None is not registered; registered: albef_classification"),
-        ({"model": {"model_type": "cocoa"}}, "model.model_type: 'cocoa' is not registered; did you mean coco"),
-        ({"run": {"runner": "runner_dc"}}, "run.runner: 'runner_dc' is not registered; did you mean runner_dcd"),
-        ({"datasets": {"shape_scenes": {"type": "big"}}}, "datasets.shape_scenes.type: 'big' is not registered"),
+        (
+            {"model": {"model_type": "cocoa"}},
+            "model.model_type: 'cocoa' is not registered; did you mean coco",
+        ),
+        (
+            {"run": {"runner": "runner_dc"}},
+            "run.runner: 'runner_dc' is not registered; did you mean runner_dcd",
+        ),
+        (
+            {"datasets": {"shape_scenes": {"type": "big"}}},
+            "datasets.shape_scenes.type: 'big' is not registered",
+        ),
         ({"runs": {"a": 1}}, "runs: unknown key; did you mean run?"),
-        ({"run": {"output_dir": "${oc.env:NO_SUCH_VARIABLE}"}}, "run.output_dir: Environment variable"),
+        ({"run": None}, "job.yaml: run: None is not a section"),
+        (
+            {"run": {"output_dir": "${oc.env:NO_SUCH_VARIABLE}"}},
+            "run.output_dir: \"Environment variable 'NO_SUCH_VARIABLE' not found",
+        ),
     ],
 )
 def test_single_faults(job, change, expected):
@@ -172,8 +208,42 @@ def test_offline_every_missing_file_is_named_with_its_source(job, cache, offline
         line = one(found, f"datasets.coco_retrieval.build_info.annotations.{split}.storage")
         assert str(cache / f"coco/annotations/coco_karpathy_{split}.json") in line
         assert f"datasets/coco_karpathy_{split}.json" in line
-    assert "by hand" in one(found, f"datasets.coco_retrieval.build_info.images.storage: {cache / 'coco/images'} does")
+    assert "by hand" in one(
+        found, f"datasets.coco_retrieval.build_info.images.storage: {cache / 'coco/images'} does"
+    )
     assert not cache.exists()
+
+
+PACKAGED = sorted(packaged_folder("projects").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
+def test_every_packaged_job_is_sound(path, monkeypatch, cache):
+    from lavis_dcd.validation import job_faults
+
+    for name in re.findall(r"\$\{oc\.env:(\w+)", path.read_text(encoding="utf-8")):
+        monkeypatch.setenv(name, str(cache))
+    assert job_faults(merge_defaults(read_yaml(path))) == []
+
+
+def test_the_paper_recipe_offline_says_what_it_lacks(tmp_path, monkeypatch, cache, offline):
+    monkeypatch.chdir(tmp_path)
+    found = faults_of("projects/dcd/meter_coco.yaml", ["model.teacher.text.name=asset:quickstart/vocab.txt"])
+    assert [line.partition(":")[0] for line in found] == [
+        "model.teacher.finetuned",
+        "datasets.coco_retrieval.build_info.annotations.train.storage",
+        "datasets.coco_retrieval.build_info.annotations.val.storage",
+        "datasets.coco_retrieval.build_info.annotations.test.storage",
+        "datasets.coco_retrieval.build_info.images.storage",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_on_the_hub_is_a_file_too(job, offline):
+    line = faults_of(job(SCENES), ["model.text.name=roberta-no-such"])
+    assert "roberta-no-such is not in the hub's cache" in one(line, "model.text.name")
+    line = faults_of(job(SCENES), ["model.text.name=/no/such/folder"])
+    assert one(line, "model.text.name: /no/such/folder does not exist; name a local folder")
 
 
 def test_files_that_are_there_are_not_missed(job, cache, offline, tmp_path):
@@ -182,8 +252,10 @@ def test_files_that_are_there_are_not_missed(job, cache, offline, tmp_path):
     ann = {split: {"storage": str(tmp_path / "ann.json")} for split in ("train", "val", "test")}
     content = {**SCENES, "datasets": {"coco_retrieval": {"build_info": {"annotations": ann}}}}
     assert load_config(job(content)).datasets_cfg.coco_retrieval.data_type == "images"
-    content["model"] = {**SCENES["model"], "pretrained": "gone.ckpt"}
-    assert faults_of(job(content)) == ["model.pretrained: gone.ckpt does not exist; name a checkpoint file that does"]
+    content["model"] = {**SCENES["model"], "pretrained": "no.ckpt"}
+    assert faults_of(job(content)) == [
+        "model.pretrained: no.ckpt does not exist; name a checkpoint file that does"
+    ]
 
 
 def test_the_current_folder_comes_before_the_packaged_jobs(tmp_path, monkeypatch):

@@ -10,7 +10,11 @@ from lavis_dcd.cli import guarded
 from lavis_dcd.common.errors import UserError
 
 JOB = {
-    "model": {"arch": "meter_retrieval", "model_type": "student_coco"},
+    "model": {
+        "arch": "meter_retrieval",
+        "model_type": "student_coco",
+        "text": {"name": "asset:quickstart/vocab.txt"},
+    },
     "datasets": {"shape_scenes": {"build_info": {"scenes": {"train": 30, "val": 6, "test": 6}}}},
     "run": {"task": "door_task", "runner": "door_runner", "device": "cpu"},
 }
@@ -66,7 +70,9 @@ def test_evaluate_only_evaluates(doors):
 
 
 def test_faults_are_lines_and_status_2_and_nothing_is_written(doors, capsys):
-    status = train.main(["--cfg-path", "job.yaml", "--options", "run.max_epochs=3", "--options", "model.fusoin=1"])
+    status = train.main(
+        ["--cfg-path", "job.yaml", "--options", "run.max_epochs=3", "--options", "model.fusoin=1"]
+    )
     assert status == 2
     lines = capsys.readouterr().err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]

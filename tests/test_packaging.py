@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -26,7 +25,7 @@ class Environment:
         self.python = folder / "bin" / "python"
         self.site = next(folder.glob("lib/python*/site-packages"))
         (self.site / "host.pth").write_text(f"{_HOST}\n")
-        # Python looks for lavis.train beside the real lavis/__init__.py, so that must lie in this site-packages.
+        # Python looks for lavis.train beside the real lavis/__init__.py, which so must be in this folder.
         ignored = shutil.ignore_patterns("__pycache__", *_OURS)
         shutil.copytree(_HOST / "lavis", self.site / "lavis", ignore=ignored)
 
@@ -101,12 +100,10 @@ def test_a_wheel_install_has_the_doors_and_leaves_nothing_behind(environment, so
     ]  # fmt: skip
 
     installed = environment.files() - before
-    for folder in ("lavis_dcd/assets", "configs", "projects"):
-        inside = folder if folder.startswith("lavis_dcd") else f"lavis_dcd/{folder}"
-        kinds = "*" if folder.startswith("lavis_dcd") else "*.yaml"
-        shipped = [p for p in (source / folder).rglob(kinds) if p.is_file()]
-        for path in shipped:
-            assert f"{inside}/{path.relative_to(source / folder)}" in installed
+    for folder, inside in (("lavis_dcd", ""), ("configs", "configs/"), ("projects", "projects/")):
+        for path in (p.relative_to(source / folder) for p in (source / folder).rglob("*") if p.is_file()):
+            if path.parts[0] != "launch" and "__pycache__" not in path.parts:
+                assert f"lavis_dcd/{inside}{path}" in installed
 
     environment.pip("uninstall", "--quiet", "--yes", "lavis-dcd", cwd=tmp_path)
     assert environment.files() == before

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lavis_dcd import plugins
+from lavis_dcd import hook, plugins
 from lavis_dcd.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +17,7 @@ def run_python(code: str) -> list[str]:
     """The lines that a fresh interpreter prints."""
     prelude = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     done = subprocess.run(
-        [sys.executable, "-W", "error::FutureWarning", "-W", "error::DeprecationWarning:fairscale", "-c", prelude + code],
+        [sys.executable, "-W", "error::FutureWarning", "-c", prelude + code],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -29,26 +30,72 @@ def test_importing_the_package_leaves_lavis_alone_and_then_lists_our_models():
         "print('lavis' in sys.modules, len(sys.meta_path))\n"
         "from lavis.models import model_zoo\n"
         "from lavis.datasets.builders import dataset_zoo\n"
-        "print(dict(model_zoo)['meter_retrieval'], dict(model_zoo)['dcd'], 'shape_scenes' in dataset_zoo.get_names())\n"
+        "print(dict(model_zoo)['meter_retrieval'], 'dcd' in dict(model_zoo))\n"
+        "print('shape_scenes' in dataset_zoo.get_names())\n"
         "from lavis.common.registry import registry\n"
         "print(registry.list_runners(), registry.get_path('cache_root').endswith('lavis'))\n"
         "print(any('lavis_dcd' in type(f).__module__ for f in sys.meta_path))\n"
     )
     assert lines[0].startswith("False")
     assert "'coco', 'flickr', 'pretrain_288', 'student_coco', 'student_flickr', 'quickstart'" in lines[1]
-    assert lines[1].endswith("True")
-    assert "runner_dcd" in lines[2] and lines[2].endswith("True")
-    assert lines[3] == "False"
+    assert lines[1].endswith("True") and lines[2] == "True"
+    assert "runner_dcd" in lines[3] and lines[3].endswith("True")
+    assert lines[4] == "False"
 
 
-@pytest.mark.parametrize("module", ["lavis_dcd.models.dcd", "lavis_dcd.tasks.dcd_retrieval", "lavis_dcd.plugins"])
-def test_any_of_our_modules_may_be_the_first_to_import_lavis(module):
+@pytest.fixture
+def made_up_host(tmp_path, monkeypatch):
+    """A host and a plug-in package of ours in miniature, and the order of what happens to them."""
+    order: list[str] = []
+    monkeypatch.setattr(hook, "_HOST", "made_up_host")
+    monkeypatch.setattr(hook, "_OURS", "made_up_ours.")
+    monkeypatch.setattr(hook, "_register", lambda: order.append("registered"))
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, hook._AfterHost)])
+    monkeypatch.setattr(sys, "made_up_order", order, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    note = "import sys; sys.made_up_order.append({!r})\n"
+    sources = {
+        "made_up_host/__init__.py": note.format("host"),
+        "made_up_ours/__init__.py": "",
+        "made_up_ours/light.py": note.format("light"),
+        "made_up_ours/inner.py": "import made_up_host\n" + note.format("inner"),
+        "made_up_ours/outer.py": "import made_up_ours.inner\n" + note.format("outer"),
+    }
+    for name, text in sources.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    yield order
+    for name in [name for name in sys.modules if name.startswith("made_up_")]:
+        del sys.modules[name]
+
+
+def test_registration_follows_the_import_of_the_host(made_up_host):
+    hook.install()
+    hook.install()
+    assert sum(isinstance(finder, hook._AfterHost) for finder in sys.meta_path) == 1
+    importlib.import_module("made_up_ours.light")
+    assert made_up_host == ["light"]
+    importlib.import_module("made_up_host")
+    assert made_up_host == ["light", "host", "registered"]
+    assert not any(isinstance(finder, hook._AfterHost) for finder in sys.meta_path)
+    hook.install()
+    assert made_up_host == ["light", "host", "registered", "registered"]
+
+
+def test_registration_waits_for_the_outermost_of_our_modules(made_up_host):
+    hook.install()
+    importlib.import_module("made_up_ours.outer")
+    assert made_up_host == ["host", "inner", "outer", "registered"]
+
+
+def test_our_task_may_be_the_first_to_import_lavis():
     lines = run_python(
-        f"import {module}, lavis\n"
+        "import lavis_dcd.tasks.dcd_retrieval\n"
         "from lavis.common.registry import registry\n"
-        "print(registry.get_model_class('dcd').__module__, registry.get_runner_class('runner_dcd').__module__)\n"
+        "print(registry.get_model_class('dcd').__module__)\n"
+        "print(registry.get_runner_class('runner_dcd').__module__)\n"
     )
-    assert lines == ["lavis_dcd.models.dcd lavis_dcd.runners.runner_dcd"]
+    assert lines == ["lavis_dcd.models.dcd", "lavis_dcd.runners.runner_dcd"]
 
 
 def test_a_package_imported_after_lavis_registers_at_once_and_twice_is_harmless():

@@ -199,8 +199,14 @@ def _copy(response, part: Path, start: int, total: int | None) -> int:
     arrived = start
     with (
         open(part, "ab" if start else "wb") as handle,
-        tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem,
-             disable=not sys.stderr.isatty()) as bar,
+        tqdm(
+            total=total,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            desc=part.stem,
+            disable=not sys.stderr.isatty(),
+        ) as bar,
     ):
         while block := response.read(_BLOCK):
             handle.write(block)

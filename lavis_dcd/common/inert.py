@@ -69,8 +69,12 @@ def _loads(data: bytes, **options: Any) -> Any:
 
 
 _PICKLE = SimpleNamespace(
-    Unpickler=_InertUnpickler, load=_load, loads=_loads, __name__="lavis_dcd.common.inert",
-    UnpicklingError=pickle.UnpicklingError, PickleError=pickle.PickleError,
+    Unpickler=_InertUnpickler,
+    load=_load,
+    loads=_loads,
+    __name__="lavis_dcd.common.inert",
+    UnpicklingError=pickle.UnpicklingError,
+    PickleError=pickle.PickleError,
 )
 
 

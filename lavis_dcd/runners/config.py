@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -47,9 +48,9 @@ class RunConfig:
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
-    lr_sched: Literal["linear_warmup_linear", "cosine", "constant", "linear_warmup_cosine_lr", "constant_lr"] = (
-        "linear_warmup_linear"  # the last two are LAVIS's names of the two before them
-    )
+    lr_sched: Literal[
+        "linear_warmup_linear", "cosine", "constant", "linear_warmup_cosine_lr", "constant_lr"
+    ] = "linear_warmup_linear"  # the last two are LAVIS's names of the two before them
     warmup: float = 0.1  # a fraction of all steps
     warmup_steps: int | None = None  # the same as a number of steps; wins over warmup
     grad_clip: float | None = None  # the largest gradient norm
@@ -101,9 +102,15 @@ class RunConfig:
             if value is not None and value < 0:
                 found.append(f"run.{name}: {value!r} must not be negative")
         if not 0 <= self.warmup <= 1:
-            found.append(f"run.warmup: {self.warmup!r} is a fraction of all steps, 0 to 1 (see run.warmup_steps)")
+            found.append(
+                f"run.warmup: {self.warmup!r} is a fraction of all steps, 0 to 1 (see run.warmup_steps)"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"run.betas: {self.betas!r} must be two numbers in [0, 1)")
+        if not self.train_splits and not self.evaluate:
+            found.append(
+                "run.train_splits: is empty, so there is nothing to train on; run.evaluate=true evaluates"
+            )
         if self.min_lr > self.init_lr:
             found.append(f"run.min_lr: {self.min_lr!r} is greater than run.init_lr {self.init_lr!r}")
         if self.job_id is not None and ("/" in self.job_id or self.job_id in ("", ".", "..")):
@@ -122,14 +129,46 @@ class RunConfig:
             return []
         return self.table_splits if self.teacher_split_eval is None else list(self.teacher_split_eval)
 
+    def missing_splits(self, available: Collection[str]) -> list[str]:
+        """One line per split that the job needs and its data sets do not have.
+
+        Args:
+            available: the splits there are.
+        """
+        needed = {"run.valid_splits": self.valid_splits, "run.test_splits": self.test_splits}
+        if self.evaluate_teacher and self.teacher_split_eval:
+            needed["run.teacher_split_eval"] = self.teacher_split_eval
+        if not self.evaluate:
+            needed["run.train_splits"] = self.train_splits
+        there = ", ".join(sorted(available)) or "none"
+        return [
+            f"{key}: the data sets have no split {split!r}; there are {there}"
+            for key, splits in needed.items()
+            for split in splits
+            if split not in available
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, as a checkpoint may hold them."""
         return asdict(self)
 
 
 _POSITIVE = (
-    "num_threads", "max_epoch", "max_steps", "batch_size_train", "batch_size_eval", "accum_grad_iters", "init_lr",
-    "head_lr_multiplier", "eps", "grad_clip", "eval_every_epochs", "k_test", "match_memory_mb", "save_every",
-    "keep_last", "log_freq",
+    "num_threads",
+    "max_epoch",
+    "max_steps",
+    "batch_size_train",
+    "batch_size_eval",
+    "accum_grad_iters",
+    "init_lr",
+    "head_lr_multiplier",
+    "eps",
+    "grad_clip",
+    "eval_every_epochs",
+    "k_test",
+    "match_memory_mb",
+    "save_every",
+    "keep_last",
+    "log_freq",
 )
 _NOT_NEGATIVE = ("num_workers", "seed", "min_lr", "weight_decay", "warmup_steps")

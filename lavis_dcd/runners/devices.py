@@ -65,7 +65,9 @@ def find_place(run: RunConfig) -> Place:
     if run.amp == "fp16" and kind == "cpu":
         raise UserError("run.amp: fp16 needs CUDA; on a CPU set run.amp=bf16 or off")
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    )
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:
@@ -96,7 +98,10 @@ def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor (or object with a `to`, like `Features`) in its dicts, lists and tuples on `device`."""
+    """`value` with every tensor in its dicts, lists and tuples on `device`.
+
+    Other objects with a method `to` (`Features`) move too; anything else stays as it is.
+    """
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):

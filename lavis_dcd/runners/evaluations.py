@@ -1,4 +1,4 @@
-"""Evaluation around training: each one done once, kept in the run folder, and put together as results.json."""
+"""The evaluations of a run: each one made once and kept in the run folder, and the machine it ran on."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 class Evaluations:
     """The evaluations of a run, keyed by split, matcher and optimizer step.
 
-    They are written as they are made, so a resumed job repeats none. Only the main process evaluates; the others
-    wait for the figures.
+    A resumed job repeats none that was kept (`write`). Only the main process evaluates; the others wait.
 
     Args:
         folder: the run folder.
@@ -42,7 +41,9 @@ class Evaluations:
         if resume_step is not None and self._file.is_file():
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             self._done = {
-                key: entry for key, entry in stored.items() if entry["step"] is None or entry["step"] <= resume_step
+                key: entry
+                for key, entry in stored.items()
+                if entry["step"] is None or entry["step"] <= resume_step
             }
 
     def get(self, name: str, split: str, step: int | None) -> dict[str, Any] | None:
@@ -62,7 +63,9 @@ class Evaluations:
         stored = self.get(name, split, step)
         if stored is not None:
             return stored
-        metrics = self._place.share(self._measure(name, matcher, dataset, split) if self._place.is_main else None)
+        metrics = self._place.share(
+            self._measure(name, matcher, dataset, split) if self._place.is_main else None
+        )
         self._done[_key(name, split, step)] = {"step": step, "metrics": metrics}
         return dict(metrics)
 
@@ -95,8 +98,11 @@ def _plain(value: Any) -> Any:
 
 def summary(metrics: Mapping[str, Any]) -> str:
     """The figures of one evaluation on a line."""
-    shown = [key for key in ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean", "r_sum")
-             if isinstance(metrics.get(key), (int, float))]
+    shown = [
+        key
+        for key in ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean", "r_sum")
+        if isinstance(metrics.get(key), (int, float))
+    ]
     shown = shown or [key for key, value in metrics.items() if isinstance(value, float)]
     return ", ".join(f"{key} {metrics[key]:.2f}" for key in shown)
 

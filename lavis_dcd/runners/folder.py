@@ -36,7 +36,8 @@ def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None) -> 
         restart = run.resume == "auto"  # the first attempt ended before its first checkpoint
         if not restart and _is_used(folder):
             raise UserError(
-                f"run.job_id: {folder} already holds a job; give another name, or continue it with run.resume=auto"
+                f"run.job_id: {folder} already holds a job; give another name, "
+                "or continue it with run.resume=auto"
             )
     else:
         name = job_id or time.strftime("%Y%m%d-%H%M%S")
@@ -69,7 +70,11 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_results(
-    folder: Path, title: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], gallery: list, machine: Mapping[str, Any]
+    folder: Path,
+    title: str,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    gallery: list,
+    machine: Mapping[str, Any],
 ) -> None:
     """results.json for the first split, results_<split>.json for each other one.
 
@@ -79,8 +84,11 @@ def write_results(
     """
     for number, (split, split_rows) in enumerate(rows.items()):
         content = {
-            "title": title, "split": split, "rows": list(split_rows),
-            "gallery": [] if number else gallery, "machine": dict(machine),
+            "title": title,
+            "split": split,
+            "rows": list(split_rows),
+            "gallery": [] if number else gallery,
+            "machine": dict(machine),
         }
         name = f"results_{split}.json" if number else "results.json"
         with atomic_write(folder / name, "w") as handle:
@@ -90,14 +98,11 @@ def write_results(
 def export_model(folder: Path, model: nn.Module) -> Path:
     """Write the model that the job produced, on its own: student.pth, or model.pth for a plain model.
 
-    The file holds `checkpoint()` of `model.exported()` (of the model itself where it has no such method): tensors and
-    plain containers, which load with `weights_only=True`.
+    The file holds `checkpoint()` of `model.exported()` (of the model itself where it has no such method):
+    tensors and plain containers, which load with `weights_only=True`.
     """
     exported = model.exported() if hasattr(model, "exported") else model
-    if hasattr(exported, "checkpoint"):
-        content = exported.checkpoint()
-    else:
-        content = {"model": exported.state_dict()}
+    content = exported.checkpoint() if hasattr(exported, "checkpoint") else {"model": exported.state_dict()}
     path = folder / ("student.pth" if exported is not model else "model.pth")
     with atomic_write(path) as handle:
         torch.save({key: _on_cpu(value) for key, value in content.items()}, handle)

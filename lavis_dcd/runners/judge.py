@@ -1,4 +1,4 @@
-"""What a job evaluates and when: the learner while it trains, the best of it, the teacher once, the final table."""
+"""What a job evaluates: the learner while it trains, the best of it, the teacher once, the final table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import Place
 from lavis_dcd.runners.evaluations import Evaluations, machine
 from lavis_dcd.runners.folder import write_results
-from lavis_dcd.runners.logs import MetricsLog, table
+from lavis_dcd.runners.logs import MetricsLog
+from lavis_dcd.runners.report_table import format_table
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,15 @@ class Judge:
     """
 
     def __init__(
-        self, folder: Path, run: RunConfig, place: Place, task: Any, model: nn.Module, datasets: Mapping[str, Any],
-        log: MetricsLog, resume_step: int | None = None,
+        self,
+        folder: Path,
+        run: RunConfig,
+        place: Place,
+        task: Any,
+        model: nn.Module,
+        datasets: Mapping[str, Any],
+        log: MetricsLog,
+        resume_step: int | None = None,
     ) -> None:
         self._folder, self._run, self._place, self._task = folder, run, place, task
         self._model, self._datasets, self._log = model, datasets, log
@@ -82,7 +90,7 @@ class Judge:
         self._evaluations.write()
 
     def validate(self, step: int) -> None:
-        """Evaluate on run.valid_splits; keep the weights if the mean of their `agg_metrics` is the best so far."""
+        """Evaluate on run.valid_splits; keep the weights if their mean `agg_metrics` is the best so far."""
         found = self.evaluate_learner(self._run.valid_splits, step)
         if not found:
             return
@@ -103,21 +111,28 @@ class Judge:
             path = checkpoint.best_file(self._folder, self.best["step"])
             self._model.load_state_dict(checkpoint.load_weights(path))
 
-    def write_results(self, title: str, step: int) -> None:
-        """results.json and the table in the log, for the learner of optimizer step `step`."""
+    def write_results(self, title: str, step: int) -> bool:
+        """results.json and the table in the log, for the learner of optimizer step `step`.
+
+        Returns:
+            False where no split is evaluated, so that there are no results.
+        """
         run = self._run
         splits = list(dict.fromkeys([*run.table_splits, *run.teacher_splits]))
         if not splits:
             logger.info("nothing to evaluate: run.valid_splits and run.test_splits are empty")
-            return
+            return False
         gallery = []
         if hasattr(self._task, "gallery"):
             with torch.no_grad():
-                gallery = self._task.gallery(self.matchers, self._datasets[splits[0]], run, self._place.device)
+                gallery = self._task.gallery(
+                    self.matchers, self._datasets[splits[0]], run, self._place.device
+                )
         rows = {split: self._rows(split, step) for split in splits}
         write_results(self._folder, title, rows, gallery, machine(run, self._place))
         for split in splits:
-            logger.info("results on %s:\n%s", split, table(rows[split]))
+            logger.info("results on %s:\n%s", split, format_table(rows[split]))
+        return True
 
     def _rows(self, split: str, step: int) -> list[dict[str, Any]]:
         name, get = self.learner, self._evaluations.get

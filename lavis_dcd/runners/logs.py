@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,10 @@ class Window:
 
     def state_dict(self) -> dict[str, dict]:
         """For a checkpoint."""
-        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "counts": dict(self._counts)}
+        return {
+            "sums": {name: value.cpu() for name, value in self._sums.items()},
+            "counts": dict(self._counts),
+        }
 
     def load_state_dict(self, state: dict[str, dict], device: torch.device) -> None:
         """Continue the window of a checkpoint."""
@@ -59,8 +62,8 @@ class MetricsLog:
 
     Args:
         folder: the run folder.
-        resume_step: drop what an interrupted run wrote beyond this step. Evaluations at the step itself are dropped
-            too: the resumed job writes them again. None starts an empty log.
+        resume_step: drop what an interrupted run wrote beyond this step. Evaluations at the step itself are
+            dropped too: the resumed job writes them again. None starts an empty log.
         active: False (the processes other than the main one) writes nothing.
     """
 
@@ -69,7 +72,9 @@ class MetricsLog:
         self._board = None
         if self._file is None:
             return
-        kept = [] if resume_step is None else [line for line in self._lines() if _is_before(line, resume_step)]
+        kept = (
+            [] if resume_step is None else [line for line in self._lines() if _is_before(line, resume_step)]
+        )
         with atomic_write(self._file, "w") as handle:
             handle.writelines(json.dumps(line) + "\n" for line in kept)
         self._board = _board(folder / "tensorboard", resume_step)
@@ -162,33 +167,3 @@ def scalars_of(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         elif _is_number(value):
             found[name] = torch.tensor(float(value), dtype=torch.float64)
     return found
-
-
-_COLUMNS = {
-    "name": "model", "txt_r1": "txt R@1", "txt_r5": "R@5", "txt_r10": "R@10", "img_r1": "img R@1", "img_r5": "R@5",
-    "img_r10": "R@10", "r_sum": "R-sum", "fusion_parameters": "fusion params", "ms_per_pair": "ms/pair", "how": "how",
-}
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The results as aligned text: one line per row, columns that no row has are left out."""
-    keys = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
-    cells = [[_COLUMNS[key] for key in keys]] + [[_cell(key, row.get(key)) for key in keys] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(keys))]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if key in ("name", "how") else text.rjust(width)
-            for key, text, width in zip(keys, line, widths, strict=True)
-        ).rstrip()
-        for line in cells
-    )
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}" if key == "ms_per_pair" else f"{value:.1f}"
-    return str(value)

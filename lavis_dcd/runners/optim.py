@@ -42,7 +42,9 @@ def parameter_groups(
             groups[f"{part}/{kind}"]["params"].append(parameter)
     filled = [group for group in groups.values() if group["params"]]
     if not filled:
-        raise UserError("model: no parameter is trainable, so there is nothing to train (run.evaluate=true evaluates)")
+        raise UserError(
+            "model: no parameter is trainable, so there is nothing to train (run.evaluate=true evaluates)"
+        )
     return filled
 
 
@@ -58,8 +60,8 @@ def rate_factor(
 ) -> Callable[[int], float]:
     """The factor on every group's rate at optimizer step 0, 1, ..., total - 1.
 
-    It rises linearly over `warmup` steps, is 1 at step `warmup`, and then falls to `floor` (reached at step
-    `total`, the first that is not taken), so no step is spent at a rate of 0 unless `floor` is 0 and `step >= total`.
+    It rises linearly over `warmup` steps, is 1 at step `warmup`, and then falls towards `floor`, which it
+    would reach at step `total`, the first that is not taken: no step is spent at a rate of 0.
 
     Args:
         floor: the smallest factor after the warm-up (min_lr / init_lr).

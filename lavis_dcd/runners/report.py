@@ -14,12 +14,14 @@ from markupsafe import Markup
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.runners.charts import Series, line_chart
-from lavis_dcd.runners.report_table import Row, body, format_table, number, used_columns
+from lavis_dcd.runners.headline import headline, tiles
+from lavis_dcd.runners.report_table import Row, body, format_table, used_columns
 
-__all__ = ["RunFiles", "chart_sections", "format_table", "headline", "tiles", "write_report"]
+__all__ = ["RunFiles", "chart_sections", "format_table", "write_report"]
 
 FOLDS = "1k_"
 SCORES, MISRANKED = "_score", "_misranked"
+COLOURS = {"student": 1, "teacher": 2}  # the same in every chart
 WORDS = {
     "loss": "total",
     "distill_loss": "distillation",
@@ -31,7 +33,6 @@ WORDS = {
     "img_r1": "caption finds picture, R@1",
     "img_r10": "caption finds picture, R@10",
     "grad_norm": "Gradient norm, before clipping",
-    "lr": "Learning rate",
 }
 
 
@@ -92,9 +93,10 @@ def write_report(run_dir: str | Path) -> Path:
         split=run.results.get("split", ""),
         headline=headline(rows),
         tiles=tiles(rows),
-        table=body(rows),
-        columns=used_columns(rows),
-        folds=body(folds),
+        table=body(rows, used_columns(rows, hide_same_how=True)),
+        columns=used_columns(rows, hide_same_how=True),
+        how=_same_how(rows),
+        folds=body(folds, used_columns(folds)),
         fold_columns=used_columns(folds),
         sections=chart_sections(run),
         gallery=_gallery(run.results.get("gallery", [])),
@@ -107,70 +109,16 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def headline(rows: Sequence[Row]) -> str:
-    """What came out, in a sentence or two, from measured numbers only."""
-    teacher, student = _row(rows, "teacher"), _row(rows, "student")
-    if teacher is None or student is None or not teacher.get("r_sum"):
-        named = [
-            f"{row['name']} reaches an R-sum of {row['r_sum']:.1f}"
-            for row in rows
-            if row.get("r_sum") is not None
-        ]
-        return f"The {'; the '.join(named)} (of 600 at most)." if named else "Nothing was evaluated."
-    share = 100 * student["r_sum"] / teacher["r_sum"]
-    text = f"The student {'keeps' if share < 100 else 'reaches'} {share:.1f} % of its teacher's R-sum"
-    if student.get("fusion_parameters") and teacher.get("fusion_parameters"):
-        parameters = 100 * student["fusion_parameters"] / teacher["fusion_parameters"]
-        text += f" with {parameters:.0f} % of the fusion parameters"
-    speed = _ratio(teacher, student, "ms_per_pair")
-    if speed is not None:
-        text += f", and scores a pair {speed:.1f}× as fast"
-    before = _row(rows, "student before training")
-    if before is not None and before.get("r_sum") is not None:
-        text += f". Before training it stood at {100 * before['r_sum'] / teacher['r_sum']:.1f} %"
-    return text + "."
-
-
-def tiles(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """The headline's figures with what they compare: ``value``, ``label``, ``note``."""
-    teacher, student = _row(rows, "teacher"), _row(rows, "student")
-    if teacher is None or student is None:
-        return []
-    found = []
-    for key, label in (
-        ("r_sum", "of the teacher’s R-sum"),
-        ("fusion_parameters", "of its fusion parameters"),
-    ):
-        share = _ratio(student, teacher, key)
-        if share is not None:
-            note = f"{number(key, student[key])} against {number(key, teacher[key])}"
-            found.append({"value": f"{100 * share:.1f} %", "label": label, "note": note})
-    speed = _ratio(teacher, student, "ms_per_pair")
-    if speed is not None:
-        pair = [number("ms_per_pair", row["ms_per_pair"]) for row in (student, teacher)]
-        found.append(
-            {"value": f"{speed:.2f}×", "label": "as fast per pair", "note": f"{pair[0]} against {pair[1]} ms"}
-        )
-    return found
-
-
 def chart_sections(run: RunFiles) -> list[dict[str, Any]]:
-    """Charts under headings: ``title``, ``note`` and ``charts``, each ``{"title", "svg"}``; empty ones left out."""
-    losses = sorted(
-        {k for line in run.train for k in line if k == "loss" or k.endswith("_loss")}, key=_loss_order
-    )
-    training = [("Training loss", _chart([_train_series(run, key) for key in losses]))]
+    """Charts under headings: ``title``, ``note``, ``charts`` of ``{"title", "svg"}``; empty ones left out."""
+    learning = [
+        ("Training loss", _chart([_train_series(run, key) for key in _losses(run)])),
+        *_validation(run),
+        ("Learning rate", _chart([_train_series(run, "lr")])),
+    ]
     sections = [
-        (
-            "Learning",
-            "Each point is the mean over the steps since the one before.",
-            training + _validation(run),
-        ),
-        (
-            "Diagnostics",
-            "What the loss was made of, seen from the training batches.",
-            _diagnostics(run, set(losses)),
-        ),
+        ("Learning", "Training figures are means over the steps since the point before.", learning),
+        ("Diagnostics", "Seen on the training batches, pictures and captions together.", _diagnostics(run)),
     ]
     kept = []
     for title, note, charts in sections:
@@ -192,7 +140,10 @@ def _validation(run: RunFiles) -> list[tuple[str, str]]:
             (line["r_sum"] for line in lines if line["model"] == "teacher" and "r_sum" in line), None
         )
         name = learner[0]["model"]
-        r_sum = [Series(name, _points(learner, "r_sum")), Series("teacher", level=teacher)]
+        r_sum = [
+            Series(name, _points(learner, "r_sum")),
+            Series("teacher", level=teacher, colour=COLOURS["teacher"]),
+        ]
         charts.append((f"R-sum on {split}", _chart(r_sum)))
         recalls = ("txt_r1", "img_r1", "txt_r10", "img_r10")
         charts.append(
@@ -204,8 +155,9 @@ def _validation(run: RunFiles) -> list[tuple[str, str]]:
     return charts
 
 
-def _diagnostics(run: RunFiles, losses: set[str]) -> list[tuple[str, str]]:
-    known = {"kind", "step", "epoch", *losses}
+def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
+    """What else the model reported, scores and misrankings of teacher and student side by side."""
+    known = {"kind", "step", "epoch", "lr", *_losses(run)}
     keys = list(
         dict.fromkeys(k for line in run.train for k, v in line.items() if k not in known and _is_number(v))
     )
@@ -251,16 +203,14 @@ def _verdict(ranks: Mapping[str, int]) -> str:
     return f"only the {' and the '.join(right)} right" if right else "none right"
 
 
+def _same_how(rows: Sequence[Row]) -> str:
+    """How the rows were scored, where that is the same for all."""
+    hows = {row.get("how") for row in rows}
+    return str(hows.pop()) if len(hows) == 1 and None not in hows else ""
+
+
 def _fold_row(row: Row) -> Row:
     return {"name": row["name"], **{k.removeprefix(FOLDS): v for k, v in row.items() if k.startswith(FOLDS)}}
-
-
-def _row(rows: Sequence[Row], name: str) -> Row | None:
-    return next((row for row in rows if row.get("name") == name and row.get("r_sum") is not None), None)
-
-
-def _ratio(above: Row, below: Row, key: str) -> float | None:
-    return above[key] / below[key] if above.get(key) and below.get(key) else None
 
 
 def _chart(series: Sequence[Series], percent: bool = False) -> str:
@@ -268,7 +218,9 @@ def _chart(series: Sequence[Series], percent: bool = False) -> str:
 
 
 def _train_series(run: RunFiles, key: str) -> Series:
-    return Series(WORDS.get(key, _words(key)), _points(run.train, key))
+    colour = next((number for name, number in COLOURS.items() if key.startswith(name)), None)
+    dashed = key.endswith(f"hardest{SCORES}")
+    return Series(WORDS.get(key, _words(key)), _points(run.train, key), colour=colour, dashed=dashed)
 
 
 def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -284,8 +236,10 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _loss_order(key: str) -> tuple[bool, str]:
-    return key != "loss", key
+def _losses(run: RunFiles) -> list[str]:
+    """The total, then its parts by name."""
+    keys = {key for line in run.train for key in line if key == "loss" or key.endswith("_loss")}
+    return sorted(keys, key=lambda key: (key != "loss", key))
 
 
 def _text(path: Path) -> str:

@@ -40,21 +40,22 @@ COLUMNS = (
     Column(
         "fusion_parameters",
         "fusion params",
-        "Parameters that work once for every pair of a picture and a caption. The encoders, which work once per "
-        "picture and once per caption, are not counted.",
+        "Parameters that work once for every pair of a picture and a caption. The encoders, which work once "
+        "per picture and once per caption, are not counted.",
         better="less",
     ),
     Column(
         "ms_per_pair",
         "ms / pair",
-        "Median milliseconds to score one pair whose picture and caption are encoded already, on the machine below.",
+        "Median milliseconds to score one pair whose picture and caption are encoded already, on the machine "
+        "below.",
         better="less",
     ),
     Column(
         "how",
         "scored",
-        "exhaustive: every picture was scored against every caption. shortlist k: only the k best by a cheap joint "
-        "space were scored; the rest kept its cheap order below them.",
+        "exhaustive: every picture was scored against every caption. shortlist k: only the k best by a cheap "
+        "joint space were scored; the rest kept its cheap order below them.",
         better="",
     ),
 )
@@ -80,14 +81,19 @@ class Line:
     reference: bool = False
 
 
-def used_columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns for which any row has a value."""
-    return [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
+def used_columns(rows: Sequence[Row], hide_same_how: bool = False) -> list[Column]:
+    """The columns for which any row has a value.
+
+    Args:
+        hide_same_how: leave out how the rows were scored where that is the same for all.
+    """
+    used = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
+    same = hide_same_how and len({row.get("how") for row in rows}) == 1
+    return [column for column in used if column.key != "how" or not same]
 
 
-def body(rows: Sequence[Row]) -> list[Line]:
-    """The rows, the best value of each column marked: among all but the teacher where there is something to compare."""
-    columns = used_columns(rows)
+def body(rows: Sequence[Row], columns: Sequence[Column]) -> list[Line]:
+    """The rows, the best value of each column marked: among all but the teacher where those are several."""
     compared = [row for row in rows if row.get("name") != "teacher"]
     compared = compared if len(compared) > 1 else list(rows)
     best = {column.key: _best(compared, column) for column in columns}
@@ -107,7 +113,7 @@ def body(rows: Sequence[Row]) -> list[Line]:
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as aligned text for a terminal: recalls both ways, R-sum, fusion parameters, ms per pair."""
     columns = used_columns(rows)
-    lines = body(rows)
+    lines = body(rows, columns)
     heads = ["", *(f"{_short_group(column)}{column.title}" for column in columns)]
     table = [[line.name, *(cell.text + cell.spread for cell in line.cells)] for line in lines]
     widths = [max(len(row[i]) for row in [heads, *table]) for i in range(len(heads))]
@@ -125,7 +131,7 @@ def format_table(rows: Sequence[Row]) -> str:
 def number(key: str, value: Any) -> str:
     """A value as people read it."""
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, str):
         return value
     if key == "fusion_parameters":

@@ -25,20 +25,22 @@ class RunnerDCD(Trainer):
     Args:
         cfg: LAVIS's Config, or anything with `run_cfg`, `model_cfg` and `datasets_cfg`.
         task, model: see `Trainer`.
-        datasets: {builder: {split: data set}}, as `task.build_datasets` returns. The splits of run.train_splits are
-            concatenated; any other split must come from one builder.
+        datasets: {builder: {split: data set}}, as `task.build_datasets` returns. The splits of
+            run.train_splits are concatenated; any other split must come from one builder.
         job_id: the name of the run folder, unless run.job_id gives one.
 
     Raises:
         UserError: faults of the configuration, or as `Trainer`.
     """
 
-    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Mapping[str, Any], job_id: str | None) -> None:
+    def __init__(
+        self, cfg: Any, task: Any, model: nn.Module, datasets: Mapping[str, Any], job_id: str | None
+    ) -> None:
         run = parse(RunConfig, cfg.run_cfg, "run")
         config = {"model": _plain(cfg.model_cfg), "datasets": _plain(cfg.datasets_cfg)}
         super().__init__(run, config, task, model, by_split(datasets, run), _project(cfg, run), job_id)
         self.cfg = cfg
-        # `register_path` refuses a name that it has, which would make a second runner in a process impossible.
+        # `register_path` refuses a name that it has: a second runner in a process would be impossible.
         result_dir = self.output_dir / "result"
         registry.mapping["paths"].update(output_dir=str(self.output_dir), result_dir=str(result_dir))
 
@@ -47,17 +49,14 @@ def by_split(datasets: Mapping[str, Mapping[str, Any]], run: RunConfig) -> dict[
     """{builder: {split: data set}} as {split: data set}, with the training splits concatenated under "train".
 
     Raises:
-        UserError: a training split is missing, or two builders have the same evaluation split.
+        UserError: two builders have the same evaluation split.
     """
     parts = reorg_datasets_by_split(datasets)
-    faults = [
-        f"run.train_splits: the data sets have no split {split!r}; there are {', '.join(sorted(parts)) or 'none'}"
-        for split in run.train_splits if split not in parts and not run.evaluate
-    ]
     used = {*run.valid_splits, *run.test_splits, *(run.teacher_split_eval or [])}
-    faults += [
-        f"datasets: the split {split!r} comes from {len(parts[split])} data sets; evaluation needs exactly one"
-        for split in sorted(used & set(parts)) if len(parts[split]) > 1
+    faults = [
+        f"datasets: the split {split!r} comes from {len(parts[split])} data sets, evaluation needs one"
+        for split in sorted(used & set(parts))
+        if len(parts[split]) > 1
     ]
     if faults:
         raise UserError(faults)

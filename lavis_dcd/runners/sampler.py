@@ -14,7 +14,7 @@ from lavis_dcd.runners.seeding import seed_everything, seed_for
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
-    """Lists of indices: a permutation drawn from (seed, epoch), cut into global batches and dealt to the processes.
+    """Lists of indices: a permutation drawn from (seed, epoch), cut into batches and dealt to the processes.
 
     The global batch (`batch_size * world_size` indices) is the same however many processes share it.
 
@@ -22,8 +22,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
         length: the size of the data set.
         batch_size: indices per batch and process.
         seed: of the job.
-        drop_last: leave out the incomplete batch at the end. Otherwise it is dealt evenly, repeating indices from
-            the start of the permutation where it does not divide by `world_size`.
+        drop_last: leave out the incomplete batch at the end. Otherwise it is dealt evenly, repeating indices
+            from the start of the permutation where it does not divide by `world_size`.
         rank, world_size: this process among all.
 
     Raises:
@@ -31,15 +31,22 @@ class ResumableBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, *, drop_last: bool = True, rank: int = 0, world_size: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
         self.epoch = self.skip = 0
         if len(self) == 0:
             raise UserError(
-                f"run.batch_size_train: {batch_size} x {world_size} process(es) is more than the {length} training "
-                "samples; lower it, or set run.drop_last=false"
+                f"run.batch_size_train: {batch_size} x {world_size} process(es) is more than the {length} "
+                "training samples; lower it, or set run.drop_last=false"
             )
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -90,16 +97,24 @@ class TrainLoader:
     """The training batches of an epoch, from any position.
 
     Args:
-        dataset: map-style; its `collater` makes the batches (default: torch's). `set_epoch(epoch)` is called where
-            it has one.
+        dataset: map-style; its `collater` makes the batches (default: torch's). `set_epoch(epoch)` is called
+            where it has one.
         num_workers: loader processes, started anew each epoch.
         pin_memory: for a CUDA device.
         The others as for `ResumableBatchSampler`.
     """
 
     def __init__(
-        self, dataset: Any, batch_size: int, seed: int, *, drop_last: bool = True, num_workers: int = 0,
-        pin_memory: bool = False, rank: int = 0, world_size: int = 1,
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int,
+        *,
+        drop_last: bool = True,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._sampler = ResumableBatchSampler(
             len(dataset), batch_size, seed, drop_last=drop_last, rank=rank, world_size=world_size

@@ -1,4 +1,4 @@
-"""Randomness as a function of where the job stands, so that a resumed job draws what the first one would have."""
+"""Randomness as a function of where the job stands: a resumed job draws what the first one would have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ def rng_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (
+            kind,
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

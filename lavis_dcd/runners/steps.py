@@ -31,7 +31,13 @@ class Stepper:
     """
 
     def __init__(
-        self, task: Any, model: nn.Module, bare_model: nn.Module, run: RunConfig, place: Place, total_steps: int
+        self,
+        task: Any,
+        model: nn.Module,
+        bare_model: nn.Module,
+        run: RunConfig,
+        place: Place,
+        total_steps: int,
     ) -> None:
         self._task, self._model, self._run, self._place = task, model, run, place
         self.optimizer = make_optimizer(bare_model, run)
@@ -48,15 +54,15 @@ class Stepper:
     ) -> dict[str, torch.Tensor]:
         """Take `size` micro-batches and one optimizer step whose gradient is their mean.
 
-        Every generator is seeded from (seed, step, micro-batch, process) before each forward pass, so what dropout
-        draws does not depend on what ran before.
+        Every generator is seeded from (seed, step, micro-batch, process) before each forward pass, so what
+        dropout draws does not depend on what ran before.
 
         Args:
             number: the optimizer step, counted over the whole job.
-            extra: more entries of the samples (LAVIS models expect "epoch", "iters" and "num_iters_per_epoch").
+            extra: more entries of the samples (LAVIS models expect "epoch", "iters", "num_iters_per_epoch").
 
         Returns:
-            The mean over the micro-batches of every scalar in the model's output, and "grad_norm" when clipping.
+            The mean over the micro-batches of every scalar in the model's output; "grad_norm" when clipping.
         """
         reports = []
         for micro in range(size):
@@ -66,7 +72,9 @@ class Stepper:
             with self._gradient_exchange(last=micro == size - 1):
                 reports.append(self._backward(samples, size))
         means = {
-            name: torch.stack([report[name].to(self._place.device) for report in reports if name in report]).mean()
+            name: torch.stack(
+                [report[name].to(self._place.device) for report in reports if name in report]
+            ).mean()
             for name in {name: None for report in reports for name in report}
         }
         return means | self._update()

@@ -1,4 +1,4 @@
-"""The life of a job: start or resume, train, evaluate, choose the best, export, report. Knows nothing of LAVIS."""
+"""The life of a job: start or resume, train, choose the best, evaluate, export. Knows nothing of LAVIS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.runners import checkpoint
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import find_place, wrap_for_training
-from lavis_dcd.runners.folder import export_model, new_run_folder, write_config
+from lavis_dcd.runners.folder import export_model, write_config
 from lavis_dcd.runners.interrupt import InterruptGuard
 from lavis_dcd.runners.judge import Judge
 from lavis_dcd.runners.logs import MetricsLog, Window, log_file, progress
+from lavis_dcd.runners.report import write_report
+from lavis_dcd.runners.resume import Position, find_start
 from lavis_dcd.runners.sampler import TrainLoader
 from lavis_dcd.runners.seeding import rng_state, seed_everything, seed_for, set_rng_state
 from lavis_dcd.runners.steps import Stepper
@@ -29,29 +31,20 @@ from lavis_dcd.runners.steps import Stepper
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Position:
-    """How far a job has come, in optimizer steps, and with how many processes."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    global_step: int = 0
-    world_size: int = 1
-
-
 class Trainer:
     """Trains and evaluates a model in a run folder.
 
     Args:
         run: the `run:` section.
-        config: the whole job, {"model", "datasets", "run"} in plain containers; kept in checkpoints and config.yaml.
-        task: `train_step(model, samples) -> dict | Tensor` and `evaluate_matcher(matcher, dataset, run, device) ->
-            dict` (with "agg_metrics" where there are run.valid_splits); optionally `prepare(model, datasets, run,
-            device)` (may return other datasets), `wrap_training_set(dataset, model)` and `gallery(matchers, dataset,
-            run, device) -> list`.
+        config: the whole job, {"model", "datasets", "run"} in plain containers; kept in checkpoints and in
+            config.yaml.
+        task: `train_step(model, samples) -> dict | Tensor` and
+            `evaluate_matcher(matcher, dataset, run, device) -> dict` (with "agg_metrics" where there are
+            run.valid_splits); optionally `prepare(model, datasets, run, device)` (may return other data sets),
+            `wrap_training_set(dataset, model)` and `gallery(matchers, dataset, run, device) -> list`.
         model: optionally `matchers()`, `exported()`, `teacher_fingerprint()`, `head_parameter_names()`,
             `find_unused_parameters`.
-        datasets: by split; "train" (the training set, concatenated) and those of run.valid_splits and test_splits.
+        datasets: by split; "train" is the training set, concatenated from run.train_splits.
         project: the name of the folder below run.output_dir.
         job_id: a proposed name of the run folder.
 
@@ -60,12 +53,20 @@ class Trainer:
     """
 
     def __init__(
-        self, run: RunConfig, config: Mapping[str, Any], task: Any, model: nn.Module, datasets: Mapping[str, Any],
-        project: str = "job", job_id: str | None = None,
+        self,
+        run: RunConfig,
+        config: Mapping[str, Any],
+        task: Any,
+        model: nn.Module,
+        datasets: Mapping[str, Any],
+        project: str = "job",
+        job_id: str | None = None,
     ) -> None:
         self.run, self.task, self.datasets, self.project = run, task, dict(datasets), project
         self.config = {**config, "run": run.to_dict()}
-        self._check_splits()
+        missing = run.missing_splits(self.datasets)
+        if missing:
+            raise UserError(missing)
         self.place = find_place(run)
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
@@ -73,44 +74,11 @@ class Trainer:
         self.position = Position(world_size=self.place.world_size)
         self._window = Window()
         self._guard = InterruptGuard()
-        self._resumed, self.output_dir = self._find_folder(job_id)
-
-    def _check_splits(self) -> None:
-        run = self.run
-        needed = {"run.valid_splits": run.valid_splits, "run.test_splits": run.test_splits}
-        if run.evaluate_teacher and run.teacher_split_eval:
-            needed["run.teacher_split_eval"] = run.teacher_split_eval
-        if not run.evaluate:
-            needed["run.train_splits"] = ["train"]
-        faults = [
-            f"{key}: the data sets have no split {split!r}; there are {', '.join(sorted(self.datasets)) or 'none'}"
-            for key, splits in needed.items() for split in splits if split not in self.datasets
-        ]
-        if faults:
-            raise UserError(faults)
-
-    # -- where the job lives, and what it continues
-
-    def _find_folder(self, job_id: str | None) -> tuple[dict[str, Any] | None, Path]:
-        """The checkpoint to continue, if any, and the run folder."""
-        run, place = self.run, self.place
-        parent = Path(run.output_dir).absolute() / self.project
-        found = checkpoint.find(run.resume, parent, run.job_id) if run.resume and place.is_main else None
-        path = place.share(found and found[0])
-        if path is None or run.evaluate:
-            if run.resume == "auto" and path is None:
-                logger.info("run.resume=auto: no checkpoint below %s, starting anew", parent)
-            content = checkpoint.load(path) if path is not None else None
-            return content, Path(place.share(new_run_folder(parent, run, job_id) if place.is_main else None))
-        content = found[1] if found else checkpoint.load(path)
-        refused = checkpoint.refusals(content, self.config, self._fingerprint(), place.world_size)
-        if refused:
-            raise UserError(refused)
-        logger.info("continuing %s", path)
-        return content, path.absolute().parent.parent
-
-    def _fingerprint(self) -> str:
-        return self.model.teacher_fingerprint() if hasattr(self.model, "teacher_fingerprint") else ""
+        # Hashing a large teacher takes seconds, and it does not change.
+        self._teacher = model.teacher_fingerprint() if hasattr(model, "teacher_fingerprint") else ""
+        folder = Path(run.output_dir).absolute() / project
+        self._start = find_start(run, self.place, folder, job_id, self.config, self._teacher)
+        self.output_dir = self._start.folder
 
     def _save(self) -> None:
         self._finite_means()
@@ -125,7 +93,7 @@ class Trainer:
             "best": self._judge.best,
             "window": self._window.state_dict(),
             "config": self.config,
-            "teacher_fingerprint": self._fingerprint(),
+            "teacher_fingerprint": self._teacher,
         }
         path = checkpoint.step_file(self.output_dir, self.position.global_step)
         checkpoint.save(path, content)
@@ -140,7 +108,7 @@ class Trainer:
         set_rng_state(content["rng"])
         best = content["best"]
         if best is not None and not checkpoint.best_file(self.output_dir, best["step"]).is_file():
-            logger.warning("the best weights so far (step %d) are gone; the best is chosen anew", best["step"])
+            logger.warning("the best weights (step %d) are gone; the best is chosen anew", best["step"])
             best = None
         self._judge.best = best
         logger.info("resumed at step %d (epoch %d)", self.position.global_step, self.position.epoch + 1)
@@ -169,13 +137,13 @@ class Trainer:
         """Evaluate without training; write results.json and the report.
 
         Args:
-            cur_epoch, skip_reload: as LAVIS's runners have them; the weights are those the model was built with, or
-                those of run.resume.
+            cur_epoch, skip_reload: as LAVIS's runners have them. The weights are those that the model has, or
+                the best of the job that run.resume names.
         """
         del cur_epoch, skip_reload
         with self._open():
-            if self._resumed is not None:
-                self.model.load_state_dict(self._resumed["model"])
+            if self._start.weights is not None:
+                self.model.load_state_dict(self._start.weights)
             return self._finish(export=False)
 
     @contextmanager
@@ -190,8 +158,8 @@ class Trainer:
     def _begin(self) -> None:
         run, place = self.run, self.place
         step = self.position.global_step or None  # evaluate() after train()
-        if self._resumed is not None and not run.evaluate:
-            step = self._resumed["position"]["global_step"]
+        if self._start.continued is not None and step is None:
+            step = self._start.continued["position"]["global_step"]
         if place.is_main:
             write_config(self.output_dir, self.config)
             if step is not None:
@@ -200,19 +168,32 @@ class Trainer:
         self.metrics = MetricsLog(self.output_dir, step, place.is_main)
         seed_everything(seed_for(run.seed, "start"))
         if hasattr(self.task, "prepare"):
-            prepared = self.task.prepare(self.model, self.datasets, run, place.device)
-            self.datasets = self.datasets if prepared is None else dict(prepared)
+            prepared = self.task.prepare(self.model, self._used_sets(), run, place.device)
+            self.datasets.update(prepared or {})
         self._judge = Judge(
             self.output_dir, run, place, self.task, self.model, self.datasets, self.metrics, resume_step=step
         )
+
+    def _used_sets(self) -> dict[str, Any]:
+        run = self.run
+        used = {*run.table_splits, *run.valid_splits, *run.teacher_splits} | (
+            set() if run.evaluate else {"train"}
+        )
+        return {split: dataset for split, dataset in self.datasets.items() if split in used}
 
     def _set_up_training(self) -> None:
         run, place, dataset = self.run, self.place, self.datasets["train"]
         if hasattr(self.task, "wrap_training_set"):
             dataset = self.task.wrap_training_set(dataset, self.model)
         self._loader = TrainLoader(
-            dataset, run.batch_size_train, run.seed, drop_last=run.drop_last, num_workers=run.num_workers,
-            pin_memory=place.device.type == "cuda", rank=place.rank, world_size=place.world_size,
+            dataset,
+            run.batch_size_train,
+            run.seed,
+            drop_last=run.drop_last,
+            num_workers=run.num_workers,
+            pin_memory=place.device.type == "cuda",
+            rank=place.rank,
+            world_size=place.world_size,
         )
         self.steps_per_epoch = math.ceil(len(self._loader) / run.accum_grad_iters)
         self.total_steps = min(run.max_epoch * self.steps_per_epoch, run.max_steps or math.inf)
@@ -222,11 +203,13 @@ class Trainer:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         logger.info(
             "%s training samples, %d steps per epoch, %d in all; %s trainable parameters",
-            f"{len(dataset):,}", self.steps_per_epoch, self.total_steps, f"{trainable:,}",
+            f"{len(dataset):,}",
+            self.steps_per_epoch,
+            self.total_steps,
+            f"{trainable:,}",
         )
-        if self._resumed is not None:
-            self._restore(self._resumed)
-            self._resumed = None
+        if self._start.continued is not None:
+            self._restore(self._start.continued)
 
     def _train_epochs(self) -> None:
         run, position = self.run, self.position
@@ -258,7 +241,11 @@ class Trainer:
                 self._train_step(batches, number)
                 bar.update()
                 interrupted = self.place.any(guard.requested)
-                if interrupted or number + 1 == last or position.global_step % (run.save_every or math.inf) == 0:
+                if (
+                    interrupted
+                    or number + 1 == last
+                    or position.global_step % (run.save_every or math.inf) == 0
+                ):
                     self._save()
                 if interrupted:
                     raise KeyboardInterrupt
@@ -280,8 +267,10 @@ class Trainer:
         self._window.clear()
         epoch = step / self.steps_per_epoch
         self.metrics.write("train", step, epoch, {"lr": lr, **means})
-        figures = " ".join(f"{name} {means[name]:.4g}" for name in sorted(means, key=lambda name: name != "loss"))
-        logger.info("epoch %.2f step %d/%d lr %.3g %s", epoch, step, self.total_steps, lr, figures)
+        ordered = sorted(means, key=lambda name: name != "loss")
+        figures = " ".join(f"{name} {means[name]:.4g}" for name in ordered)
+        where = f"epoch {epoch:.2f} step {step}/{self.total_steps}"
+        logger.info("%s lr %.3g %s", where, lr, figures)
 
     def _finite_means(self) -> dict[str, float]:
         found = dict(sorted(self._window.means().items()))
@@ -291,8 +280,8 @@ class Trainer:
         means = dict(zip(found, self.place.mean(values).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise UserError(
-                f"run: the loss is {means['loss']} by step {self.position.global_step}; try a lower run.init_lr, "
-                f"run.grad_clip, or run.amp=off. Earlier checkpoints: {self.output_dir / checkpoint.FOLDER}"
+                f"run: the loss is {means['loss']} by step {self.position.global_step}; try a lower "
+                f"run.init_lr, run.grad_clip, or run.amp=off. Earlier checkpoints: {self.output_dir / checkpoint.FOLDER}"
             )
         return means
 
@@ -305,14 +294,8 @@ class Trainer:
         if self.place.is_main:
             if export:
                 logger.info("model: %s", export_model(self.output_dir, self.model))
-            judge.write_results(self.project, step)
-            self._report()
+            written = judge.write_results(self.project, step)
+            if written and self.run.report:
+                logger.info("report: %s", write_report(self.output_dir))
         self.place.share(None)
         return found
-
-    def _report(self) -> None:
-        if self.run.report and (self.output_dir / "results.json").is_file():
-            from lavis_dcd.runners.report import write_report
-
-            write_report(self.output_dir)
-            logger.info("report: %s", self.output_dir / "report.html")

@@ -76,13 +76,15 @@ class DcdRetrievalTask(BaseTask):
         Raises:
             UserError: the encoders learn, or the model's matchers do not share them.
         """
-        self._matchers = matchers_of(model)
+        self.run, self._matchers = run, matchers_of(model)
         mode = _option(run, "cache_features", "off")
         if mode == "off":
             return dict(datasets)
         matcher = self._one_with_shared_encoders()
-        leaves = {split: leaf_sets(dataset, split) for split, dataset in datasets.items()}
-        flat = {name: leaf for of_split in leaves.values() for name, leaf in of_split.items()}
+        if _option(run, "evaluate", False):  # nothing will be trained on
+            datasets = {split: dataset for split, dataset in datasets.items() if is_evaluation_set(dataset)}
+        leaves = [leaf_sets(dataset, split) for split, dataset in datasets.items()]
+        flat = {name: leaf for of_split in leaves for name, leaf in of_split.items()}
         _use_evaluation_processors(flat)
         protocol = Protocol.of_run(run)
         bank = build_feature_bank(

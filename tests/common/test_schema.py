@@ -77,21 +77,36 @@ def test_all_faults_are_collected_each_on_one_line():
     found = faults(
         Model,
         {
-            "nam": 1, "amp": "bf61", "layers": [1, "x", True], "size": [1], "head": {"wdth": 1}, "tower": None,
-            "extra": {"a": "b"}, "flag": 7.5, "name": None, "heads": 3, "count": [1],
+            "nam": 1,
+            "amp": "bf61",
+            "layers": [1, "x", True],
+            "size": [1],
+            "head": {"wdth": 1},
+            "tower": None,
+            "extra": {"a": "b"},
+            "flag": 7.5,
+            "name": None,
+            "heads": 3,
+            "count": [1],
         },
         "model",
-    )  # fmt: skip
+    )
     joined = "\n".join(found)
     for expected in (
-        "model.nam: unknown key; did you mean name", "model.amp: 'bf61' is not one of bf16, off; did you mean bf16?",
-        "model.layers[1]: 'x' (text) is not an integer", "model.layers[2]: True (true or false) is not an integer",
-        "model.size: [1] has 1 items, expected 2", "model.head.wdth: unknown key; did you mean width",
-        "model.head.width: missing; expected an integer", "model.tower: None is not a section; expected keys width",
-        "model.extra.a: 'b' (text) is not an integer", "model.flag: 7.5 (a number) is not true or false",
-        "model.name: None (null) is not text", "model.heads: 3 (an integer) is not a list of (Head)",
+        "model.nam: unknown key; did you mean name",
+        "model.amp: 'bf61' is not one of bf16, off; did you mean bf16?",
+        "model.layers[1]: 'x' (text) is not an integer",
+        "model.layers[2]: True (true or false) is not an integer",
+        "model.size: [1] has 1 items, expected 2",
+        "model.head.wdth: unknown key; did you mean width",
+        "model.head.width: missing; expected an integer",
+        "model.tower: None is not a section; expected keys width",
+        "model.extra.a: 'b' (text) is not an integer",
+        "model.flag: 7.5 (a number) is not true or false",
+        "model.name: None (null) is not text",
+        "model.heads: 3 (an integer) is not a list of (Head)",
         "model.count: [1] (a list) is not an integer or text or null",
-    ):  # fmt: skip
+    ):
         assert expected in joined
     assert len(found) == 13
     assert all("\n" not in line for line in found)
@@ -108,8 +123,12 @@ def test_an_instance_passes_through():
     assert parse(Model, {"tower": Head(9)}).tower == Head(9)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner)))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    )
+)
 def test_no_value_raises_anything_but_faults(value):
     for name in ("head", "layers", "extra", "size", "count", "amp", "path", "colour"):
         assert isinstance(faults(Model, {name: value}, "m"), list)

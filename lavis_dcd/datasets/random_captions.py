@@ -1,0 +1,78 @@
+"""Captions of other pictures, drawn at random for every training sample: the release's candidate pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.datasets.banked import leaf_sets
+
+
+class RandomCaptions(Dataset):
+    """A training set whose samples carry ``count`` captions of other pictures.
+
+    Adds ``candidate_text`` (list of ``count`` strings, through the set's text processor) and ``candidate_image_id``
+    (int64 ``[count]``). The draw is without replacement and depends on (seed, epoch, index) alone, so any number
+    of loader workers gives the same.
+
+    Args:
+        dataset: a LAVIS ``RetrievalDataset`` or a concatenation of some.
+        count: captions per sample.
+        seed: of the draws.
+
+    Raises:
+        UserError: when some picture has fewer than ``count`` captions of other pictures beside it.
+    """
+
+    def __init__(self, dataset: Any, count: int, seed: int) -> None:
+        self.dataset, self.count, self.seed, self.epoch = dataset, count, seed, 0
+        self._rows = [(leaf, row) for leaf in leaf_sets(dataset, "").values() for row in leaf.annotation]
+        # one picture must carry one id in samples, whatever its set calls it: as LAVIS's __getitem__ gives it
+        self._ids = np.array([leaf.img_ids[row["image_id"]] for leaf, row in self._rows])
+        most = int(np.unique(self._ids, return_counts=True)[1].max())
+        if len(self._rows) - most < count:
+            raise UserError(
+                f"model.candidates.image_to_text.count: {count} captions of other pictures cannot be drawn from "
+                f"{len(self._rows)} captions (one picture has {most} of them); lower it or add data"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """The draws of another epoch."""
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows = self._draw(index)
+        texts = [leaf.text_processor(row["caption"]) for leaf, row in (self._rows[i] for i in rows)]
+        return {
+            **self.dataset[index],
+            "candidate_text": texts,
+            "candidate_image_id": torch.from_numpy(self._ids[rows]),
+        }
+
+    def _draw(self, index: int) -> np.ndarray:
+        random = np.random.default_rng([self.seed, self.epoch, index])
+        own, drawn = self._ids[index], np.empty(0, np.int64)
+        while len(drawn) < self.count:  # rejection: few rows share the picture, so one round nearly always does
+            more = random.integers(len(self._rows), size=2 * self.count)
+            more = more[self._ids[more] != own]
+            drawn = np.concatenate([drawn, more])
+            drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+        return drawn[: self.count]
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The set's own batch, with ``candidate_text`` a flat row-major list of B * count strings and
+        ``candidate_image_id`` int64 ``[B, count]``."""
+        drawn = ("candidate_text", "candidate_image_id")
+        batch = self.dataset.collater([{k: v for k, v in s.items() if k not in drawn} for s in samples])
+        batch["candidate_text"] = [text for s in samples for text in s["candidate_text"]]
+        batch["candidate_image_id"] = torch.stack([s["candidate_image_id"] for s in samples])
+        return batch
