@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
@@ -35,13 +34,7 @@ def register_all() -> None:
     `import lavis`, so a third party's broken plug-in is only logged here; `load_plugins` raises.
     """
     for name in _MODULES:
-        try:
-            if find_spec(name) is not None:
-                importlib.import_module(name)
-        except ImportError as error:  # TEMPORARY while the rooms are being built; removed at the end
-            import logging
-
-            logging.warning("TEMPORARY: %s not registered: %s", name, error)
+        importlib.import_module(name)
     for line in _entry_point_faults():
         logger.warning(line)
     _set_cache_root()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,22 @@ def test_a_package_imported_after_lavis_registers_at_once_and_twice_is_harmless(
         "register_all(); lavis_dcd.install(); print(len(registry.list_models()))\n"
     )
     assert lines[0] == "True"
+
+
+def test_no_module_that_registers_something_is_left_out():
+    import lavis  # noqa: F401
+    from lavis.common.registry import registry
+
+    found = [
+        (kind, name)
+        for path in (ROOT / "lavis_dcd").rglob("*.py")
+        for kind, name in re.findall(
+            r"^@registry\.register_(\w+)\(\"(\w+)\"\)", path.read_text(), re.MULTILINE
+        )
+    ]
+    assert {kind for kind, _ in found} == {"model", "task", "runner", "builder", "processor"}
+    for kind, name in found:
+        assert name in registry.mapping[f"{kind}_name_mapping"], f"lavis_dcd.plugins does not import {name}"
 
 
 @pytest.fixture

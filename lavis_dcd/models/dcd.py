@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import parse
-from lavis_dcd.distillation.candidates import CandidatePool, InBatch, RandomFromDataset
-from lavis_dcd.distillation.objective import build_objective
-from lavis_dcd.distillation.selection import Selection, select
+from lavis_dcd.distillation.candidates import DIRECTIONS, CandidatePool, PoolStrategy, build_pool
+from lavis_dcd.distillation.objective import build_objective, config_faults
+from lavis_dcd.distillation.selection import SELECTION_STRATEGIES, Selection, release_selection, select
 from lavis_dcd.matching.chunked import match_recomputed
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.building import build_matcher
@@ -44,15 +44,13 @@ class DynamicContrastiveDistillation(BaseModel):
         teacher.requires_grad_(False)
         # a plain attribute would register the teacher as a sub-module
         self.__dict__["_teacher"] = teacher.eval()
+        faults = method_faults(config)
+        if faults:
+            raise UserError(faults)
+        if not any(p.requires_grad for p in student.parameters()):
+            raise UserError("model.student: no parameter would learn; unfreeze a tower or keep a fusion of its own")
         self.pools = _pools(config.candidates)
         self.objective = build_objective(config.loss)
-        self._check()
-
-    def _check(self) -> None:
-        if not any(p.requires_grad for p in self.student.parameters()):
-            raise UserError("model.student: no parameter would learn; unfreeze a tower or keep a fusion of its own")
-        if self.config.selection.hard_negatives < 1:
-            raise UserError("model.selection.hard_negatives: at least 1")
 
     @classmethod
     def config_schema(cls) -> type:
@@ -157,10 +155,14 @@ class DynamicContrastiveDistillation(BaseModel):
 
     @property
     def _needs_teacher(self) -> bool:
-        return self.config.loss.alpha > 0 or self.config.selection.strategy == "hardest"
+        how = self.config.selection
+        mining = SELECTION_STRATEGIES[how.strategy].needs_teacher or how.margin is not None
+        return mining or self.objective.needs_teacher
 
     def _select(self, pool: CandidatePool, teacher_scores: Tensor | None) -> Selection:
         how = self.config.selection
+        if self.config.loss.reference == "release":
+            return release_selection(pool, teacher_scores, how.hard_negatives)
         return select(pool, teacher_scores, how.hard_negatives, strategy=how.strategy, margin=how.margin)
 
     def _student_scores(self, batch: BatchFeatures, selections: list[Selection]) -> list[Tensor]:
@@ -170,23 +172,37 @@ class DynamicContrastiveDistillation(BaseModel):
         return _match_tables(match, batch, [(s.image_rows, s.text_rows, s.valid) for s in selections])
 
 
-def _pools(config: CandidatesConfig) -> list[InBatch | RandomFromDataset]:
-    pools: list[InBatch | RandomFromDataset] = []
-    for direction in ("image_to_text", "text_to_image"):
-        section = getattr(config, direction)
-        if section is None:
-            continue
-        if section.source == "in_batch":
-            pools.append(InBatch(direction))
-        elif section.source == "random" and direction == "image_to_text" and section.count:
-            pools.append(RandomFromDataset(direction))
-        else:
-            raise UserError(
-                f"model.candidates.{direction}: source {section.source!r}, count {section.count}; say in_batch, or "
-                "(image_to_text only) random with the count of captions to draw per picture"
-            )
-    if not pools:
+def method_faults(config: DcdConfig) -> list[str]:
+    """What is wrong with the method's settings, one line per fault."""
+    faults = [f"model.loss.{line}" if not line.startswith("model.") else line for line in config_faults(config.loss)]
+    how = config.selection
+    if how.hard_negatives < 1:
+        faults.append(f"model.selection.hard_negatives: {how.hard_negatives}, at least 1 is needed")
+    if how.strategy not in SELECTION_STRATEGIES:
+        known = ", ".join(sorted(SELECTION_STRATEGIES))
+        faults.append(f"model.selection.strategy: {how.strategy!r} is none of {known}")
+    try:
+        _pools(config.candidates)
+    except UserError as error:
+        faults += error.faults
+    return faults
+
+
+def _pools(config: CandidatesConfig) -> list[PoolStrategy]:
+    sections = {d: getattr(config, d) for d in DIRECTIONS if getattr(config, d) is not None}
+    if not sections:
         raise UserError("model.candidates: both directions are null, nothing would be distilled")
+    pools, faults = [], []
+    for direction, section in sections.items():
+        try:
+            pools.append(build_pool(section.source, direction))
+        except ValueError as error:
+            faults.append(f"model.candidates.{direction}.source: {error}")
+        if (section.source == "random") != bool(section.count):
+            faults.append(f"model.candidates.{direction}.count: {section.count}; the source random needs the number of "
+                          "captions to draw per picture, and no other source takes one")  # fmt: skip
+    if faults:
+        raise UserError(faults)
     return pools
 
 

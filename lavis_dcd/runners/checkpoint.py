@@ -174,9 +174,9 @@ def refusals(
     """
     lines = []
     if saved["teacher_fingerprint"] != teacher_fingerprint:
+        before, now = _short(saved["teacher_fingerprint"]), _short(teacher_fingerprint)
         lines.append(
-            "run.resume: the teacher's weights changed "
-            f"(fingerprint {_short(saved['teacher_fingerprint'])} in the checkpoint, {_short(teacher_fingerprint)} now)"
+            f"run.resume: the teacher's weights changed (fingerprint {before} in the checkpoint, {now} now)"
         )
     pairs = [
         (section, saved["config"].get(section), config.get(section)) for section in ("model", "datasets")

@@ -40,7 +40,7 @@ class Trainer:
             config.yaml.
         task: `train_step(model, samples) -> dict | Tensor` and
             `evaluate_matcher(matcher, dataset, run, device) -> dict` (with "agg_metrics" where there are
-            run.valid_splits); optionally `prepare(model, datasets, run, device)` (may return other data sets),
+            run.valid_splits); optionally `prepare(model, datasets, run, device)` (may return other sets),
             `wrap_training_set(dataset, model)` and `gallery(matchers, dataset, run, device) -> list`.
         model: optionally `matchers()`, `exported()`, `teacher_fingerprint()`, `head_parameter_names()`,
             `find_unused_parameters`.
@@ -74,6 +74,7 @@ class Trainer:
         self.position = Position(world_size=self.place.world_size)
         self._window = Window()
         self._guard = InterruptGuard()
+        self._judge: Judge | None = None
         # Hashing a large teacher takes seconds, and it does not change.
         self._teacher = model.teacher_fingerprint() if hasattr(model, "teacher_fingerprint") else ""
         folder = Path(run.output_dir).absolute() / project
@@ -167,18 +168,21 @@ class Trainer:
         logger.info("run folder: %s (%s)", self.output_dir, place.device)
         self.metrics = MetricsLog(self.output_dir, step, place.is_main)
         seed_everything(seed_for(run.seed, "start"))
-        if hasattr(self.task, "prepare"):
+        first = self._judge is None
+        if first and hasattr(self.task, "prepare"):
             prepared = self.task.prepare(self.model, self._used_sets(), run, place.device)
             self.datasets.update(prepared or {})
+        best = None if first else self._judge.best
         self._judge = Judge(
             self.output_dir, run, place, self.task, self.model, self.datasets, self.metrics, resume_step=step
         )
+        self._judge.best = best
 
     def _used_sets(self) -> dict[str, Any]:
         run = self.run
-        used = {*run.table_splits, *run.valid_splits, *run.teacher_splits} | (
-            set() if run.evaluate else {"train"}
-        )
+        used = {*run.table_splits, *run.valid_splits, *run.teacher_splits}
+        if not run.evaluate:
+            used.add("train")
         return {split: dataset for split, dataset in self.datasets.items() if split in used}
 
     def _set_up_training(self) -> None:
@@ -254,7 +258,10 @@ class Trainer:
     def _train_step(self, batches: Iterator[Any], number: int) -> None:
         run, position = self.run, self.position
         size = min(run.accum_grad_iters, len(self._loader) - number * run.accum_grad_iters)
-        extra = {"epoch": position.epoch, "iters": number, "num_iters_per_epoch": self.steps_per_epoch}
+        extra = {
+            "epoch": position.epoch, "iters": number, "num_iters_per_epoch": self.steps_per_epoch,  # LAVIS's own
+            "progress": position.global_step / self.total_steps,
+        }  # fmt: skip
         lr = self._stepper.lr
         self._window.add(self._stepper.step(batches, size, position.global_step, extra))
         position.global_step += 1
@@ -267,13 +274,11 @@ class Trainer:
         self._window.clear()
         epoch = step / self.steps_per_epoch
         self.metrics.write("train", step, epoch, {"lr": lr, **means})
-        ordered = sorted(means, key=lambda name: name != "loss")
-        figures = " ".join(f"{name} {means[name]:.4g}" for name in ordered)
-        where = f"epoch {epoch:.2f} step {step}/{self.total_steps}"
-        logger.info("%s lr %.3g %s", where, lr, figures)
+        shown = " ".join(f"{name} {value:.4g}" for name, value in means.items())
+        logger.info("epoch %.2f step %d/%d lr %.3g %s", epoch, step, self.total_steps, lr, shown)
 
     def _finite_means(self) -> dict[str, float]:
-        found = dict(sorted(self._window.means().items()))
+        found = dict(sorted(self._window.means().items(), key=lambda item: (item[0] != "loss", item[0])))
         if not found:
             return {}
         values = torch.stack([value.to(self.place.device) for value in found.values()])
@@ -281,7 +286,7 @@ class Trainer:
         if not math.isfinite(means["loss"]):
             raise UserError(
                 f"run: the loss is {means['loss']} by step {self.position.global_step}; try a lower "
-                f"run.init_lr, run.grad_clip, or run.amp=off. Earlier checkpoints: {self.output_dir / checkpoint.FOLDER}"
+                f"run.init_lr, run.grad_clip, or run.amp=off (run folder: {self.output_dir})"
             )
         return means
 

@@ -1,7 +1,7 @@
-"""A model, a data set and a task of a few lines, and a job made of them; also runs as a script (one JSON argument).
+"""A model, a data set and a task of a few lines, and a job made of them; also a script (one JSON argument).
 
-The pictures are noise, augmentation adds more, and the model has dropout and a running mean: whatever a resumed job
-forgets to put back changes its weights.
+The pictures are noise, augmentation adds more, and the model has dropout and a running mean: whatever a resumed
+job forgets to put back changes its weights.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Distiller(nn.Module):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Noise whose mean is the target; `loaded` lists the indices that were read, `epochs` what `set_epoch` got."""
+    """Noise whose mean is the target; `loaded`: the indices read, `epochs`: what `set_epoch` got."""
 
     def __init__(self, size: int = 22, noise: float = 0.1) -> None:
         self.size, self.noise, self.loaded, self.epochs = size, noise, [], []
@@ -104,13 +104,21 @@ class Task:
         self.steps += 1
         return model(samples)
 
-    def evaluate_matcher(self, matcher: nn.Module, dataset: Pictures, run: RunConfig, device: torch.device) -> dict:
+    def evaluate_matcher(
+        self, matcher: nn.Module, dataset: Pictures, run: RunConfig, device: torch.device
+    ) -> dict:
         self.evaluated += 1
         self.modes.append(matcher.training)
         rows = [dataset[index] for index in range(len(dataset))]
         batch = {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
         score = -100 * float(matcher(batch)["loss"])
-        return {"txt_r1": score, "r_mean": score, "agg_metrics": score, "fusion_parameters": 7, "how": "exhaustive"}
+        return {
+            "txt_r1": score,
+            "r_mean": score,
+            "agg_metrics": score,
+            "fusion_parameters": 7,
+            "how": "exhaustive",
+        }
 
     def gallery(self, matchers: dict, dataset: Pictures, run: RunConfig, device: torch.device) -> list:
         return [{"query": "q", "names": sorted(matchers)}]
@@ -118,12 +126,22 @@ class Task:
 
 def job(folder: Path, task: Task | None = None, model: nn.Module | None = None, **run) -> Trainer:
     keys = {
-        "output_dir": str(folder), "max_epoch": 3, "batch_size_train": 4, "init_lr": 0.05, "device": "cpu",
-        "valid_splits": ["val"], "test_splits": ["test"], "log_freq": 2, "report": False, "keep_last": 3,
+        "output_dir": str(folder),
+        "max_epoch": 3,
+        "batch_size_train": 4,
+        "init_lr": 0.05,
+        "device": "cpu",
+        "valid_splits": ["val"],
+        "test_splits": ["test"],
+        "log_freq": 2,
+        "report": False,
+        "keep_last": 3,
     }
     datasets = {"train": Pictures(), "val": Pictures(6, noise=0), "test": Pictures(5, noise=0)}
     config = {"model": {"arch": "stub", "size": {"width": WIDTH}}, "datasets": {"noise": {"size": 22}}}
-    return Trainer(RunConfig(**{**keys, **run}), config, task or Task(), model or Distiller(), datasets, "stub")
+    return Trainer(
+        RunConfig(**{**keys, **run}), config, task or Task(), model or Distiller(), datasets, "stub"
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

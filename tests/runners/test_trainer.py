@@ -16,12 +16,12 @@ from lavis_dcd.runners import checkpoint
 SCRIPT = Path(__file__).with_name("stub_job.py")
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
 def stop():
-    raise Stop
+    raise StopError
 
 
 def lines(folder, kind):
@@ -40,10 +40,18 @@ def script(folder, *, processes=0, **options):
     if processes:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
         command = [*command[:3], "--standalone", *command[3:4]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
     return subprocess.run(
         [*command, str(SCRIPT), json.dumps({"folder": str(folder), **options})],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -58,7 +66,15 @@ def whole(stubs, tmp_path_factory):
 def test_what_a_run_folder_holds(whole, stubs):
     folder = whole.output_dir
     names = {path.name for path in folder.iterdir()}
-    assert {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "results.json", "student.pth"} <= names
+    assert {
+        "config.yaml",
+        "log.txt",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "results.json",
+        "student.pth",
+    } <= names
     assert folder.parent.name == "stub"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["arch"] == "stub" and config["run"]["max_epoch"] == 3
@@ -87,8 +103,12 @@ def test_metrics_log(whole):
     best = max(int(path.stem.split("-")[1]) for path in whole.output_dir.glob("checkpoints/best-*.pth"))
     assert [line["weights_of_step"] for line in lines(whole.output_dir, "eval")] == [0, 5, 10, 15, best, None]
     assert found == [
-        (0, "test", "student"), (5, "val", "student"), (10, "val", "student"), (15, "val", "student"),
-        (15, "test", "student"), (15, "test", "teacher"),
+        (0, "test", "student"),
+        (5, "val", "student"),
+        (10, "val", "student"),
+        (15, "val", "student"),
+        (15, "test", "student"),
+        (15, "test", "teacher"),
     ]
 
 
@@ -109,10 +129,16 @@ def test_frozen_parameters_stay(whole, stubs):
 
 
 def test_accumulation_equals_the_large_batch(stubs, tmp_path):
-    large = stubs.job(tmp_path / "a", model=stubs.Learner(dropout=0, norm=False), batch_size_train=8, max_epoch=2)
+    large = stubs.job(
+        tmp_path / "a", model=stubs.Learner(dropout=0, norm=False), batch_size_train=8, max_epoch=2
+    )
     small = stubs.job(
-        tmp_path / "b", model=stubs.Learner(dropout=0, norm=False), batch_size_train=2, accum_grad_iters=4,
-        max_steps=4, max_epoch=2,
+        tmp_path / "b",
+        model=stubs.Learner(dropout=0, norm=False),
+        batch_size_train=2,
+        accum_grad_iters=4,
+        max_steps=4,
+        max_epoch=2,
     )
     for trainer in (large, small):
         trainer.datasets["train"].size = 16
@@ -126,7 +152,9 @@ def test_accumulation_equals_the_large_batch(stubs, tmp_path):
 
 def test_the_last_incomplete_group_divides_by_its_own_size(stubs, tmp_path):
     # 3 batches of 4 in groups of 2: the second group has one batch, so its step is that of no accumulation.
-    trainer = stubs.job(tmp_path / "a", model=stubs.Learner(dropout=0), accum_grad_iters=2, max_epoch=1, grad_clip=1e9)
+    trainer = stubs.job(
+        tmp_path / "a", model=stubs.Learner(dropout=0), accum_grad_iters=2, max_epoch=1, grad_clip=1e9
+    )
     trainer.datasets["train"].size = 12
     trainer.train()
     assert trainer.total_steps == 2
@@ -146,10 +174,15 @@ def _gradient_norm(stubs, trainer, batches, earlier):
     all_batches = list(TrainLoader(data, 4, trainer.run.seed).epoch(0))
     optimizer = torch.optim.AdamW(
         [
-            {"params": [model.encoder.weight], "lr": 0.05}, {"params": [model.encoder.bias, *model.norm.parameters()],
-             "lr": 0.05, "weight_decay": 0}, {"params": [model.head.weight], "lr": 0.25},
+            {"params": [model.encoder.weight], "lr": 0.05},
+            {"params": [model.encoder.bias, *model.norm.parameters()], "lr": 0.05, "weight_decay": 0},
+            {"params": [model.head.weight], "lr": 0.25},
             {"params": [model.head.bias], "lr": 0.25, "weight_decay": 0},
-        ], lr=0.05, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01,
+        ],
+        lr=0.05,
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        weight_decay=0.01,
     )
     if earlier:
         sum(model(all_batches[n])["loss"] for n in (0, 1)).div(2).backward()
@@ -183,7 +216,7 @@ def test_best_weights_are_exported(stubs, tmp_path):
 
 @pytest.mark.parametrize("where", [1, 5, 7, 12])
 def test_resume_after_an_exception_is_exact(stubs, tmp_path, whole, where):
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         stubs.job(tmp_path, stubs.Task({where: stop}), save_every=3).train()
     task = stubs.Task()
     resumed = stubs.job(tmp_path, task, save_every=3, resume="auto")
@@ -195,7 +228,7 @@ def test_resume_after_an_exception_is_exact(stubs, tmp_path, whole, where):
 
 
 def test_resume_does_not_load_skipped_samples_nor_repeat_evaluations(stubs, tmp_path):
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         stubs.job(tmp_path, stubs.Task({13: stop}), save_every=1, keep_last=2).train()
     task = stubs.Task()
     resumed = stubs.job(tmp_path, task, save_every=1, resume="auto")
@@ -210,7 +243,7 @@ def test_resume_with_workers_and_accumulation_is_exact(stubs, tmp_path):
     keys = {"num_workers": 1, "accum_grad_iters": 2, "max_epoch": 2, "drop_last": False, "grad_clip": 0.5}
     plain = stubs.job(tmp_path / "a", **{**keys, "num_workers": 0})
     plain.train()
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         stubs.job(tmp_path / "b", stubs.Task({9: stop}), save_every=2, **keys).train()
     resumed = stubs.job(tmp_path / "b", resume="auto", **keys)
     resumed.train()
@@ -320,7 +353,10 @@ def test_missing_splits_are_listed(stubs, tmp_path):
     with pytest.raises(UserError) as caught:
         stubs.job(tmp_path, valid_splits=["dev"], test_splits=["held"])
     assert len(caught.value.faults) == 2
-    assert "run.valid_splits: the data sets have no split 'dev'; there are test, train, val" in caught.value.faults
+    assert (
+        "run.valid_splits: the data sets have no split 'dev'; there are test, train, val"
+        in caught.value.faults
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_job(stubs, tmp_path):

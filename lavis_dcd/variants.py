@@ -1,0 +1,132 @@
+"""Several runs of one job: named settings and seeds side by side, and one table of their means and spreads.
+
+A job file may carry, beside ``model``, ``datasets`` and ``run``::
+
+    variants:                 # name -> settings over the job's own
+      student: {}
+      ground truth alone: {model: {loss: {alpha: 0.0}}}
+    seeds: [0, 1, 2]          # every variant once with each
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.runners.folder import write_config, write_results
+from lavis_dcd.runners.report import write_report
+from lavis_dcd.runners.report_table import format_table
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = ("variants", "seeds")
+_SINGLE = ("teacher", "student before training")  # rows that every variant shares, evaluated by the first run alone
+_MEANS = re.compile(r"(_r\d+|r_sum|r_mean|ms_per_pair|median_rank)$")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a comparison: a named setting with one seed, in a folder of its own below the comparison's."""
+
+    name: str
+    seed: int
+    settings: DictConfig  # of the whole job, over the file and the options
+
+    @property
+    def folder(self) -> str:
+        return f"{slug(self.name)}-seed{self.seed}"
+
+
+def slug(name: str) -> str:
+    """A folder name: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def split_off(user: DictConfig) -> tuple[DictConfig, DictConfig]:
+    """A job file's own sections, and its ``variants`` and ``seeds`` where it has them."""
+    own = OmegaConf.masked_copy(user, [k for k in user if k not in SECTIONS])
+    return own, OmegaConf.masked_copy(user, [k for k in user if k in SECTIONS])
+
+
+def expand(comparison: DictConfig, run: Mapping[str, Any], job_id: str, project: str) -> list[Variant]:
+    """Every variant with every seed, the first run evaluating what all share.
+
+    Args:
+        comparison: ``variants`` and ``seeds``.
+        run: the job's ``run:`` section.
+        job_id: of the comparison; its runs live in ``<run.output_dir>/<project>/<job_id>/``.
+
+    Raises:
+        UserError: sections of another form.
+    """
+    variants = OmegaConf.to_container(comparison, resolve=True).get("variants")
+    seeds = list(comparison.get("seeds", None) or [run.get("seed", 42)])
+    faults = []
+    if not isinstance(variants, dict) or not variants:
+        faults.append("variants: expected names with settings under each, as in variants: {student: {}}")
+    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        faults.append(f"seeds: {seeds!r} must be a list of whole numbers")
+    for name, settings in (variants or {}).items():
+        if not isinstance(settings or {}, dict) or not slug(str(name)):
+            faults.append(f"variants.{name}: expected sections such as model: or run: under a name with letters")
+    if faults:
+        raise UserError(faults)
+    home = str(Path(run.get("output_dir", "output")) / project)
+    found = []
+    for seed in seeds:
+        for name, settings in variants.items():
+            place = {"seed": seed, "output_dir": home, "project": job_id}
+            shared = {} if not found else {"evaluate_teacher": False, "evaluate_before": False}
+            layers = ({"run": shared}, settings or {}, {"run": place})
+            found.append(Variant(str(name), seed, OmegaConf.merge(*layers)))
+    return [Variant(v.name, v.seed, OmegaConf.merge(v.settings, {"run": {"job_id": v.folder}})) for v in found]
+
+
+def is_done(home: Path, variant: Variant) -> bool:
+    """Whether this run has its results, so that a comparison taken up again does not repeat it."""
+    return (home / variant.folder / "results.json").is_file()
+
+
+def summarise(home: Path, title: str, variants: Sequence[Variant], config: Mapping[str, Any]) -> Path:
+    """One table and report of all runs in ``home``: means over seeds, ``<metric>_std`` their standard deviation.
+
+    Returns:
+        the path of the report.
+    """
+    results = {v: json.loads((home / v.folder / "results.json").read_text(encoding="utf-8")) for v in variants}
+    first = results[variants[0]]
+    rows = [row for row in first["rows"] if row["name"] in _SINGLE]
+    for name in dict.fromkeys(v.name for v in variants):
+        learners = [
+            row for v, content in results.items() if v.name == name
+            for row in content["rows"] if row["name"] not in _SINGLE
+        ]  # fmt: skip
+        rows.append(_mean_row(name, learners))
+    write_config(home, config)
+    write_results(home, title, {first["split"]: rows}, first["gallery"], first["machine"])
+    logger.info("results on %s, means of %d seeds:\n%s", first["split"], _seeds(variants), format_table(rows))
+    return write_report(home)
+
+
+def _seeds(variants: Sequence[Variant]) -> int:
+    return len({v.seed for v in variants})
+
+
+def _mean_row(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    merged = {**rows[0], "name": name, "seeds": len(rows)}
+    for key, value in rows[0].items():
+        if isinstance(value, int | float) and _MEANS.search(key):
+            values = [row[key] for row in rows]
+            merged[key] = statistics.fmean(values)
+            if len(values) > 1:
+                merged[f"{key}_std"] = statistics.stdev(values)
+    return merged

@@ -1,0 +1,58 @@
+import json
+
+import pytest
+import torch
+
+from lavis_dcd.runners.logs import MetricsLog, Window, scalars_of
+
+
+def test_window_means_over_the_steps_that_had_a_value():
+    window = Window()
+    window.add({"loss": torch.tensor(1.0), "rare": torch.tensor(4.0)})
+    window.add({"loss": torch.tensor(2.0)})
+    assert {name: float(value) for name, value in window.means().items()} == {"loss": 1.5, "rare": 4.0}
+    other = Window()
+    other.load_state_dict(window.state_dict(), torch.device("cpu"))
+    other.add({"loss": torch.tensor(6.0)})
+    assert float(other.means()["loss"]) == 3.0
+    other.clear()
+    assert other.means() == {}
+
+
+def test_scalars_of_an_output():
+    found = scalars_of(
+        {"loss": torch.ones(1, requires_grad=True), "n": 3, "flag": True, "x": torch.ones(2), "s": "a"}
+    )
+    assert {name: float(value) for name, value in found.items()} == {"loss": 1.0, "n": 3.0}
+    assert not found["loss"].requires_grad and found["loss"].shape == ()
+
+
+def test_resume_cuts_the_log_back(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (2, 4, 6):
+        log.write("train", step, step / 4, {"loss": float(step)})
+        log.write("eval", step, step / 4, {"split": "val", "model": "student", "r_mean": 1.0})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"kind": "train", "st')
+    MetricsLog(tmp_path, resume_step=4).close()
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in kept] == [("train", 2), ("eval", 2), ("train", 4)]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    log = MetricsLog(tmp_path, active=False)
+    log.write("train", 1, 0.1, {"loss": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_scalars(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = MetricsLog(tmp_path)
+    log.write("train", 1, 0.1, {"loss": 1.0, "lr": 0.5})
+    log.write("eval", 1, 0.1, {"split": "val", "model": "student", "weights_of_step": 1, "r_mean": 7.0})
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["train/loss", "train/lr", "val/student/r_mean"]
+    assert events.Scalars("val/student/r_mean")[0].value == 7.0
