@@ -76,13 +76,28 @@ def load_config(cfg_path: str, options: Sequence[str] = (), evaluate: bool = Fal
     Raises:
         UserError: one line per fault.
     """
-    from lavis_dcd.needs import missing_faults
-    from lavis_dcd.validation import job_faults
+    user, path = read_job(cfg_path, options, evaluate)
+    return check_job(user, path, options)
 
+
+def read_job(cfg_path: str, options: Sequence[str] = (), evaluate: bool = False) -> tuple[DictConfig, Path]:
+    """A job's own sections with the options over them, unchecked, and the file they stand in."""
     path = find_config(cfg_path)
     user = OmegaConf.merge(read_yaml(path), parse_options(options))
     if evaluate:
         user = OmegaConf.merge(user, {"run": {"evaluate": True}})
+    return user, path
+
+
+def check_job(user: DictConfig, path: Path, options: Sequence[str] = ()) -> JobConfig:
+    """The sections of a job over their defaults, all of it checked.
+
+    Raises:
+        UserError: one line per fault.
+    """
+    from lavis_dcd.needs import missing_faults
+    from lavis_dcd.validation import job_faults
+
     _check_sections(user, path)
     config = merge_defaults(user)
     if config.run.get("project") is None:

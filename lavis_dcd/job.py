@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lavis_dcd.common.errors import UserError
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from omegaconf import DictConfig
+
     from lavis_dcd.config import JobConfig
 
 logger = logging.getLogger(__name__)
@@ -27,15 +34,48 @@ def run_job(cfg_path: str, options: Sequence[str], plugins: Sequence[str], evalu
     """
     import lavis  # noqa: F401  registers LAVIS's own names, then ours
 
-    from lavis_dcd.config import load_config
+    from lavis_dcd.config import check_job, read_job
     from lavis_dcd.plugins import load_plugins
+    from lavis_dcd.variants import split_off
 
     load_plugins(plugins)
-    config = load_config(cfg_path, options, evaluate)
+    user, path = read_job(cfg_path, options, evaluate)
+    own, comparison = split_off(user)
+    if comparison:
+        _run_comparison(own, comparison, path, options)
+        return
+    _run(check_job(own, path, options))
+
+
+def _run(config: JobConfig) -> None:
     if config.run_cfg.runner == "runner_dcd":
         _run_ours(config)
     else:
         _build_and_run(config, time.strftime("%Y%m%d-%H%M%S"))
+
+
+def _run_comparison(own: DictConfig, comparison: DictConfig, path: Path, options: Sequence[str]) -> None:
+    """Every variant with every seed, all checked before the first runs; finished ones are not repeated."""
+    from omegaconf import OmegaConf
+
+    from lavis_dcd import variants
+    from lavis_dcd.config import check_job
+
+    run = own.get("run", {})
+    if run.get("evaluate") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{path}: variants are trained in one process; take one out to evaluate it or to use torchrun")
+    project = run.get("project") or path.stem
+    home = variants.home_folder(run, project)
+    todo = variants.expand(comparison, run, home)
+    configs = [check_job(OmegaConf.merge(own, variant.settings), path, options) for variant in todo]
+    for variant, config in zip(todo, configs, strict=True):
+        if variants.is_done(home, variant):
+            logger.info("%s: done before", variant.folder)
+            continue
+        logger.info("%s, seed %d", variant.name, variant.seed)
+        _run(config)
+    report = variants.summarise(home, project, todo, OmegaConf.to_container(OmegaConf.merge(own, comparison)))
+    logger.info("report: %s", report)
 
 
 def _run_ours(config: JobConfig) -> None:

@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        return f"{slug(self.name)}-seed{self.seed}"
+        return self.settings.run.job_id
 
 
 def slug(name: str) -> str:
@@ -57,13 +58,22 @@ def split_off(user: DictConfig) -> tuple[DictConfig, DictConfig]:
     return own, OmegaConf.masked_copy(user, [k for k in user if k in SECTIONS])
 
 
-def expand(comparison: DictConfig, run: Mapping[str, Any], job_id: str, project: str) -> list[Variant]:
+def home_folder(run: Mapping[str, Any], project: str) -> Path:
+    """``<run.output_dir>/<project>/<job id>``: the newest one with ``run.resume: auto``, else a new one."""
+    parent = Path(run.get("output_dir", "output")) / project
+    if run.get("job_id"):
+        return parent / str(run["job_id"])
+    earlier = sorted(p for p in parent.glob("*") if p.is_dir()) if run.get("resume") == "auto" else []
+    return earlier[-1] if earlier else parent / time.strftime("%Y%m%d-%H%M%S")
+
+
+def expand(comparison: DictConfig, run: Mapping[str, Any], home: Path) -> list[Variant]:
     """Every variant with every seed, the first run evaluating what all share.
 
     Args:
         comparison: ``variants`` and ``seeds``.
         run: the job's ``run:`` section.
-        job_id: of the comparison; its runs live in ``<run.output_dir>/<project>/<job_id>/``.
+        home: the folder in which each run gets its own.
 
     Raises:
         UserError: sections of another form.
@@ -73,22 +83,22 @@ def expand(comparison: DictConfig, run: Mapping[str, Any], job_id: str, project:
     faults = []
     if not isinstance(variants, dict) or not variants:
         faults.append("variants: expected names with settings under each, as in variants: {student: {}}")
-    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        variants = {}
+    if not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         faults.append(f"seeds: {seeds!r} must be a list of whole numbers")
-    for name, settings in (variants or {}).items():
+    for name, settings in variants.items():
         if not isinstance(settings or {}, dict) or not slug(str(name)):
             faults.append(f"variants.{name}: expected sections such as model: or run: under a name with letters")
     if faults:
         raise UserError(faults)
-    home = str(Path(run.get("output_dir", "output")) / project)
-    found = []
+    found: list[Variant] = []
     for seed in seeds:
         for name, settings in variants.items():
-            place = {"seed": seed, "output_dir": home, "project": job_id}
-            shared = {} if not found else {"evaluate_teacher": False, "evaluate_before": False}
-            layers = ({"run": shared}, settings or {}, {"run": place})
-            found.append(Variant(str(name), seed, OmegaConf.merge(*layers)))
-    return [Variant(v.name, v.seed, OmegaConf.merge(v.settings, {"run": {"job_id": v.folder}})) for v in found]
+            place = {"seed": seed, "output_dir": str(home.parent), "project": home.name}
+            place["job_id"] = f"{slug(str(name))}-seed{seed}"
+            shared = {"evaluate_teacher": False, "evaluate_before": False} if found else {}
+            found.append(Variant(str(name), seed, OmegaConf.merge({"run": shared}, settings or {}, {"run": place})))
+    return found
 
 
 def is_done(home: Path, variant: Variant) -> bool:
@@ -102,12 +112,12 @@ def summarise(home: Path, title: str, variants: Sequence[Variant], config: Mappi
     Returns:
         the path of the report.
     """
-    results = {v: json.loads((home / v.folder / "results.json").read_text(encoding="utf-8")) for v in variants}
-    first = results[variants[0]]
+    results = [json.loads((home / v.folder / "results.json").read_text(encoding="utf-8")) for v in variants]
+    first = results[0]
     rows = [row for row in first["rows"] if row["name"] in _SINGLE]
     for name in dict.fromkeys(v.name for v in variants):
         learners = [
-            row for v, content in results.items() if v.name == name
+            row for v, content in zip(variants, results, strict=True) if v.name == name
             for row in content["rows"] if row["name"] not in _SINGLE
         ]  # fmt: skip
         rows.append(_mean_row(name, learners))

@@ -19,7 +19,7 @@ PLACES = ("left", "right", "top", "bottom", "middle")
 
 # Layout -> the relations that hold in it, as (relation, row of the first thing, row of the second).
 RELATIONS: dict[str, tuple[tuple[str, int, int], ...]] = {
-    **{place: () for place in PLACES},
+    **dict.fromkeys(PLACES, ()),
     "beside": (("left", 0, 1),),
     "stacked": (("above", 0, 1),),
     "row": (("left", 0, 1), ("left", 0, 2), ("left", 1, 2)),

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 from lavis.common.registry import registry
-from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.processors.base_processor import BaseProcessor
 from PIL import Image
 
 from lavis_dcd.common.files import packaged_folder
-from lavis_dcd.common.schema import faults, parse
+from lavis_dcd.datasets.builder import RetrievalBuilder
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.datasets.scene_captions import SceneIndex, write_captions
 from lavis_dcd.datasets.scene_drawing import draw_scene
@@ -92,7 +91,6 @@ class _Pictures:
 
     pictures: np.ndarray
     annotation: list[dict[str, Any]]
-    vis_processor: BaseProcessor
 
     def picture(self, index: int) -> Image.Image:
         """The picture of item `index`, unprocessed."""
@@ -103,74 +101,36 @@ class ShapeScenesDataset(_Pictures, RetrievalRows):
     """The training scenes: one row per caption; items as in `RetrievalRows`. Rows also hold "family" (int)."""
 
     def __init__(self, vis_processor: BaseProcessor, text_processor: BaseProcessor, drawn: DrawnSplit) -> None:
-        rows = [
-            {"image": name, "caption": caption, "image_id": name, "family": family, "scene": scene}
-            for scene, (name, family) in enumerate(zip(drawn.names, drawn.families, strict=True))
-            for caption in drawn.captions[scene]
-        ]
+        rows = [row | {"caption": caption} for row in _rows(drawn) for caption in row["caption"]]
         super().__init__(vis_processor, text_processor, "", rows)
         self.pictures = drawn.pictures
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.annotation[index]
-        return {
-            "image": self.vis_processor(self.picture(index)),
-            "text_input": self.text_processor(row["caption"]),
-            "image_id": self.img_ids[row["image_id"]],
-            "instance_id": row["instance_id"],
-        }
 
 
 class ShapeScenesEvalDataset(_Pictures, RetrievalEvalRows):
     """The validation or test scenes: one row per scene; items and tables as in `RetrievalEvalRows`."""
 
     def __init__(self, vis_processor: BaseProcessor, text_processor: BaseProcessor, drawn: DrawnSplit) -> None:
-        rows = [
-            {"image": name, "caption": captions, "image_id": name, "family": family, "scene": scene}
-            for scene, (name, captions, family) in enumerate(
-                zip(drawn.names, drawn.captions, drawn.families, strict=True)
-            )
-        ]
-        super().__init__(vis_processor, text_processor, "", rows)
+        super().__init__(vis_processor, text_processor, "", _rows(drawn))
         self.pictures = drawn.pictures
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.vis_processor(self.picture(index)), "index": index}
+
+def _rows(drawn: DrawnSplit) -> list[dict[str, Any]]:
+    parts = zip(drawn.names, drawn.captions, drawn.families, strict=True)
+    return [
+        {"image": name, "caption": captions, "image_id": name, "family": family, "scene": scene}
+        for scene, (name, captions, family) in enumerate(parts)
+    ]
 
 
 @registry.register_builder("shape_scenes")
-class ShapeScenesBuilder(BaseDatasetBuilder):
+class ShapeScenesBuilder(RetrievalBuilder):
     """Builds {"train", "val", "test"} from `build_info`, see `ShapeScenesInfo`."""
 
+    name = "shape_scenes"
+    info_class = ShapeScenesInfo
     train_dataset_cls = ShapeScenesDataset
     eval_dataset_cls = ShapeScenesEvalDataset
-    DATASET_CONFIG_DICT = {"default": str(packaged_folder("configs") / "datasets/shape_scenes/defaults.yaml")}
+    DATASET_CONFIG_DICT = {"default": str(packaged_folder("configs") / "datasets/shape_scenes/defaults.yaml")}  # noqa: RUF012
 
-    @staticmethod
-    def config_faults(config: Any, path: str) -> list[str]:
-        """The faults of a `datasets.shape_scenes` section, one line each."""
-        return faults(ShapeScenesInfo, config.get("build_info"), f"{path}.build_info")
-
-    def build_datasets(self) -> dict[str, RetrievalRows | RetrievalEvalRows]:
-        """Draw the data set; nothing is downloaded or written, so every process draws its own."""
-        return self.build()
-
-    def build(self) -> dict[str, RetrievalRows | RetrievalEvalRows]:
-        """The three data sets.
-
-        Raises:
-            UserError: a fault in `build_info`.
-        """
-        info = parse(ShapeScenesInfo, self.config.get("build_info"), "datasets.shape_scenes.build_info")
-        self.build_processors()
-        return {
-            split: self._dataset_class(split)(*self._processors(split), drawn)
-            for split, drawn in draw_splits(info).items()
-        }
-
-    def _dataset_class(self, split: str) -> type:
-        return self.train_dataset_cls if split == "train" else self.eval_dataset_cls
-
-    def _processors(self, split: str) -> tuple[BaseProcessor, BaseProcessor]:
-        kind = "train" if split == "train" else "eval"
-        return self.vis_processors[kind], self.text_processors[kind]
+    def read(self, info: ShapeScenesInfo) -> dict[str, tuple[DrawnSplit]]:
+        return {split: (drawn,) for split, drawn in draw_splits(info).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lavis.common.registry import registry
@@ -35,7 +35,9 @@ class DynamicContrastiveDistillation(BaseModel):
     outside the module tree: not in ``state_dict()``, the optimizer or DDP, and always in evaluation mode.
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {"default": str(packaged_folder("configs") / "models" / "dcd_default.yaml")}
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        "default": str(packaged_folder("configs") / "models" / "dcd_default.yaml")
+    }
 
     def __init__(self, teacher: Matcher, student: Matcher, config: DcdConfig):
         super().__init__()
@@ -151,7 +153,10 @@ class DynamicContrastiveDistillation(BaseModel):
             return [None for _ in pools]
         with torch.no_grad():
             seen = batch if self.student.shares_encoders_with(self.teacher) else sample_features(self.teacher, samples)
-            return _match_tables(self.teacher.match, seen, [(p.image_rows, p.text_rows, p.valid) for p in pools])
+            # the published code knows no masks: every candidate counts, and is scored
+            everything = self.config.loss.reference == "release"
+            tables = [(p.image_rows, p.text_rows, p.valid | everything) for p in pools]
+            return _match_tables(self.teacher.match, seen, tables)
 
     @property
     def _needs_teacher(self) -> bool:

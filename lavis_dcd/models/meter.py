@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class MeterRetrieval(BaseModel, Matcher):
     The official arithmetic: METER's ``meter_module.py`` (infer) and ``objectives.py`` (compute_irtr).
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
         name: str(packaged_folder("configs") / "models" / f"meter_retrieval_{name}.yaml") for name in _TYPES
     }
 

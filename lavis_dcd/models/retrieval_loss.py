@@ -1,4 +1,4 @@
-"""A retriever's own loss: listwise cross-entropy over in-batch hard negatives, both ways, and InfoNCE on a joint head."""
+"""A retriever's own loss: listwise cross-entropy over in-batch hard negatives, and InfoNCE on a joint head."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ class RetrievalLoss(nn.Module):
             logits = scale * model.embed_images(batch.images) @ model.embed_texts(batch.texts).T
             losses["joint_loss"] = self.config.joint_weight * info_nce(logits, batch)
         if model.config.fusion_score:
-            losses["fusion_loss"] = self._fusion_loss(model, batch, None if logits is None else logits.detach(), progress)
+            drawn_by = None if logits is None else logits.detach()
+            losses["fusion_loss"] = self._fusion_loss(model, batch, drawn_by, progress)
         return {"loss": sum(losses.values()), **losses}
 
     def _fusion_loss(

@@ -258,10 +258,12 @@ class Trainer:
     def _train_step(self, batches: Iterator[Any], number: int) -> None:
         run, position = self.run, self.position
         size = min(run.accum_grad_iters, len(self._loader) - number * run.accum_grad_iters)
-        extra = {
-            "epoch": position.epoch, "iters": number, "num_iters_per_epoch": self.steps_per_epoch,  # LAVIS's own
+        extra = {  # LAVIS's own three, and the part of the whole job that is done
+            "epoch": position.epoch,
+            "iters": number,
+            "num_iters_per_epoch": self.steps_per_epoch,
             "progress": position.global_step / self.total_steps,
-        }  # fmt: skip
+        }
         lr = self._stepper.lr
         self._window.add(self._stepper.step(batches, size, position.global_step, extra))
         position.global_step += 1

@@ -47,9 +47,13 @@ def test_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(tokens=torch.ones(2, 3)), dict(tokens=torch.ones(2, 3, 4), mask=torch.ones(2, 4, dtype=torch.bool)),
-            dict(tokens=torch.ones(2, 3, 4), embeds=torch.ones(3, 4))]
-)  # fmt: skip
+    "bad",
+    [
+        {"tokens": torch.ones(2, 3)},
+        {"tokens": torch.ones(2, 3, 4), "mask": torch.ones(2, 4, dtype=torch.bool)},
+        {"tokens": torch.ones(2, 3, 4), "embeds": torch.ones(3, 4)},
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused(bad):
     with pytest.raises(ValueError):
         ImageFeatures(**bad)

@@ -80,7 +80,8 @@ def by_hand(model, batch, hard_negatives: int) -> list[tuple[list[int], torch.Te
 
         hardness = model.teacher.match(image, text, pairs(others))
         kept = [query] + [others[i] for i in hardness.argsort(descending=True)[:hard_negatives]]
-        rows.append((kept, model.teacher.match(image, text, pairs(kept)), model.student.match(image, text, pairs(kept))))
+        both = [matcher.match(image, text, pairs(kept)) for matcher in (model.teacher, model.student)]
+        rows.append((kept, *both))
     return rows
 
 

@@ -1,7 +1,7 @@
 """A model, a data set and a task of a few lines, and a job made of them; also a script (one JSON argument).
 
-The pictures are noise, augmentation adds more, and the model has dropout and a running mean: whatever a resumed
-job forgets to put back changes its weights.
+The pictures are noise, augmentation adds more, and the model has dropout and a running mean: whatever a
+resumed job forgets to put back changes its weights.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def test_the_last_incomplete_group_divides_by_its_own_size(stubs, tmp_path):
 
 
 def _gradient_norm(stubs, trainer, batches, earlier):
-    """The norm of the mean gradient over `batches` of epoch 0, after as many steps as there are `earlier` norms."""
+    """The norm of the mean gradient over `batches` of epoch 0, at the step after the `earlier` ones."""
     from lavis_dcd.runners.sampler import TrainLoader
 
     model = stubs.Learner(dropout=0).train()

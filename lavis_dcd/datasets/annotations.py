@@ -1,0 +1,226 @@
+"""Read one's own captions from JSON or CSV, collecting every fault with its file and row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lavis_dcd.common.errors import UserError
+
+SPLITS = ("train", "val", "test")
+_SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+_NAMED = 20  # faults of one file named one by one; the rest is counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """One caption of one picture.
+
+    Args:
+        image: path below the root, with forward slashes.
+        caption: as written.
+        image_id: shared by the captions of one picture; its path where the file gives none.
+    """
+
+    image: str
+    caption: str
+    image_id: str | int
+
+
+class Faults:
+    """The faults of one file: the first twenty in words, the others as a number."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._lines, self._more = file, [], 0
+
+    def add(self, where: str, what: str) -> None:
+        """One fault at a row."""
+        if len(self._lines) < _NAMED:
+            self._lines.append(f"{self.file}, {where}: {what}")
+        else:
+            self._more += 1
+
+    def lines(self) -> list[str]:
+        """One line per fault, and one for the count of those left out."""
+        return [*self._lines, f"{self.file}: {self._more} more faults"] if self._more else list(self._lines)
+
+    def raise_any(self) -> None:
+        """Raises:
+        UserError: when there is a fault.
+        """
+        if self._lines:
+            raise UserError(self.lines())
+
+
+def place(path: str, root: str | None) -> Path:
+    """Where a relative path of the configuration points: below `root` if it is there, else in the current folder."""
+    given = Path(path).expanduser()
+    if root is not None and not given.is_absolute() and (inside := Path(root).expanduser() / given).exists():
+        return inside.absolute()
+    return given.absolute()
+
+
+def read_json(path: Path, root: Path) -> list[Row]:
+    """The captions in one LAVIS JSON file.
+
+    Accepts a list of {"image": path, "caption": text or list of texts, "image_id": optional}; a picture may have
+    one row with all its captions or one row per caption.
+
+    Raises:
+        UserError: the file is missing, no JSON, no list, or has faulty rows; all of them listed.
+    """
+    content = _load_json(path)
+    if not isinstance(content, list):
+        raise UserError(f"{path}: holds {_kind(content)}, expected a list of "
+                        '{"image": ..., "caption": ...} rows')  # fmt: skip
+    if not content:
+        raise UserError(f"{path}: the list is empty")
+    faults = Faults(path)
+    rows = [row for number, item in enumerate(content) for row in _json_rows(item, f"row {number}", root, faults)]
+    _check_ids(rows, faults)
+    faults.raise_any()
+    return rows
+
+
+def _load_json(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:  # a JSONDecodeError or UnicodeDecodeError is a ValueError
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+
+
+def _json_rows(item: Any, where: str, root: Path, faults: Faults) -> Iterator[Row]:
+    if not isinstance(item, dict):
+        faults.add(where, f"{_kind(item)}, expected an object with image and caption")
+        return
+    if absent := [key for key in ("image", "caption") if key not in item]:
+        faults.add(where, f"{' and '.join(absent)} missing (has {', '.join(map(str, item)) or 'nothing'})")
+        return
+    image = _image(item["image"], where, root, faults)
+    image_id = item.get("image_id", image)
+    if isinstance(image_id, bool) or not isinstance(image_id, str | int | None):
+        faults.add(where, f"image_id: {_kind(image_id)}, expected text or an integer")
+    captions = item["caption"] if isinstance(item["caption"], list) else [item["caption"]]
+    if not captions:
+        faults.add(where, "caption: an empty list")
+    for caption in captions:
+        if not isinstance(caption, str) or not caption.strip():
+            what = "empty" if isinstance(caption, str) else f"{_kind(caption)}, expected text or a list of texts"
+            faults.add(where, f"caption: {what}")
+        elif image is not None:
+            yield Row(image, caption, image if image_id is None else image_id)
+
+
+def _image(value: Any, where: str, root: Path, faults: Faults) -> str | None:
+    """The path below the root, or None with a fault noted."""
+    if not isinstance(value, str) or not value.strip():
+        faults.add(where, "image: empty" if isinstance(value, str) else f"image: {_kind(value)}, expected a path")
+        return None
+    below = os.path.relpath(os.path.normpath(os.path.join(root, value.strip())), root)
+    if below == os.curdir or below.split(os.sep)[0] == os.pardir:
+        faults.add(where, f"image: {value!r} is not inside {root}; set root to a folder above all pictures")
+        return None
+    return below.replace(os.sep, "/")
+
+
+def _check_ids(rows: list[Row], faults: Faults) -> None:
+    # Two ids for one picture would make its own captions negatives of each other.
+    known: dict[str, str | int] = {}
+    for row in rows:
+        if known.setdefault(row.image, row.image_id) != row.image_id:
+            faults.add(row.image, f"has two image_ids, {known[row.image]!r} and {row.image_id!r}")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a CSV file's columns; `split` None where there is none to read."""
+
+    image: str
+    caption: str
+    split: str | None
+
+
+def csv_header(path: Path) -> list[str]:
+    """The names in the first line.
+
+    Raises:
+        UserError: the file is missing, empty, or no text.
+    """
+    return _csv_lines(path)[0][1]
+
+
+def read_csv(path: Path, root: Path, columns: Columns) -> list[tuple[str | None, Row]]:
+    """The captions of one CSV file, each with its split (None without a split column).
+
+    Raises:
+        UserError: a column is missing, or rows are faulty; all of them listed.
+    """
+    (_, header), *lines = _csv_lines(path)
+    wanted = [name for name in (columns.image, columns.caption, columns.split) if name is not None]
+    if absent := [name for name in wanted if name not in header]:
+        raise UserError(f"{path}: no column {', '.join(absent)}; it has {', '.join(header)}")
+    if not lines:
+        raise UserError(f"{path}: has a header and no rows")
+    faults, rows = Faults(path), []
+    for number, cells in lines:
+        where = f"line {number}"
+        if len(cells) != len(header):
+            faults.add(where, f"{len(cells)} cells, the header has {len(header)} (quote captions that hold commas)")
+            continue
+        record = dict(zip(header, cells, strict=True))
+        split = _split(record[columns.split], where, faults) if columns.split else None
+        item = {"image": record[columns.image], "caption": record[columns.caption]}
+        rows += [(split, row) for row in _json_rows(item, where, root, faults)]
+    faults.raise_any()
+    return rows
+
+
+def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
+    """(number of its last line, cells) of every record that is not blank."""
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            reader = csv.reader(handle, skipinitialspace=True, strict=True)
+            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as CSV: {error}") from error
+    if not lines:
+        raise UserError(f"{path}: is empty")
+    return [(lines[0][0], [cell.strip() for cell in lines[0][1]]), *lines[1:]]
+
+
+def _split(value: str, where: str, faults: Faults) -> str | None:
+    word = value.strip().lower()
+    word = _SPLIT_WORDS.get(word, word)
+    if word not in SPLITS:
+        faults.add(where, f"split: {value!r} is not one of {', '.join(SPLITS)}")
+        return None
+    return word
+
+
+def training_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One dictionary per caption, as `RetrievalRows` takes them."""
+    return [{"image": row.image, "caption": row.caption, "image_id": row.image_id} for row in rows]
+
+
+def evaluation_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One dictionary per picture with all its captions, as `RetrievalEvalRows` takes them, in order of appearance."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        entry = found.setdefault(row.image, {"image": row.image, "caption": [], "image_id": row.image_id})
+        entry["caption"].append(row.caption)
+    return list(found.values())
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false",
+             type(None): "null"}  # fmt: skip
+    return names.get(type(value), type(value).__name__)

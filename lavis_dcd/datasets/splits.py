@@ -1,0 +1,96 @@
+"""Splits: drawn by picture, checked against each other, and put side by side."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.datasets.banked import leaf_sets
+
+log = logging.getLogger(__name__)
+
+
+def split_by_picture(
+    pictures: Sequence[str], val_fraction: float, test_fraction: float, seed: int
+) -> dict[str, str]:
+    """{picture: "train" | "val" | "test"}, the same for the same pictures and seed in any order.
+
+    Args:
+        pictures: names; repeated ones count once.
+        val_fraction, test_fraction: of the distinct pictures; above 0 they get at least one.
+
+    Raises:
+        UserError: too few pictures for the splits asked for.
+    """
+    names = sorted(set(pictures))
+    sizes = {"val": _size(val_fraction, len(names)), "test": _size(test_fraction, len(names))}
+    train = len(names) - sum(sizes.values())
+    if train < 1:
+        raise UserError(
+            f"{len(names)} pictures are too few for val_fraction={val_fraction} and test_fraction={test_fraction}: "
+            "none is left for training"
+        )
+    mixed = np.random.default_rng([seed, 21]).permutation(len(names))
+    splits = ["val"] * sizes["val"] + ["test"] * sizes["test"] + ["train"] * train
+    return {names[row]: split for row, split in zip(mixed, splits, strict=True)}
+
+
+def _size(fraction: float, count: int) -> int:
+    return max(1, round(fraction * count)) if fraction > 0 else 0
+
+
+def check_annotations(datasets: Mapping[str, Any]) -> list[str]:
+    """One warning, also logged, per pair of splits that share pictures.
+
+    Args:
+        datasets: {split: LAVIS data set}, wrappers and concatenations included.
+    """
+    pictures = {split: _pictures(dataset) for split, dataset in datasets.items()}
+    names, warnings = list(pictures), []
+    for i, one in enumerate(names):
+        for two in names[i + 1 :]:
+            shared = sorted(pictures[one] & pictures[two])
+            if shared:
+                some = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+                warnings.append(f"{len(shared)} pictures are in both {one} and {two}: {some}")
+    for line in warnings:
+        log.warning(line)
+    return warnings
+
+
+def _pictures(dataset: Any) -> set[str]:
+    found: set[str] = set()
+    for leaf in leaf_sets(dataset, "").values():
+        root = getattr(leaf, "vis_root", None) or ""
+        found.update(os.path.normpath(os.path.join(root, str(row["image"]))) for row in leaf.annotation)
+    return found
+
+
+def distinct_image_ids(datasets: Sequence[Any]) -> None:
+    """Renumber the `img_ids` of LAVIS training sets in place, so that they can be concatenated.
+
+    Every LAVIS set numbers its pictures from 0. Side by side, pictures of two sets would share an `image_id` and be
+    taken for one picture. A file that stands in several sets keeps one number. Doing it twice changes nothing.
+
+    Args:
+        datasets: sets with `annotation`, `vis_root` and `img_ids`, or wrappers of such; others are left alone.
+    """
+    numbers: dict[str, int] = {}
+    for dataset in datasets:
+        for leaf in leaf_sets(dataset, "").values():
+            if not hasattr(leaf, "img_ids"):
+                continue
+            for row in leaf.annotation:
+                file = os.path.normpath(os.path.join(leaf.vis_root or "", str(row["image"])))
+                # Rows of one image_id may show several files (crops): the first file's number serves all.
+                leaf.img_ids[row["image_id"]] = -1
+            seen: dict[Any, int] = {}
+            for row in leaf.annotation:
+                file = os.path.normpath(os.path.join(leaf.vis_root or "", str(row["image"])))
+                number = seen.setdefault(row["image_id"], numbers.setdefault(file, len(numbers)))
+                leaf.img_ids[row["image_id"]] = number
