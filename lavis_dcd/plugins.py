@@ -21,6 +21,8 @@ _MODULES = (
     "lavis_dcd.processors.images",
     "lavis_dcd.processors.captions",
     "lavis_dcd.datasets.shape_scenes",
+    "lavis_dcd.datasets.image_text_retrieval",
+    "lavis_dcd.datasets.coco_captions",
     "lavis_dcd.tasks.dcd_retrieval",
     "lavis_dcd.runners.runner_dcd",
 )

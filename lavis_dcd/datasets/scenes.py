@@ -34,7 +34,7 @@ FAMILY = ("base", "colour", "shape", "size", "order", "binding")
 """How the members of a family differ from the first: one thing's colour, shape or size; who is where; or which of
 two things has which colour (in a scene of one thing: another colour)."""
 
-# There are 480 scenes of one thing, about 18,000 of two and millions of three; far beyond this the search takes minutes.
+# There are 480 scenes of one thing, about 18,000 of two, millions of three; beyond this the search takes minutes.
 MOST_SCENES = 20_000
 
 

@@ -64,11 +64,11 @@ def check_annotations(datasets: Mapping[str, Any]) -> list[str]:
 
 
 def _pictures(dataset: Any) -> set[str]:
-    found: set[str] = set()
-    for leaf in leaf_sets(dataset, "").values():
-        root = getattr(leaf, "vis_root", None) or ""
-        found.update(os.path.normpath(os.path.join(root, str(row["image"]))) for row in leaf.annotation)
-    return found
+    return {_file(leaf, row) for leaf in leaf_sets(dataset, "").values() for row in leaf.annotation}
+
+
+def _file(leaf: Any, row: Mapping[str, Any]) -> str:
+    return os.path.normpath(os.path.join(getattr(leaf, "vis_root", None) or "", str(row["image"])))
 
 
 def distinct_image_ids(datasets: Sequence[Any]) -> None:
@@ -81,16 +81,12 @@ def distinct_image_ids(datasets: Sequence[Any]) -> None:
         datasets: sets with `annotation`, `vis_root` and `img_ids`, or wrappers of such; others are left alone.
     """
     numbers: dict[str, int] = {}
-    for dataset in datasets:
-        for leaf in leaf_sets(dataset, "").values():
-            if not hasattr(leaf, "img_ids"):
-                continue
-            for row in leaf.annotation:
-                file = os.path.normpath(os.path.join(leaf.vis_root or "", str(row["image"])))
-                # Rows of one image_id may show several files (crops): the first file's number serves all.
-                leaf.img_ids[row["image_id"]] = -1
-            seen: dict[Any, int] = {}
-            for row in leaf.annotation:
-                file = os.path.normpath(os.path.join(leaf.vis_root or "", str(row["image"])))
-                number = seen.setdefault(row["image_id"], numbers.setdefault(file, len(numbers)))
-                leaf.img_ids[row["image_id"]] = number
+    for leaf in (leaf for dataset in datasets for leaf in leaf_sets(dataset, "").values()):
+        if not hasattr(leaf, "img_ids"):
+            continue
+        found: dict[Any, int] = {}
+        for row in leaf.annotation:
+            number = numbers.setdefault(_file(leaf, row), len(numbers))
+            # One image_id may stand for several files (crops of one picture): the first one's number serves all.
+            found.setdefault(row["image_id"], number)
+        leaf.img_ids.update(found)

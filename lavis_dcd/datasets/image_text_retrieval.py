@@ -1,0 +1,143 @@
+"""`image_text_retrieval`: one's own pictures with captions in JSON files, one per split, or in one CSV file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lavis.common.registry import registry
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.datasets.annotations import (
+    SPLITS,
+    Columns,
+    Row,
+    csv_header,
+    evaluation_rows,
+    place,
+    read_csv,
+    read_json,
+    training_rows,
+)
+from lavis_dcd.datasets.builder import RetrievalBuilder
+from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
+from lavis_dcd.datasets.splits import check_annotations, split_by_picture
+
+_DEFAULT_SPLIT_COLUMN = "split"
+
+
+@dataclass(frozen=True)
+class OwnDataInfo:
+    """`build_info` of `image_text_retrieval`.
+
+    Args:
+        root: the folder that the pictures' paths start from; null means the current folder.
+        annotations: a JSON file, or several, per split. Either this or `csv`.
+        csv: one CSV file with a header and one caption per line.
+        image_column, caption_column: of the CSV file.
+        split_column: of the CSV file; where it has no column "split", or with null, the pictures are split at random.
+        val_fraction, test_fraction: of the pictures, for the random split.
+        seed: of the random split.
+    """
+
+    root: str | None = None
+    annotations: dict[Literal["train", "val", "test"], str | list[str] | None] | None = None
+    csv: str | None = None
+    image_column: str = "image"
+    caption_column: str = "caption"
+    split_column: str | None = _DEFAULT_SPLIT_COLUMN
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.files()) == bool(self.csv):
+            raise ValueError(
+                "give either annotations: {train: FILE.json, val: FILE.json, test: FILE.json} (those there are) "
+                "or csv: FILE.csv" + (", not both" if self.csv else "")
+            )
+        if min(self.val_fraction, self.test_fraction) < 0 or self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction={self.val_fraction}, test_fraction={self.test_fraction}: neither may be negative, and "
+                "their sum must be below 1"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} is negative")
+
+    def files(self) -> dict[str, list[str]]:
+        """The JSON files per split."""
+        listed = {split: [f] if isinstance(f, str) else list(f or []) for split, f in (self.annotations or {}).items()}
+        return {split: listed[split] for split in SPLITS if listed.get(split)}
+
+    @property
+    def folder(self) -> Path:
+        """The absolute root."""
+        return Path(self.root or ".").expanduser().absolute()
+
+
+@registry.register_builder("image_text_retrieval")
+class ImageTextRetrievalBuilder(RetrievalBuilder):
+    """Builds the splits that the files have, see `OwnDataInfo`."""
+
+    name = "image_text_retrieval"
+    info_class = OwnDataInfo
+    DATASET_CONFIG_DICT = {  # noqa: RUF012
+        "default": str(packaged_folder("configs") / "datasets/image_text_retrieval/defaults.yaml")
+    }
+
+    @classmethod
+    def file_faults(cls, info: OwnDataInfo, path: str) -> list[str]:
+        found = [] if info.folder.is_dir() else [f"{path}.root: {info.folder} is not a folder"]
+        named = {f"annotations.{split}": files for split, files in info.files().items()}
+        for key, files in (named or {"csv": [info.csv]}).items():
+            found += [
+                f"{path}.{key}: {file} is neither in {info.folder} nor in {Path.cwd()}"
+                for file in files
+                if not place(file, info.root).is_file()
+            ]
+        return found
+
+    def build(self) -> dict[str, RetrievalRows | RetrievalEvalRows]:
+        datasets = super().build()
+        check_annotations(datasets)
+        return datasets
+
+    def read(self, info: OwnDataInfo) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+        rows = _read_jsons(info) if info.files() else _read_csv(info)
+        return {
+            split: (str(info.folder), (training_rows if split == "train" else evaluation_rows)(rows[split]))
+            for split in SPLITS
+            if rows.get(split)
+        }
+
+
+def _read_jsons(info: OwnDataInfo) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    faults: list[str] = []
+    for split, files in info.files().items():
+        for file in files:
+            try:
+                found.setdefault(split, []).extend(read_json(place(file, info.root), info.folder))
+            except UserError as error:
+                faults += error.faults
+    if faults:
+        raise UserError(faults)
+    return found
+
+
+def _read_csv(info: OwnDataInfo) -> dict[str, list[Row]]:
+    file = place(info.csv, info.root)
+    column = info.split_column
+    if column == _DEFAULT_SPLIT_COLUMN and column not in csv_header(file):
+        column = None
+    rows = read_csv(file, info.folder, Columns(info.image_column, info.caption_column, column))
+    if column is None:
+        pictures = [row.image for _, row in rows]
+        try:
+            of_picture = split_by_picture(pictures, info.val_fraction, info.test_fraction, info.seed)
+        except UserError as error:
+            raise UserError([f"{file}: {line}" for line in error.faults]) from error
+        rows = [(of_picture[row.image], row) for _, row in rows]
+    return {split: [row for of_row, row in rows if of_row == split] for split in SPLITS}
