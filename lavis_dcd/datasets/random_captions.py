@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.banked import leaf_sets
@@ -72,7 +72,8 @@ class RandomCaptions(Dataset):
         """The set's own batch, with ``candidate_text`` a flat row-major list of B * count strings and
         ``candidate_image_id`` int64 ``[B, count]``."""
         drawn = ("candidate_text", "candidate_image_id")
-        batch = self.dataset.collater([{k: v for k, v in s.items() if k not in drawn} for s in samples])
+        collate = getattr(self.dataset, "collater", default_collate)
+        batch = collate([{k: v for k, v in s.items() if k not in drawn} for s in samples])
         batch["candidate_text"] = [text for s in samples for text in s["candidate_text"]]
         batch["candidate_image_id"] = torch.stack([s["candidate_image_id"] for s in samples])
         return batch

@@ -52,7 +52,8 @@ _ENDS = {
 
 # {a} {b} {c}: things with their article; {n}: the first without; {rel}: how a stands to b.
 _ALONE = ("only {a} {place}", "just {a} {place}", "nothing but {a} {place}", "a lone {n} {place}",
-          "a single {n} {place}", "{place} there is only {a}", "{place} , just {a}", "{a} by itself {place}", "{a} all alone {place}")
+          "a single {n} {place}", "{place} there is only {a}", "{place} , just {a}", "{a} by itself {place}",
+          "{a} all alone {place}")
 _PAIR = ("{a} {rel} {b}", "{a} {rel} {b}", "{a} is {rel} {b}", "{a} sits {rel} {b}", "{rel} {b} is {a}",
          "{rel} {b} there is {a}", "there is {a} {rel} {b}", "{a} with {b} {its}", "{a} has {b} {its}",
          "{a} , and {b} {its}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.banked import leaf_sets
@@ -33,7 +35,7 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
     if mode == "off":
         return
     paths = list(dict.fromkeys(path for leaf in leaf_sets(dataset, "").values() for path in _files(leaf)))
-    with ThreadPoolExecutor() as pool:
+    with _whole_files_only(), ThreadPoolExecutor() as pool:
         faults = [fault for fault in pool.map(lambda path: _fault(path, mode), paths) if fault]
     if not faults:
         log.info("%d pictures verified (%s)", len(paths), mode)
@@ -46,6 +48,16 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
         "annotations (run.verify=off skips this check, training then fails at the first of them)"
     )
     raise UserError(lines)
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    # `import lavis` switches this on for the whole process: a picture cut short would decode, its rest grey.
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _files(dataset: Any) -> list[str]:

@@ -129,6 +129,12 @@ class RunConfig:
             return []
         return self.table_splits if self.teacher_split_eval is None else list(self.teacher_split_eval)
 
+    @property
+    def used_splits(self) -> list[str]:
+        """What the job reads, with "train" for the training splits together."""
+        training = [] if self.evaluate else ["train"]
+        return list(dict.fromkeys([*training, *self.valid_splits, *self.test_splits, *self.teacher_splits]))
+
     def missing_splits(self, available: Collection[str]) -> list[str]:
         """One line per split that the job needs and its data sets do not have.
 

@@ -170,20 +170,14 @@ class Trainer:
         seed_everything(seed_for(run.seed, "start"))
         first = self._judge is None
         if first and hasattr(self.task, "prepare"):
-            prepared = self.task.prepare(self.model, self._used_sets(), run, place.device)
+            used = {split: self.datasets[split] for split in run.used_splits}
+            prepared = self.task.prepare(self.model, used, run, place.device)
             self.datasets.update(prepared or {})
         best = None if first else self._judge.best
         self._judge = Judge(
             self.output_dir, run, place, self.task, self.model, self.datasets, self.metrics, resume_step=step
         )
         self._judge.best = best
-
-    def _used_sets(self) -> dict[str, Any]:
-        run = self.run
-        used = {*run.table_splits, *run.valid_splits, *run.teacher_splits}
-        if not run.evaluate:
-            used.add("train")
-        return {split: dataset for split, dataset in self.datasets.items() if split in used}
 
     def _set_up_training(self) -> None:
         run, place, dataset = self.run, self.place, self.datasets["train"]

@@ -33,7 +33,7 @@ def test_lower_lowers():
     ("keys", "line"),
     [
         ({"max_word": 3}, "text_processor.max_word: unknown key; did you mean max_words?"),
-        ({"max_words": "many"}, "text_processor.max_words: 'many' (text) is not an integer or null"),
+        ({"max_words": "many"}, "text_processor.max_words: 'many' (text) is not an integer"),
         ({"max_words": 0}, "text_processor: max_words: 0 is not positive"),
         ({"lower": "perhaps"}, "text_processor.lower: 'perhaps' (text) is not true or false"),
     ],

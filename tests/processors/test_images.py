@@ -52,8 +52,9 @@ def test_squash_keeps_the_whole_picture_and_crop_its_middle():
 
 
 def test_interpolation_changes_the_pixels():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8))
     made = [
-        processor(EVAL, image_size=7, interpolation=name, **PLAIN)(halves(20, 20))
+        processor(EVAL, image_size=7, interpolation=name, **PLAIN)(noise)
         for name in ("nearest", "bilinear", "bicubic", "lanczos")
     ]
     assert all(not torch.equal(made[i], made[j]) for i in range(4) for j in range(i))
@@ -93,8 +94,8 @@ def test_randaugment_varies_and_follows_the_seed():
 @pytest.mark.parametrize(
     ("kind", "keys", "line"),
     [
-        (EVAL, {"image_sizes": 224}, "vis_processor.image_sizes: unknown key; did you mean image_size?"),
-        (EVAL, {"augment": "flip"}, "vis_processor.augment: unknown key; legal keys: image_size,"),
+        (EVAL, {"image_sizes": 224}, "vis_processor.image_sizes: unknown key; did you mean image_size"),
+        (EVAL, {"augment": "flip"}, "vis_processor.augment: unknown key"),
         (EVAL, {"image_size": 0}, "vis_processor: image_size: 0 is not positive"),
         (EVAL, {"image_size": "big"}, "vis_processor.image_size: 'big' (text) is not an integer"),
         (EVAL, {"std": [0.5, 0.0, 0.5]}, "vis_processor: std: [0.5, 0.0, 0.5] must be positive"),

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from lavis_dcd.datasets.pictures import load_picture
+
+
+def test_a_set_that_makes_its_pictures_is_asked_for_them():
+    made = Image.new("RGB", (3, 2))
+    assert load_picture(SimpleNamespace(picture=lambda index: (made, index)), 7) == (made, 7)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+def test_files_come_as_rgb_whatever_their_mode(tmp_path, mode):
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    Image.new(mode, (5, 4)).save(tmp_path / name)
+    dataset = SimpleNamespace(vis_root=str(tmp_path), annotation=[{"image": "none.png"}, {"image": name}])
+    picture = load_picture(dataset, 1)
+    assert (picture.mode, picture.size) == ("RGB", (5, 4))
+
+
+def test_a_missing_or_broken_file_is_an_os_error(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    dataset = SimpleNamespace(vis_root=str(tmp_path), annotation=[{"image": "none.png"}, {"image": "broken.png"}])
+    for index in range(2):
+        with pytest.raises(OSError):
+            load_picture(dataset, index)

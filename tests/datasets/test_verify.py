@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.datasets.verify import NAMED, verify_pictures
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    return path
+
+
+def rows(root: Path, *names: str) -> SimpleNamespace:
+    return SimpleNamespace(vis_root=str(root), annotation=[{"image": name} for name in names])
+
+
+def faults(dataset, mode: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        verify_pictures(dataset, mode)
+    return caught.value.faults
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> SimpleNamespace:
+    """Two sound pictures, one cut short, one that is text, one empty, one missing, one that is a folder."""
+    picture(tmp_path / "a.jpg")
+    picture(tmp_path / "b.png")
+    cut = picture(tmp_path / "cut.jpg")
+    cut.write_bytes(cut.read_bytes()[:-900])
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    return rows(tmp_path, "a.jpg", "cut.jpg", "gone.jpg", "text.jpg", "empty.jpg", "folder.jpg", "b.png", "a.jpg")
+
+
+def test_fast_finds_what_is_missing_and_what_is_no_picture(mixed):
+    lines = faults(mixed, "fast")
+    assert [Path(line.split(": ")[0]).name for line in lines[:-1]] == [
+        "gone.jpg", "text.jpg", "empty.jpg", "folder.jpg",
+    ]  # fmt: skip
+    assert lines[0] == f"{mixed.vis_root}/gone.jpg: missing"
+    assert all(": no readable picture (" in line for line in lines[1:-1])
+    assert lines[-1].startswith("4 of 7 pictures cannot be read: ")  # a.jpg, named twice, is one picture
+    assert "run.verify=off" in lines[-1]
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_full_also_finds_pictures_that_are_cut_short(mixed, lenient, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)  # importing lavis switches it on
+    lines = faults(mixed, "full")
+    assert lines[0].startswith(f"{mixed.vis_root}/cut.jpg: no readable picture (")
+    assert lines[-1].startswith("5 of 7 pictures cannot be read: ")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
+
+
+def test_off_reads_nothing(mixed):
+    verify_pictures(mixed, "off")
+
+
+def test_sound_pictures_pass_and_are_counted(tmp_path, caplog):
+    picture(tmp_path / "a.jpg")
+    picture(tmp_path / "b.png")
+    with caplog.at_level(logging.INFO, "lavis_dcd.datasets.verify"):
+        for mode in ("fast", "full"):
+            verify_pictures(rows(tmp_path, "a.jpg", "b.png", "b.png"), mode)
+    assert caplog.messages == ["2 pictures verified (fast)", "2 pictures verified (full)"]
+
+
+@pytest.mark.parametrize("extra", [0, 1, 7])
+def test_many_faults_are_named_up_to_a_number_and_counted_beyond(tmp_path, extra):
+    names = [f"{i}.jpg" for i in range(NAMED + extra)]
+    lines = faults(rows(tmp_path, *names), "fast")
+    assert lines[:NAMED] == [f"{tmp_path}/{name}: missing" for name in names[:NAMED]]
+    assert lines[NAMED:-1] == ([f"... and {extra} more pictures"] if extra else [])
+    assert lines[-1].startswith(f"{len(names)} of {len(names)} pictures cannot be read: ")
+
+
+def test_concatenations_and_wrappers_are_looked_into(tmp_path):
+    (tmp_path / "two").mkdir()
+    both = SimpleNamespace(datasets=[rows(tmp_path, "a.jpg"), rows(tmp_path / "two", "b.jpg")])
+    lines = faults(SimpleNamespace(dataset=both), "fast")
+    assert lines[:-1] == [f"{tmp_path}/a.jpg: missing", f"{tmp_path}/two/b.jpg: missing"]
+
+
+def test_sets_that_read_no_files_pass():
+    verify_pictures(SimpleNamespace(vis_root=None, annotation=[{"image": "x"}]), "full")
+    verify_pictures(SimpleNamespace(vis_root="", annotation=[{"image": "x"}], picture=lambda index: None), "full")
+
+
+def test_an_unknown_mode_is_told():
+    with pytest.raises(UserError, match=r"run\.verify: 'quick' is none of fast, full, off"):
+        verify_pictures(rows(Path()), "quick")
