@@ -76,7 +76,7 @@ def read_json(path: Path, root: Path) -> list[Row]:
     """
     content = _load_json(path)
     if not isinstance(content, list):
-        raise UserError(f"{path}: holds {_kind(content)}, expected a list of "
+        raise UserError(f"{path}: holds {kind_of(content)}, expected a list of "
                         '{"image": ..., "caption": ...} rows')  # fmt: skip
     if not content:
         raise UserError(f"{path}: the list is empty")
@@ -98,7 +98,7 @@ def _load_json(path: Path) -> Any:
 
 def _json_rows(item: Any, where: str, root: Path, faults: Faults) -> Iterator[Row]:
     if not isinstance(item, dict):
-        faults.add(where, f"{_kind(item)}, expected an object with image and caption")
+        faults.add(where, f"{kind_of(item)}, expected an object with image and caption")
         return
     if absent := [key for key in ("image", "caption") if key not in item]:
         faults.add(where, f"{' and '.join(absent)} missing (has {', '.join(map(str, item)) or 'nothing'})")
@@ -106,13 +106,13 @@ def _json_rows(item: Any, where: str, root: Path, faults: Faults) -> Iterator[Ro
     image = _image(item["image"], where, root, faults)
     image_id = item.get("image_id", image)
     if isinstance(image_id, bool) or not isinstance(image_id, str | int | None):
-        faults.add(where, f"image_id: {_kind(image_id)}, expected text or an integer")
+        faults.add(where, f"image_id: {kind_of(image_id)}, expected text or an integer")
     captions = item["caption"] if isinstance(item["caption"], list) else [item["caption"]]
     if not captions:
         faults.add(where, "caption: an empty list")
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
-            what = "empty" if isinstance(caption, str) else f"{_kind(caption)}, expected text or a list of texts"
+            what = "empty" if isinstance(caption, str) else f"{kind_of(caption)}, expected text or a list of texts"
             faults.add(where, f"caption: {what}")
         elif image is not None:
             yield Row(image, caption, image if image_id is None else image_id)
@@ -121,7 +121,7 @@ def _json_rows(item: Any, where: str, root: Path, faults: Faults) -> Iterator[Ro
 def _image(value: Any, where: str, root: Path, faults: Faults) -> str | None:
     """The path below the root, or None with a fault noted."""
     if not isinstance(value, str) or not value.strip():
-        faults.add(where, "image: empty" if isinstance(value, str) else f"image: {_kind(value)}, expected a path")
+        faults.add(where, "image: empty" if isinstance(value, str) else f"image: {kind_of(value)}, expected a path")
         return None
     below = os.path.relpath(os.path.normpath(os.path.join(root, value.strip())), root)
     if below == os.curdir or below.split(os.sep)[0] == os.pardir:
@@ -186,12 +186,17 @@ def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
     """(number of its last line, cells) of every record that is not blank."""
     if not path.is_file():
         raise UserError(f"{path}: does not exist")
+    number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             reader = csv.reader(handle, skipinitialspace=True, strict=True)
-            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+            lines = []
+            for cells in reader:
+                number = reader.line_num
+                if any(cell.strip() for cell in cells):
+                    lines.append((number, cells))
     except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as CSV: {error}") from error
+        raise UserError(f"{path}: not readable as CSV after line {number}: {error}") from error
     if not lines:
         raise UserError(f"{path}: is empty")
     return [(lines[0][0], [cell.strip() for cell in lines[0][1]]), *lines[1:]]
@@ -220,7 +225,8 @@ def evaluation_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value of a JSON file is, in a user's words."""
     names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false",
              type(None): "null"}  # fmt: skip
     return names.get(type(value), type(value).__name__)

@@ -15,7 +15,7 @@ from lavis.common.registry import registry
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
-from lavis_dcd.datasets.annotations import SPLITS, Row, evaluation_rows, place, training_rows
+from lavis_dcd.datasets.annotations import SPLITS, Faults, Row, evaluation_rows, kind_of, place, training_rows
 from lavis_dcd.datasets.builder import RetrievalBuilder
 
 log = logging.getLogger(__name__)
@@ -95,11 +95,14 @@ def read_coco(file: Path) -> list[Row]:
         UserError: the file is missing, no JSON, or no caption file of COCO's.
     """
     coco = _load(file)
+    _check_texts(coco, file)
     rows = []
     for image_id in sorted(coco.imgs):
         captions = sorted(coco.imgToAnns.get(image_id, []), key=lambda caption: caption["id"])
         name = coco.imgs[image_id]["file_name"]
-        rows += [Row(name, caption["caption"], image_id) for caption in captions]
+        rows += [Row(name, caption["caption"], image_id) for caption in captions if caption["caption"].strip()]
+    if empty := sum(not caption["caption"].strip() for caption in coco.anns.values()):
+        log.warning("%s: %d empty captions are left out", file, empty)
     if not rows:
         raise UserError(f"{file}: holds no caption of its pictures")
     without = sum(not coco.imgToAnns.get(image_id) for image_id in coco.imgs)
@@ -126,6 +129,17 @@ def _load(file: Path) -> Any:
         raise UserError(f"{file}: is no caption file of COCO's ({', '.join(lacking)} missing); "
                         "expected one such as captions_val2017.json")  # fmt: skip
     return coco
+
+
+def _check_texts(coco: Any, file: Path) -> None:
+    faults = Faults(file)
+    for picture in coco.imgs.values():
+        if not isinstance(picture["file_name"], str):
+            faults.add(f"image {picture['id']}", f"file_name: {kind_of(picture['file_name'])}, expected text")
+    for caption in coco.anns.values():
+        if not isinstance(caption["caption"], str):
+            faults.add(f"caption {caption['id']}", f"{kind_of(caption['caption'])}, expected text")
+    faults.raise_any()
 
 
 def _existing(rows: list[Row], folder: Path) -> list[Row]:

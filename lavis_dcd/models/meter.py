@@ -111,13 +111,15 @@ class MeterRetrieval(BaseModel, Matcher):
         Raises:
             UserError: unknown keys, wrong types, sizes that cannot work, weights that do not fit.
         """
-        model = cls(parse(MeterConfig, cfg or {}, "model"))
-        config = model.config
+        config = parse(MeterConfig, cfg or {}, "model")
         source = config.finetuned if config.load_finetuned and config.finetuned else config.pretrained
-        if source:
-            model.load_checkpoint(source)
-        else:
+        if not source:
             logging.info("meter_retrieval: no checkpoint named; what no tower weights fill starts at random")
+            return cls(config)
+        path = meter_weights.locate(source, config.checkpoint_sha256)
+        saved = meter_weights.read(path)
+        model = cls(meter_weights.built_from(saved, config))
+        meter_weights.load_into(model, saved, path).log(path)
         return model
 
     def load_checkpoint(self, url_or_filename: str) -> meter_weights.LoadReport:
@@ -132,8 +134,8 @@ class MeterRetrieval(BaseModel, Matcher):
         """
         path = meter_weights.locate(url_or_filename, self.config.checkpoint_sha256)
         saved = meter_weights.read(path)
-        if saved.config is not None and not meter_weights.same_architecture(saved.config, self.config):
-            rebuilt = meter_weights.merge_architecture(saved.config, self.config)
+        rebuilt = meter_weights.built_from(saved, self.config)
+        if rebuilt is not self.config:
             logging.info("%s: rebuilding meter_retrieval to the file's own configuration", path)
             self._modules.clear()
             self._parameters.clear()
@@ -274,6 +276,11 @@ class MeterRetrieval(BaseModel, Matcher):
         """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
         prefixes = tuple(self.config.fast_parameters)
         return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
+
+    @property
+    def find_unused_parameters(self) -> bool:
+        """Whether some step leaves trainable parameters without a gradient, as distributed training must know."""
+        return self.config.loss.fusion_start > 0 or not self.config.fusion_score
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The model's own retrieval loss on a training batch (LAVIS's ``RetrievalDataset`` samples).

@@ -69,6 +69,9 @@ class RetrievalLossConfig:
     sharpness: float = 1.0  # with a joint head: negatives are drawn by softmax(sharpness * joint logits) ...
     sharpness_start: float = 0.2  # ... growing linearly from this over the run, for hard negatives alone stall it
     joint_weight: float = 1.0  # weight of the joint head's InfoNCE
+    # share of the run in which the joint head trains alone: towers that start at random learn from it many times
+    # faster without the noise of a fusion that has nothing to attend to yet
+    fusion_start: float = 0.0
     grad_chunk_pairs: int | None = None  # recompute the fusion in chunks of so many pairs to bound memory
 
 

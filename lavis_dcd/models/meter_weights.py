@@ -23,7 +23,7 @@ from lavis_dcd.common.download import fetch
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import load_tensors
 from lavis_dcd.common.schema import parse
-from lavis_dcd.models.meter_config import MeterConfig
+from lavis_dcd.models.meter_config import MeterConfig, TextConfig
 
 # what inference never reads: CLIP's text half, RoBERTa's pooler, the pre-training heads
 _UNUSED = re.compile(
@@ -105,9 +105,18 @@ def portable(config: MeterConfig) -> dict[str, Any]:
     return dataclasses.asdict(stripped)
 
 
-def same_architecture(saved: MeterConfig, own: MeterConfig) -> bool:
-    """Whether both build the same modules (freezing, dropout and where weights come from aside)."""
-    return _skeleton(saved) == _skeleton(own)
+def built_from(saved: SavedWeights, own: MeterConfig) -> MeterConfig:
+    """What a model must be built from to take ``saved``: ``own``, unless the file says that it holds other modules.
+
+    In that case the file's modules, with ``own``'s training switches (loss, freezing, memory) and tokenizer.
+    """
+    if saved.config is None or _skeleton(saved.config) == _skeleton(own):
+        return own
+    merged = dataclasses.replace(own, **{k: copy.deepcopy(getattr(saved.config, k)) for k in _ARCHITECTURE})
+    merged.vision.freeze, merged.text.freeze = own.vision.freeze, own.text.freeze
+    if own.text.name != TextConfig().name:
+        merged.text.name = own.text.name  # the file may name a folder of another machine
+    return merged
 
 
 def _skeleton(config: MeterConfig) -> dict[str, Any]:
@@ -118,13 +127,6 @@ def _skeleton(config: MeterConfig) -> dict[str, Any]:
             if plain[section]:
                 plain[section].pop(key)
     return plain
-
-
-def merge_architecture(saved: MeterConfig, own: MeterConfig) -> MeterConfig:
-    """The file's modules with this model's training switches (loss, freezing, memory)."""
-    merged = dataclasses.replace(own, **{k: copy.deepcopy(getattr(saved, k)) for k in _ARCHITECTURE})
-    merged.vision.freeze, merged.text.freeze = own.vision.freeze, own.text.freeze
-    return merged
 
 
 def to_own_names(tensors: Mapping[str, Tensor], part: str, fusion_depth: int) -> tuple[dict[str, Tensor], list[str]]:

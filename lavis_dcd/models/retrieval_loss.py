@@ -111,14 +111,17 @@ class RetrievalLoss(nn.Module):
         self.config = config
 
     def forward(self, model: MeterRetrieval, batch: BatchFeatures, progress: float = 1.0) -> dict[str, Tensor]:
-        """Losses of a batch; ``progress`` in [0, 1] is how much of the run is done."""
+        """Losses of a batch; ``progress`` in [0, 1] is how much of the run is done.
+
+        Before ``fusion_start`` there is no ``fusion_loss``.
+        """
         losses: dict[str, Tensor] = {}
         logits = None
         if model.joint_head is not None:
             scale = model.joint_head.scale
             logits = scale * model.embed_images(batch.images) @ model.embed_texts(batch.texts).T
             losses["joint_loss"] = self.config.joint_weight * info_nce(logits, batch)
-        if model.config.fusion_score:
+        if model.config.fusion_score and (logits is None or progress >= self.config.fusion_start):
             drawn_by = None if logits is None else logits.detach()
             losses["fusion_loss"] = self._fusion_loss(model, batch, drawn_by, progress)
         return {"loss": sum(losses.values()), **losses}

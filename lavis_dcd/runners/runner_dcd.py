@@ -14,6 +14,7 @@ from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
+from lavis_dcd.datasets.splits import distinct_image_ids
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.trainer import Trainer
 
@@ -63,6 +64,7 @@ def by_split(datasets: Mapping[str, Mapping[str, Any]], run: RunConfig) -> dict[
     found = {split: sets[0] for split, sets in parts.items()}
     training = [dataset for split in run.train_splits for dataset in parts.get(split, [])]
     if training:
+        distinct_image_ids(training)
         found["train"] = training[0] if len(training) == 1 else ConcatDataset(training)
     return found
 

@@ -17,6 +17,7 @@ from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet, le
 from lavis_dcd.datasets.feature_bank import build_feature_bank, weights_fingerprint
 from lavis_dcd.datasets.pictures import load_picture
 from lavis_dcd.datasets.random_captions import RandomCaptions
+from lavis_dcd.datasets.splits import check_annotations
 from lavis_dcd.datasets.verify import verify_pictures
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.tasks.evaluation import Evaluation, Protocol, evaluate
@@ -66,6 +67,8 @@ class DcdRetrievalTask(BaseTask):
                     faults += error.faults
         if faults:
             raise UserError(faults)
+        for splits in datasets.values():
+            check_annotations(splits)
         return datasets
 
     def prepare(

@@ -126,13 +126,15 @@ def test_csv_file_faults(tmp_path):
     line = _faults(read_csv, _csv(tmp_path, "picture,caption\na,b\n"), tmp_path, COLUMNS)[0]
     assert line.endswith("no column image, split; it has picture, caption")
     assert "not readable as CSV" in _faults(read_csv, _csv(tmp_path, 'image,caption\n"a,b\n'), tmp_path, COLUMNS)[0]
+    quoted = _csv(tmp_path, 'image,caption,split\na.jpg,"two\nlines",train\na.jpg,"a "big" dog",train\n')
+    assert "not readable as CSV after line 3: " in _faults(read_csv, quoted, tmp_path, COLUMNS)[0]
     latin = _csv(tmp_path, "image,caption,split\na.jpg,caf\xe9,train\n", "latin-1")
     assert "not readable as CSV" in _faults(read_csv, latin, tmp_path, COLUMNS)[0]
 
 
 def test_csv_row_faults_name_their_lines(tmp_path):
-    text = "image,caption,split\na.jpg,one,train\n,two,train\nb.jpg,,train\nc.jpg,a,b,train\n../d.jpg,d,train\ne.jpg,e,x\n"
-    file = _csv(tmp_path, text)
+    rows = ["a.jpg,one,train", ",two,train", "b.jpg,,train", "c.jpg,a,b,train", "../d.jpg,d,train", "e.jpg,e,x"]
+    file = _csv(tmp_path, "\n".join(["image,caption,split", *rows]) + "\n")
     lines = _faults(read_csv, file, tmp_path, COLUMNS)
     wanted = {3: "image: empty", 4: "caption: empty", 5: "4 cells, the header has 3", 6: "is not inside",
               7: "split: 'x' is not one of train, val, test"}  # fmt: skip

@@ -78,6 +78,13 @@ def test_pictures_without_a_caption_are_left_out_and_counted(coco, caplog):
     assert "1 of 2 pictures have no caption" in caplog.text
 
 
+def test_empty_captions_are_left_out_and_counted(coco, caplog):
+    (coco / "captions_val.json").write_text(json.dumps(_coco({7: ["d", " "], 2: ["e", ""]})))
+    with caplog.at_level(logging.WARNING):
+        assert _build(coco)["val"].text == ["e", "d"]
+    assert "2 empty captions are left out" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [
@@ -89,6 +96,11 @@ def test_pictures_without_a_caption_are_left_out_and_counted(coco, caplog):
          r"no caption file of COCO's \(annotations.caption missing\)"),
         ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"id": 1, "image_id": 2, "caption": "y"}]}',
          "holds no caption"),
+        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"id": 8, "image_id": 1, "caption": null}]}',
+         "caption 8: null, expected text"),
+        ('{"images": [{"id": 3, "file_name": 5}], "annotations": [{"id": 1, "image_id": 3, "caption": "y"}]}',
+         "image 3: file_name: a number, expected text"),
+        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [7]}', "not in COCO's format"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_caption_files(coco, content, what):
@@ -104,11 +116,13 @@ def test_faults_of_the_section(coco, tmp_path):
         return builder.config_faults(_section(coco, **more), "datasets.coco_captions")
 
     assert faults() == []
-    absent = faults(annotations={"train": "no.json"}, images={"val": "no"})
+    absent = faults(
+        annotations={"train": "no.json", "val": "captions_val.json"}, images={"train": "train", "val": "no"}
+    )
     assert len(absent) == 2
     assert "annotations.train" in absent[0] and "does not exist" in absent[0] and "cocodataset.org" in absent[0]
     assert "images.val" in absent[1] and "is not a folder" in absent[1]
-    assert "no folder for val" in faults(images={"val": None})[0]
+    assert "no folder for val" in faults(images={"train": "train", "val": None})[0]
     default = OmegaConf.load(builder.default_config_path()).datasets.coco_captions
     assert "give a caption file" in builder.config_faults(default, "x")[0]
 

@@ -211,10 +211,10 @@ def test_vocabulary_is_small_and_is_the_file_that_ships(repo_root):
 
 
 def test_no_caption_has_an_unknown_token(captions, repo_root):
-    from transformers import BertTokenizer
+    from transformers import BertTokenizerFast
 
     file = repo_root / "lavis_dcd/assets/quickstart/vocab.txt"
-    tokenizer = BertTokenizer(vocab_file=str(file), do_lower_case=True)
+    tokenizer = BertTokenizerFast(vocab_file=str(file), do_lower_case=True)
     texts = [caption.text for split in captions.values() for of_scene in split for caption in of_scene]
     ids = tokenizer(texts)["input_ids"]
     assert not any(tokenizer.unk_token_id in row for row in ids)
