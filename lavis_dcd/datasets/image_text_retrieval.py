@@ -22,8 +22,7 @@ from lavis_dcd.datasets.annotations import (
     training_rows,
 )
 from lavis_dcd.datasets.builder import RetrievalBuilder
-from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
-from lavis_dcd.datasets.splits import check_annotations, split_by_picture
+from lavis_dcd.datasets.splits import split_by_picture
 
 _DEFAULT_SPLIT_COLUMN = "split"
 
@@ -98,11 +97,6 @@ class ImageTextRetrievalBuilder(RetrievalBuilder):
                 if not place(file, info.root).is_file()
             ]
         return found
-
-    def build(self) -> dict[str, RetrievalRows | RetrievalEvalRows]:
-        datasets = super().build()
-        check_annotations(datasets)
-        return datasets
 
     def read(self, info: OwnDataInfo) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         rows = _read_jsons(info) if info.files() else _read_csv(info)

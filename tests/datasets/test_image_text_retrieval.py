@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -132,13 +131,6 @@ def test_faults_of_the_section(photos, tmp_path):
     assert "their sum must be below 1" in _faults(csv="c.csv", val_fraction=0.6, test_fraction=0.4)[0]
     assert "negative" in _faults(csv="c.csv", seed=-1)[0]
     assert "did you mean caption_column" in _faults(csv="c.csv", caption_colum="x")[0]
-
-
-def test_a_picture_in_two_splits_is_told(photos, caplog):
-    (photos / "c.csv").write_text("image,caption,split\np0.png,x,train\np0.png,y,val\n")
-    with caplog.at_level(logging.WARNING):
-        _build(root=str(photos), csv="c.csv")
-    assert "1 pictures are in both train and val: " in caplog.text
 
 
 def test_a_broken_picture_is_named_when_it_is_met(photos):

@@ -207,3 +207,13 @@ def test_every_broken_picture_of_every_set_is_listed(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError) as caught:
         DcdRetrievalTask().build_datasets(SimpleNamespace(run_cfg={"verify": "full"}))
     assert caught.value.faults == ["bad 1", "bad 2", "worse 1", "worse 2"]
+
+
+def test_a_picture_in_two_splits_is_told(monkeypatch, caplog):
+    def rows(*names: str) -> SimpleNamespace:
+        return SimpleNamespace(vis_root="photos", annotation=[{"image": name} for name in names])
+
+    sets = {"own": {"train": rows("a.jpg", "b.jpg"), "val": rows("b.jpg")}}
+    monkeypatch.setattr(dcd_retrieval.BaseTask, "build_datasets", lambda self, cfg: sets)
+    DcdRetrievalTask().build_datasets(SimpleNamespace(run_cfg={"verify": "off"}))
+    assert "1 pictures are in both train and val" in caplog.text
