@@ -66,6 +66,8 @@ def _run(args: argparse.Namespace, evaluate: bool) -> None:
     from lavis_dcd.job import run_job
 
     set_up_logging()
+    # loader workers are forked after the tokenizer has run; it would warn at each of them
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_job(args.cfg_path, args.options, args.plugins, evaluate)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import entry_points
 
+from PIL import ImageFile
+
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
 
@@ -40,6 +42,8 @@ def register_all() -> None:
     for line in _entry_point_faults():
         logger.warning(line)
     _set_cache_root()
+    # one of LAVIS's data sets switches this on for the whole process: a picture cut short would train as half grey
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     refresh_zoos()
 
 

@@ -136,7 +136,8 @@ def test_own_photos_from_teacher_to_student(job, pictures, tmp_path, monkeypatch
     folder = job("own_photos_teacher", {"model": {**TINY, "loss": {"negatives": 1}}, "datasets": data})
     assert list(_rows(folder)) == ["model before training", "model"]
 
-    model = {"teacher": {"finetuned": str(folder / "model.pth")}, **FEW_NEGATIVES}
+    # the file's own sizes win; the tokenizer named here is only looked for
+    model = {"teacher": {"finetuned": str(folder / "model.pth"), "text": {"name": VOCAB}}, **FEW_NEGATIVES}
     student = job("own_photos", {"model": model, "datasets": data})
     _assert_distilled(student)
     kept = list((tmp_path / "cache" / "dcd_features").glob("*.safetensors"))
