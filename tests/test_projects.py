@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 from lavis_dcd import train
 
+README = Path(__file__).parents[1] / "README.md"
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB = "asset:quickstart/vocab.txt"
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 210), "grey": (130, 130, 130)}
@@ -107,7 +110,7 @@ def test_quickstart(job):
 
 
 def test_quickstart_teacher(job):
-    folder = job("quickstart_teacher", {"model": {"loss": {"negatives": 1}}, "datasets": SCENES})
+    folder = job("quickstart_teacher", {"datasets": SCENES})
     assert list(_rows(folder)) == ["model"]
     assert (folder / "model.pth").is_file()
 
@@ -133,7 +136,7 @@ def test_own_photos_from_teacher_to_student(job, pictures, tmp_path, monkeypatch
     monkeypatch.setenv("OWN_PHOTOS", str(tmp_path / "photos"))
     data = {"image_text_retrieval": {**PROCESSORS, "build_info": {"val_fraction": 0.2, "test_fraction": 0.2}}}
 
-    folder = job("own_photos_teacher", {"model": {**TINY, "loss": {"negatives": 1}}, "datasets": data})
+    folder = job("own_photos_teacher", {"model": TINY, "datasets": data})
     assert list(_rows(folder)) == ["model before training", "model"]
 
     # the file's own sizes win; the tokenizer named here is only looked for
@@ -201,8 +204,7 @@ def test_the_paper_recipes_on_a_dozen_pictures(job, pictures, golden_meter, tmp_
         files[split] = {"url": str(file), "storage": str(file)}
     info = {"annotations": files, "images": {"storage": str(tmp_path / "photos")}}
     model = {"teacher": golden_meter, "candidates": {"image_to_text": {"count": 10}}}
-    run = {"coco_1k_folds": False}  # COCO's 1K protocol needs 5,000 pictures
-    folder = job(name, {"model": model, "datasets": {builder: {**PROCESSORS, "build_info": info}}, "run": run})
+    folder = job(name, {"model": model, "datasets": {builder: {**PROCESSORS, "build_info": info}}})
     _assert_distilled(folder)
 
 
@@ -217,8 +219,7 @@ def test_coco_captions_train_on_the_mini_set(tmp_path, monkeypatch, cache, share
     split = dict.fromkeys(("train", "val"), "captions_val2017_mini.json")
     images = dict.fromkeys(("train", "val"), "val2017")
     settings = {
-        "model": {"arch": "meter_retrieval", "model_type": "student_coco", **TINY, "joint_head": {"dim": 8},
-                  "loss": {"negatives": 1}},
+        "model": {"arch": "meter_retrieval", "model_type": "student_coco", **TINY, "joint_head": {"dim": 8}},
         "datasets": {
             "coco_captions": {**PROCESSORS, "build_info": {"root": str(data), "annotations": split, "images": images}}
         },
@@ -228,3 +229,35 @@ def test_coco_captions_train_on_the_mini_set(tmp_path, monkeypatch, cache, share
     assert train.main(["--cfg-path", "coco.yaml"]) == 0
     rows = _rows(tmp_path / "output" / "coco" / "tiny")
     assert rows["model"]["how"] == "shortlist k=2 (joint)"
+
+
+# -- what the README says to type --------------------------------------------------------------------------------
+
+
+def _commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if "--cfg-path" in line]
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_commands_of_the_readme_name_jobs_and_settings_that_exist(command, tmp_path, monkeypatch):
+    import lavis  # noqa: F401
+
+    from lavis_dcd.config import merge_defaults, read_job
+    from lavis_dcd.validation import job_faults
+    from lavis_dcd.variants import split_off
+
+    (tmp_path / "captions.csv").touch()
+    monkeypatch.setenv("OWN_PHOTOS", str(tmp_path))
+    words = shlex.split(command)
+    options = words[words.index("--options") + 1 :] if "--options" in words else []
+    own, _ = split_off(read_job(words[words.index("--cfg-path") + 1], options)[0])
+    assert job_faults(merge_defaults(own)) == []
+
+
+def test_the_readme_opens_with_the_two_commands_and_its_links_lead_somewhere():
+    text = README.read_text(encoding="utf-8")
+    assert "python -m pip install -e . && python -m lavis.train --cfg-path projects/dcd/quickstart.yaml" in text
+    assert 'python -m pip install -e ".[test]" && python -m pytest' in text
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (README.parent / target).is_file(), target

@@ -137,9 +137,11 @@ class MeterRetrieval(BaseModel, Matcher):
         rebuilt = meter_weights.built_from(saved, self.config)
         if rebuilt is not self.config:
             logging.info("%s: rebuilding meter_retrieval to the file's own configuration", path)
+            device, training = self.device, self.training
             self._modules.clear()
             self._parameters.clear()
             self._build(rebuilt)
+            self.to(device).train(training)
         report = meter_weights.load_into(self, saved, path)
         report.log(path)
         return report

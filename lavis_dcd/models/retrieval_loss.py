@@ -133,7 +133,11 @@ class RetrievalLoss(nn.Module):
         for direction in ("image_to_text", "text_to_image"):
             pool = _some_queries(InBatch(direction).build(batch.context()), self.config.queries)
             kept = self._negatives(model, batch, pool, logits, progress)
-            rows.append((pool.image_rows.gather(1, kept), pool.text_rows.gather(1, kept), pool.valid.gather(1, kept)))
+            # the directions differ in width where a batch has fewer pictures, or captions, than negatives are asked
+            missing = (0, 1 + self.config.negatives - kept.shape[1])
+            valid = nnf.pad(pool.valid.gather(1, kept), missing, value=False)
+            kept = nnf.pad(kept, missing)
+            rows.append((pool.image_rows.gather(1, kept), pool.text_rows.gather(1, kept), valid))
         image_rows, text_rows, valid = (torch.cat(parts) for parts in zip(*rows, strict=True))
         pairs = torch.stack([image_rows[valid], text_rows[valid]], dim=1)
         scores = match_recomputed(model.fusion_scores, batch.images, batch.texts, pairs, self.config.grad_chunk_pairs)
@@ -160,7 +164,7 @@ class RetrievalLoss(nn.Module):
             chosen = noisy.topk(count, dim=1).indices + 1
         else:
             chosen = self._hardest_by_fusion(model, batch, pool, noisy, count)
-        return torch.cat([torch.zeros_like(chosen[:, :1]), chosen], dim=1)
+        return torch.cat([chosen.new_zeros(len(chosen), 1), chosen], dim=1)
 
     def _hardest_by_fusion(
         self, model: MeterRetrieval, batch: BatchFeatures, pool: CandidatePool, noisy: Tensor, count: int

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 Features = tuple[ImageFeatures, TextFeatures]
 
+COCO_TEST_IMAGES = 5000  # of the Karpathy split: five folds of a thousand
+
 # Sets whose float32 features would take more wait in half precision in host memory.
 HALF_ABOVE_BYTES = 4 * 2**30
 
@@ -111,8 +113,10 @@ def evaluate(
         scores_i2t, scores_t2i = score_shortlist(matcher, images, texts, cheap, protocol.k_test, **options)
     tables = (scores_i2t, scores_t2i, dataset.txt2img, dataset.img2txt)
     metrics: dict[str, Any] = retrieval_metrics(*tables)
-    if protocol.coco_1k_folds:
+    if protocol.coco_1k_folds and len(scores_i2t) == COCO_TEST_IMAGES:
         metrics |= {f"1k_{name}": value for name, value in coco_1k_five_folds(*tables).items()}
+    elif protocol.coco_1k_folds:
+        log.warning("run.coco_1k_folds: %d pictures, not COCO's %d: left out", len(scores_i2t), COCO_TEST_IMAGES)
     metrics["fusion_parameters"] = matcher.fusion_parameters()
     metrics["ms_per_pair"] = milliseconds_per_pair(matcher, images, texts, amp=protocol.amp)
     metrics["how"] = protocol.how

@@ -117,8 +117,10 @@ def test_the_1k_protocol_is_added_under_its_prefix(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         evaluation, "coco_1k_five_folds", lambda *tables: coco_1k_five_folds(*tables, images_per_fold=2)
     )
-    found = evaluate(Reader(), numbers, Protocol(coco_1k_folds=True))
-    assert found["1k_r_sum"] == 600.0
+    # any other number of pictures has no such protocol
+    assert "1k_r_sum" not in evaluate(Reader(), numbers, Protocol(coco_1k_folds=True))
+    monkeypatch.setattr(evaluation, "COCO_TEST_IMAGES", 10)
+    assert evaluate(Reader(), numbers, Protocol(coco_1k_folds=True))["1k_r_sum"] == 600.0
 
 
 def test_the_protocol_of_a_run_section() -> None:

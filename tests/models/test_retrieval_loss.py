@@ -1,0 +1,104 @@
+"""The retriever's own loss on a tiny METER: what counts as a negative, and what small batches do."""
+
+import pytest
+import torch
+
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.models.meter import MeterRetrieval
+from lavis_dcd.models.retrieval_loss import BatchFeatures, info_nce, sample_features
+
+SIZES = {
+    "vision": {"image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2},
+    "text": {
+        "family": "bert",
+        "name": "asset:quickstart/vocab.txt",
+        "config": {"vocab_size": 200, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+                   "intermediate_size": 16, "max_position_embeddings": 40},
+    },
+    "fusion": {"width": 8, "layers": 1, "heads": 2, "dropout": 0.0},
+}  # fmt: skip
+
+
+def tiny(joint: bool, **loss) -> MeterRetrieval:
+    torch.manual_seed(0)
+    head = {"dim": 4, "hidden": 8, "dropout": 0.0} if joint else None
+    return MeterRetrieval.from_config({**SIZES, "joint_head": head, "loss": loss})
+
+
+def batch(ids: list[int]) -> dict:
+    images = torch.randn(max(ids) + 1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    words = ["red", "blue", "green", "small", "large", "ring"]
+    return {
+        "image": images[ids],
+        "text_input": [f"a {words[i % 6]} {words[(i + 1) % 6]}" for i in range(len(ids))],
+        "image_id": torch.tensor(ids),
+    }
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4, 4], [0, 0, 1], [0, 0], [0]])
+def test_every_batch_gives_a_finite_loss_and_gradient(joint, ids):
+    model = tiny(joint, negatives=4)
+    losses = model(batch(ids))
+    losses["loss"].backward()
+    assert torch.isfinite(losses["loss"])
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    # a picture alone has nothing to be told from
+    if len(set(ids)) == 1:
+        assert float(losses["fusion_loss"].detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_fusion_loss_over_all_negatives_is_the_listwise_cross_entropy():
+    model = tiny(True, negatives=3).eval()
+    samples = batch([0, 1, 2, 3])
+    features = sample_features(model, samples)
+    with torch.no_grad():
+        table = model.fusion_scores(
+            features.images, features.texts, torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        ).view(4, 4)
+        target = torch.arange(4)
+        expected = torch.nn.functional.cross_entropy(torch.cat([table, table.T]), torch.cat([target, target]))
+        torch.testing.assert_close(model(samples)["fusion_loss"], expected)
+
+
+def test_recomputed_chunks_give_the_same_gradient():
+    gradients = []
+    for chunk in (None, 3):
+        model = tiny(True, negatives=3, grad_chunk_pairs=chunk)
+        torch.manual_seed(5)
+        model.eval()(batch([0, 1, 2, 3]))["loss"].backward()
+        gradients.append(model.rank_output.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_fusion_waits_for_its_start():
+    model = tiny(True, fusion_start=0.5)
+    assert model.find_unused_parameters
+    assert "fusion_loss" not in model({**batch([0, 1, 2]), "progress": 0.2})
+    assert "fusion_loss" in model({**batch([0, 1, 2]), "progress": 0.5})
+
+
+def test_other_captions_of_a_picture_are_no_negatives():
+    features = BatchFeatures(
+        images=ImageFeatures(torch.zeros(2, 1, 1)),
+        texts=TextFeatures(torch.zeros(3, 1, 1)),
+        image_ids=torch.tensor([7, 8]),
+        text_image_ids=torch.tensor([7, 7, 8]),
+        match_pairs=torch.tensor([[0, 0], [0, 1], [1, 2]]),
+    )
+    logits = torch.tensor([[1.0, 50.0, 0.0], [0.0, 0.0, 2.0]])
+    rows = [([1.0, 0.0], 0), ([50.0, 0.0], 0), ([2.0, 0.0, 0.0], 0)]  # caption 1 is left out of sample 0, and so on
+    columns = [([1.0, 0.0], 0), ([50.0, 0.0], 0), ([2.0, 0.0], 0)]
+
+    def mean(parts):
+        return sum(-torch.tensor(s).log_softmax(0)[t] for s, t in parts) / len(parts)
+
+    torch.testing.assert_close(info_nce(logits, features), (mean(rows) + mean(columns)) / 2)
+
+
+def test_the_rebuilt_model_keeps_its_mode(tmp_path):
+    other = MeterRetrieval.from_config({**SIZES, "fusion": {**SIZES["fusion"], "layers": 2}})
+    torch.save(other.checkpoint(), tmp_path / "m.pth")
+    model = tiny(False).eval()
+    model.load_checkpoint(str(tmp_path / "m.pth"))
+    assert model.config.fusion.layers == 2 and not model.training
