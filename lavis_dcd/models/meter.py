@@ -7,11 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_dcd.common import assets
@@ -20,8 +19,8 @@ from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import parse
 from lavis_dcd.matching.contract import Matcher, pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.matching.scoring import score_dataset
 from lavis_dcd.models import meter_weights
+from lavis_dcd.models.lavis_evaluation import LavisEvaluation
 from lavis_dcd.models.meter_config import MeterConfig
 from lavis_dcd.models.meter_fusion import JointHead, Pooler, additive_mask, fusion_layers, start_from_text
 from lavis_dcd.models.retrieval_loss import RetrievalLoss, sample_features
@@ -32,7 +31,7 @@ _TYPES = ("coco", "flickr", "pretrain_288", "student_coco", "student_flickr", "q
 
 
 @registry.register_model("meter_retrieval")
-class MeterRetrieval(BaseModel, Matcher):
+class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
     """Scores a pair by a co-attention stack over CLIP-ViT (or timm) and RoBERTa (or BERT) tokens.
 
     Features are the towers' own tokens: image ``[B, N, vision width]``, text ``[B, L, text width]`` with mask.
@@ -272,7 +271,7 @@ class MeterRetrieval(BaseModel, Matcher):
         scores = 3 * fusion.heads * max(image_hidden.shape[1], text_hidden.shape[1]) ** 2
         return image_hidden.element_size() * (tokens * per_token + scores)
 
-    # -- training and LAVIS's evaluation -------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------
 
     def head_parameter_names(self) -> set[str]:
         """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
@@ -292,20 +291,6 @@ class MeterRetrieval(BaseModel, Matcher):
         """
         batch = sample_features(self, samples)
         return self.retrieval_loss(self, batch, float(samples.get("progress", 1.0)))
-
-    def before_evaluation(self, **kwargs: Any) -> None:
-        """LAVIS's hook; nothing to prepare."""
-
-    def compute_sim_matrix(self, data_loader, task_cfg: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """LAVIS's evaluation hook: image-to-text scores ``[I, T]`` and text-to-image scores ``[T, I]``, float32.
-
-        Args:
-            data_loader: over an evaluation data set (``.text``; samples with ``image``).
-            task_cfg: ``k_test`` reranks that many of the joint head's best; without it every pair is matched.
-        """
-        k_test = OmegaConf.select(task_cfg, "k_test") if isinstance(task_cfg, DictConfig) else None
-        i2t, t2i = score_dataset(self, data_loader.dataset, k_test=k_test, device=self.device)
-        return i2t.numpy(), t2i.numpy()
 
 
 def _last_used(mask: Tensor) -> int:
