@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.bank_rows import Rows, read_rows
 from lavis_dcd.datasets.feature_bank import FeatureBank
 from lavis_dcd.matching.contract import Matcher
@@ -116,6 +117,21 @@ def leaf_sets(dataset: Any, name: str) -> dict[str, Any]:
     if "dataset" in vars(dataset):
         return leaf_sets(dataset.dataset, name)
     return {name: dataset}
+
+
+def batch_groups(dataset: Any, key: str) -> list[tuple[Any, Any]]:
+    """Per row of a training set (value of the annotation's ``key``, picture), wrappers and concatenations included.
+
+    Raises:
+        UserError: rows without that key.
+    """
+    rows = [
+        (name, row) for name, leaf in leaf_sets(dataset, "").items() for row in getattr(leaf, "annotation", [{}])
+    ]  # fmt: skip
+    lacking = next((row for _, row in rows if key not in row), None)
+    if lacking is not None:
+        raise UserError(f"run.batch_by: the rows have no {key!r}; they have {', '.join(lacking) or 'no keys'}")
+    return [((name, row[key]), (name, row["image_id"])) for name, row in rows]
 
 
 def _as_rows(dataset: Any, bank: FeatureBank, name: str) -> Any:

@@ -32,6 +32,7 @@ _FIXED_RUN_KEYS = (
     "batch_size_train",
     "accum_grad_iters",
     "drop_last",
+    "batch_by",
     "train_splits",
     "init_lr",
     "head_lr_multiplier",

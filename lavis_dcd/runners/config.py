@@ -40,6 +40,7 @@ class RunConfig:
     batch_size_eval: int = 64
     accum_grad_iters: int = 1  # micro-batches averaged in one optimizer step
     drop_last: bool = True
+    batch_by: str | None = None  # a key of the annotation's rows: pictures that share its value come in one batch
 
     # The optimizer
     init_lr: float = 1e-4

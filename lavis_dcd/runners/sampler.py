@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
         drop_last: leave out the incomplete batch at the end. Otherwise it is dealt evenly, repeating indices
             from the start of the permutation where it does not divide by `world_size`.
         rank, world_size: this process among all.
+        groups: per index (group, picture): the pictures of a group are dealt together, each with another of its
+            captions every time, and whole groups change places. ``None`` deals every index by itself.
 
     Raises:
         UserError: the data set is too small for a single batch.
@@ -39,7 +41,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        groups: Sequence[tuple[Hashable, Hashable]] | None = None,
     ) -> None:
+        self.groups = groups
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
         self.epoch = self.skip = 0
@@ -61,12 +65,29 @@ class ResumableBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(seed_for(self.seed, "order", self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
+        if self.groups is not None:
+            order = _together(order, self.groups, generator)
         step = self.batch_size * self.world_size
         for number in range(self.skip, len(self)):
             batch = order[number * step : (number + 1) * step]
             batch += order[: -len(batch) % self.world_size]
             share = len(batch) // self.world_size
             yield batch[self.rank * share : (self.rank + 1) * share]
+
+
+def _together(
+    order: list[int], groups: Sequence[tuple[Hashable, Hashable]], generator: torch.Generator
+) -> list[int]:
+    """`order` with the pictures of a group side by side, one caption of each at a time, groups in random order."""
+    taken: dict[tuple[Hashable, Hashable], int] = {}
+    hands: dict[tuple[Hashable, int], list[int]] = {}
+    for index in order:
+        group, picture = groups[index]
+        turn = taken.get((group, picture), 0)
+        taken[group, picture] = turn + 1
+        hands.setdefault((group, turn), []).append(index)
+    dealt = list(hands.values())
+    return [index for hand in torch.randperm(len(dealt), generator=generator).tolist() for index in dealt[hand]]
 
 
 class SeededDataset(Dataset):
@@ -115,9 +136,10 @@ class TrainLoader:
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        groups: Sequence[tuple[Hashable, Hashable]] | None = None,
     ) -> None:
         self._sampler = ResumableBatchSampler(
-            len(dataset), batch_size, seed, drop_last=drop_last, rank=rank, world_size=world_size
+            len(dataset), batch_size, seed, drop_last=drop_last, rank=rank, world_size=world_size, groups=groups
         )
         self._dataset = SeededDataset(dataset, seed)
         self._loader = DataLoader(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.datasets.banked import batch_groups
 from lavis_dcd.runners import checkpoint
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import find_place, wrap_for_training
@@ -192,6 +193,7 @@ class Trainer:
             pin_memory=place.device.type == "cuda",
             rank=place.rank,
             world_size=place.world_size,
+            groups=batch_groups(dataset, run.batch_by) if run.batch_by else None,
         )
         self.steps_per_epoch = math.ceil(len(self._loader) / run.accum_grad_iters)
         self.total_steps = min(run.max_epoch * self.steps_per_epoch, run.max_steps or math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet, leaf_sets
+from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet, batch_groups, leaf_sets
 from lavis_dcd.datasets.feature_bank import FeatureBank, build_feature_bank, weights_fingerprint
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import encode_dataset
@@ -246,3 +247,13 @@ def test_features_too_large_for_half_precision_are_refused() -> None:
         matcher.vision.bias += 1e6
     with pytest.raises(UserError, match="do not fit"):
         build_feature_bank(matcher, {"train": Training()})
+
+
+def test_groups_of_a_batch_are_read_from_the_rows():
+    rows = [{"image_id": 7, "family": 1}, {"image_id": 8, "family": 1}]
+    leaf = SimpleNamespace(annotation=rows)
+    both = SimpleNamespace(datasets=[leaf, leaf])
+    assert batch_groups(both, "family")[1] == ((".0", 1), (".0", 8))
+    assert len(set(batch_groups(both, "family"))) == 4
+    with pytest.raises(UserError, match=r"run\.batch_by: the rows have no 'colour'; they have image_id, family"):
+        batch_groups(leaf, "colour")

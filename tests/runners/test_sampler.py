@@ -86,3 +86,22 @@ def test_the_data_set_makes_the_batches(stubs):
             return len(items)
 
     assert list(TrainLoader(Own(), 4, seed=0).epoch(0)) == [4] * 5
+
+
+def test_pictures_of_a_group_come_together_with_another_caption_each_time():
+    # 4 groups of 3 pictures with 2 captions each
+    groups = [(g, f"{g}-{p}") for g in range(4) for p in range(3) for _ in range(2)]
+    sampler = ResumableBatchSampler(len(groups), 6, seed=1, groups=groups)
+    epochs = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert sorted(i for batch in batches for i in batch) == list(range(24))
+        for batch in batches:
+            for half in (batch[:3], batch[3:]):
+                assert len({groups[i][0] for i in half}) == 1
+                assert len({groups[i][1] for i in half}) == 3
+        epochs.append(batches)
+    assert epochs[0] != epochs[1]
+    sampler.set_epoch(0, skip=2)
+    assert list(sampler) == epochs[0][2:]
