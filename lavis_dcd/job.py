@@ -84,7 +84,7 @@ def _run_ours(config: JobConfig) -> None:
     from lavis_dcd.common.schema import parse
     from lavis_dcd.needs import fetch_missing
     from lavis_dcd.runners.config import RunConfig
-    from lavis_dcd.runners.devices import find_place
+    from lavis_dcd.runners.devices import find_place, leave_group
     from lavis_dcd.runners.seeding import seed_everything
 
     run = parse(RunConfig, config.run_cfg, "run")
@@ -96,8 +96,11 @@ def _run_ours(config: JobConfig) -> None:
         job_id = place.share(time.strftime("%Y%m%d-%H%M%S"))
         seed_everything(run.seed)
         _build_and_run(config, job_id)
+        if not joined_before:
+            leave_group()
     finally:
-        if place.world_size > 1 and not joined_before:
+        # after a failure the others are not waited for
+        if not joined_before and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -79,6 +79,16 @@ def find_place(run: RunConfig) -> Place:
     return Place(device, dist.get_rank(), dist.get_world_size())
 
 
+def leave_group() -> None:
+    """Leave torchrun's process group, where one was joined, once every process has come this far.
+
+    Without the barrier a process that is done first closes connections that another is still reading from.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def wrap_for_training(model: nn.Module, place: Place) -> nn.Module:
     """The model itself, or DistributedDataParallel around it when several processes train.
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lavis_dcd.runners.config import RunConfig
+from lavis_dcd.runners.devices import leave_group
 from lavis_dcd.runners.trainer import Trainer
 
 WIDTH = 6
@@ -162,6 +163,7 @@ def main() -> None:
         at_step[options.pop("kill_at")] = kill_self
     trainer = job(Path(options.pop("folder")), Task(at_step), **options)
     trainer.train()
+    leave_group()
 
 
 if __name__ == "__main__":
