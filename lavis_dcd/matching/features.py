@@ -69,8 +69,7 @@ class Features:
         """Without the trailing columns that no row's mask uses (the padding of longer batches)."""
         if self.mask is None:
             return self
-        used = self.mask.any(dim=0).nonzero()
-        length = int(used.max()) + 1 if len(used) else 1
+        length = last_used(self.mask)
         return type(self)(self.tokens[:, :length], self.mask[:, :length], self.embeds)
 
     @property
@@ -89,7 +88,7 @@ class Features:
         length = max(p.tokens.shape[1] for p in parts)
         masked = any(p.mask is not None or p.tokens.shape[1] != length for p in parts)
         tokens = torch.cat([_pad(p.tokens, length) for p in parts])
-        mask = torch.cat([_pad(p._full_mask(), length) for p in parts]) if masked else None
+        mask = torch.cat([_pad(p.full_mask(), length) for p in parts]) if masked else None
         if all(p.embeds is None for p in parts):
             return cls(tokens, mask)
         if any(p.embeds is None for p in parts):
@@ -111,7 +110,8 @@ class Features:
         named = {"tokens": self.tokens, "mask": self.mask, "embeds": self.embeds}
         return {k: t for k, t in named.items() if t is not None}
 
-    def _full_mask(self) -> Tensor:
+    def full_mask(self) -> Tensor:
+        """``mask``, all True where there is none: bool ``[B, N]``."""
         if self.mask is not None:
             return self.mask
         return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.device)
@@ -125,6 +125,12 @@ class ImageFeatures(Features):
 @dataclass
 class TextFeatures(Features):
     """Features of texts."""
+
+
+def last_used(mask: Tensor) -> int:
+    """One past the last column that any row of ``mask [B, N]`` uses, at least 1."""
+    used = mask.any(dim=0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1
 
 
 def _pad(t: Tensor, length: int) -> Tensor:

@@ -18,7 +18,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import parse
 from lavis_dcd.matching.contract import Matcher, pair_chunks
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
 from lavis_dcd.models import meter_weights
 from lavis_dcd.models.lavis_evaluation import LavisEvaluation
 from lavis_dcd.models.meter_config import MeterConfig
@@ -26,7 +26,7 @@ from lavis_dcd.models.meter_fusion import JointHead, Pooler, additive_mask, fusi
 from lavis_dcd.models.retrieval_loss import RetrievalLoss, sample_features
 from lavis_dcd.models.towers import TextTower, build_vision_tower
 
-MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger is no faster, and pads more
+MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more captions
 _TYPES = ("coco", "flickr", "pretrain_288", "student_coco", "student_flickr", "quickstart")
 
 
@@ -215,7 +215,7 @@ class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
         text_rows, text_index = pairs[:, 1].unique(return_inverse=True)
         images, texts = images[image_rows], texts[text_rows].trimmed()
         image_hidden, text_hidden = self._project_images(images), self._project_texts(texts)
-        mask = texts.mask if texts.mask is not None else text_hidden.new_ones(text_hidden.shape[:2]).bool()
+        mask = texts.full_mask()
         # pairs in the order of their captions' lengths: a chunk pays for its own longest caption only
         lengths = mask.sum(dim=1)[text_index]
         order = lengths.argsort(stable=True)
@@ -225,7 +225,7 @@ class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
         for chunk in pair_chunks(local, self._bytes_per_pair(image_hidden, text_hidden), self.config.match_memory_mb):
             for part in chunk.split(size):
                 image, text = part[:, 0], part[:, 1]
-                longest = _last_used(mask[text])
+                longest = last_used(mask[text])
                 # index_select, not indexing: its gradient is an index_add, many times faster on a CPU
                 image_tokens = image_hidden.index_select(0, image)
                 text_tokens = text_hidden[:, :longest].index_select(0, text)
@@ -291,9 +291,3 @@ class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
         """
         batch = sample_features(self, samples)
         return self.retrieval_loss(self, batch, float(samples.get("progress", 1.0)))
-
-
-def _last_used(mask: Tensor) -> int:
-    """One past the last column that any row of ``mask [B, N]`` uses."""
-    used = mask.any(dim=0).nonzero()
-    return int(used[-1]) + 1 if len(used) else 1

@@ -86,7 +86,7 @@ class JointHead(nn.Module):
     def _embed(self, features: Features, projection: nn.Module) -> Tensor:
         tokens = features.tokens.to(self.logit_scale.dtype)
         weights = tokens.new_ones(tokens.shape[:2]) if features.mask is None else features.mask.to(tokens.dtype)
-        # dropping whole tokens and pooled channels regularises as well as dropping every element, at no cost
+        # whole tokens and pooled channels are dropped: element-wise dropout over all tokens took a sixth of a CPU step
         kept = self.dropout(weights)
         weights = torch.where(kept.sum(dim=1, keepdim=True) > 0, kept, weights)
         pooled = torch.einsum("bn,bnd->bd", weights, tokens) / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)
