@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# One thread per process keeps float sums, hence golden values, independent of the machine's cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread per process keeps float sums, hence golden values, independent of the machine's cores. Whatever the caller
+# exports: some tests compare a process of their own, which has one thread, with this one bit for bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
