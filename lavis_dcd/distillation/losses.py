@@ -2,6 +2,20 @@
 
 Masked entries never contribute, whatever they hold, and a row whose match (column 0) is masked is 0. All of
 it is computed in float32 at least, whatever precision the scores arrive in.
+
+What may change per query without changing a row, on the teacher's side and on the student's (shift: a constant
+added; scale: a factor above 0; monotone: any map that keeps the order):
+
+    term         teacher                 student
+    mse          -                       -
+    kl           shift                   shift
+    margin_mse   shift                   shift
+    ranknet      shift, scale, monotone  shift
+    pearson      shift, scale            shift, scale
+    bce                                  -
+    listwise_ce                          shift
+
+`families.resolve` chooses by that table: terms that hold no scale of one model against another's.
 """
 
 from __future__ import annotations
@@ -13,6 +27,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import BoolTensor, Tensor
+
+# Keeps the direction of a student that scores all candidates alike finite.
+_LEAST_NORM = 1e-6
 
 # Fills masked scores before a softmax: finite, so that no inf - inf arises, and far below any score.
 _FILL = -1e30
@@ -41,7 +58,7 @@ class MeanSquaredError:
 
 @dataclass(frozen=True)
 class KullbackLeibler:
-    """T^2 * KL(softmax(t/T) || softmax(s/T)) over the valid candidates.
+    """T^2 * KL(softmax(t/T) || softmax(s/T)) over the valid candidates: blind to a shift of either side.
 
     Raises:
         ValueError: when temperature <= 0.
@@ -62,7 +79,10 @@ class KullbackLeibler:
 
 @dataclass(frozen=True)
 class MarginMeanSquaredError:
-    """mean over the valid negatives of ((t_0 - t_c) - (s_0 - s_c))^2: gaps to the match, no common zero."""
+    """mean over the valid negatives of ((t_0 - t_c) - (s_0 - s_c))^2: gaps to the match, no common zero.
+
+    Both sides need one scale; `pearson` is the squared error that does not.
+    """
 
     def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
         teacher, student, valid = prepare(valid, teacher_scores, student_scores)
@@ -72,8 +92,9 @@ class MarginMeanSquaredError:
 
 @dataclass(frozen=True)
 class RankNet:
-    """mean over pairs that the teacher orders (t_i > t_j, both valid) of softplus(s_j - s_i): order only, no
-    scale.
+    """mean over pairs that the teacher orders (t_i > t_j, both valid) of softplus(s_j - s_i).
+
+    Of the teacher only the order counts; the student's scale decides how sharply. Memory Q x (1+K)^2.
     """
 
     def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
@@ -84,8 +105,26 @@ class RankNet:
 
 
 @dataclass(frozen=True)
+class PearsonDistance:
+    """1 - Pearson's correlation of t and s over the valid candidates, in [0, 2]; after DIST (arXiv 2205.10536).
+
+    Half the mean squared error of both sides' standardised scores, so blind to shift and scale of either. Rows with
+    one valid entry, or that the teacher scores alike, are 0.
+    """
+
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+        teacher, student, valid = prepare(valid, teacher_scores, student_scores)
+        teacher, student = (_direction(item, valid) for item in (teacher, student))
+        known = teacher.any(dim=1)
+        return torch.where(known, 1 - (teacher * student).sum(dim=1), 0.0)
+
+
+@dataclass(frozen=True)
 class BinaryCrossEntropy:
-    """mean over the valid candidates of BCEWithLogits(s, [1, 0, ..., 0]): the paper's contrastive term."""
+    """mean over the valid candidates of BCEWithLogits(s, [1, 0, ..., 0]): the paper's contrastive term.
+
+    It wants logits: 0 is where a match becomes likely.
+    """
 
     def __call__(self, student_scores: Tensor, valid: BoolTensor) -> Tensor:
         student, valid = prepare(valid, student_scores)
@@ -96,7 +135,7 @@ class BinaryCrossEntropy:
 
 @dataclass(frozen=True)
 class ListwiseCrossEntropy:
-    """-log softmax(s)_0 over the valid candidates."""
+    """-log softmax(s)_0 over the valid candidates: blind to a shift."""
 
     def __call__(self, student_scores: Tensor, valid: BoolTensor) -> Tensor:
         student, valid = prepare(valid, student_scores)
@@ -110,6 +149,7 @@ DISTILL_LOSSES: dict[str, Callable[..., DistillLoss]] = {
     "kl": KullbackLeibler,
     "margin_mse": MarginMeanSquaredError,
     "ranknet": RankNet,
+    "pearson": PearsonDistance,
 }
 CONTRASTIVE_LOSSES: dict[str, Callable[..., ContrastiveLoss]] = {
     "bce": BinaryCrossEntropy,
@@ -160,6 +200,14 @@ def masked_log_softmax(scores: Tensor, valid: BoolTensor) -> Tensor:
 def match_cross_entropy(scores: Tensor, valid: BoolTensor) -> Tensor:
     """-log softmax(scores)_0 per row [Q]; 0 where the match is masked."""
     return -masked_log_softmax(scores, valid)[:, 0]
+
+
+def _direction(scores: Tensor, valid: BoolTensor) -> Tensor:
+    """Each row's valid scores less their mean, as a unit vector; 0 where they are all equal."""
+    # gaps to the match first: equal scores then have a mean of exactly 0
+    scores = torch.where(valid, scores - scores[:, :1], 0.0)
+    mean = scores.sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp_min(1)
+    return F.normalize(torch.where(valid, scores - mean, 0.0), dim=1, eps=_LEAST_NORM)
 
 
 def _row_mean(values: Tensor, valid: BoolTensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import BoolTensor, Tensor
 
+from lavis_dcd.distillation.families import AUTO, FUSION, resolve
 from lavis_dcd.distillation.losses import (
     CONTRASTIVE_LOSSES,
     DISTILL_LOSSES,
@@ -19,6 +20,8 @@ from lavis_dcd.distillation.losses import (
 )
 from lavis_dcd.distillation.weighting import WEIGHTINGS, soft_label_weights
 
+LEFT_TO_FAMILIES = ("distill", "contrastive")
+
 
 @dataclass
 class LossConfig:
@@ -27,23 +30,31 @@ class LossConfig:
     Args:
         reference: "paper", or "release" for the published code's arithmetic, faults included.
         alpha: share of the distillation term in [0, 1]; 0 trains on the ground truth alone.
-        distill: a name in DISTILL_LOSSES.
-        contrastive: a name in CONTRASTIVE_LOSSES.
+        distill: a name in DISTILL_LOSSES, or "auto": by the teacher's and the student's family, see
+            `families.resolve`.
+        contrastive: a name in CONTRASTIVE_LOSSES, or "auto".
         weighting: a name in WEIGHTINGS.
         gamma: how sharply the weightings that know it favour what the teacher is sure of; >= 0.
         temperature: of the KL term; the other terms have none, so there it must be 1 (the release's cancels
             out).
         entropy_floor: least contrastive weight, before normalising, in the weightings that know it; >= 0.
+        student_weight: weight of the student's own training loss, beside this objective; >= 0.
+        in_batch_weight: weight of InfoNCE over all pairs of the batch, beside this objective; >= 0. None: 1 for a
+            dual encoder as student, 0 for a fusion model.
+
+    The last two name losses that the model adds; the objective knows candidates only.
     """
 
     reference: str = "paper"
     alpha: float = 0.2
-    distill: str = "mse"
-    contrastive: str = "bce"
+    distill: str = AUTO
+    contrastive: str = AUTO
     weighting: str = "entropy_share"
     gamma: float = 2.0
     temperature: float = 1.0
     entropy_floor: float = 0.0
+    student_weight: float = 0.0
+    in_batch_weight: float | None = None
 
 
 class Objective(Protocol):
@@ -60,12 +71,13 @@ class Objective(Protocol):
 
 
 def build_objective(cfg: LossConfig) -> Objective:
-    """The objective that `cfg` names.
+    """The objective that `cfg` names; what it leaves to "auto" is taken for fusion models on both sides.
 
     Raises:
         ValueError: one line per fault: unknown names with the known ones listed, numbers out of range, a
             temperature where it would do nothing, a term that the release does not have.
     """
+    cfg = resolve(cfg, FUSION, FUSION)
     faults = config_faults(cfg)
     if faults:
         raise ValueError("\n".join(faults))
@@ -73,7 +85,10 @@ def build_objective(cfg: LossConfig) -> Objective:
 
 
 def config_faults(cfg: LossConfig) -> list[str]:
-    """What is wrong with `cfg`, one line per fault; empty when nothing is."""
+    """What is wrong with `cfg`, one line per fault; empty when nothing is.
+
+    A term left to "auto" is in order here; what it resolves to may still not go with the rest.
+    """
     tables = (
         ("reference", REFERENCES),
         ("distill", DISTILL_LOSSES),
@@ -83,7 +98,7 @@ def config_faults(cfg: LossConfig) -> list[str]:
     faults = [
         f"loss.{name}: unknown name '{getattr(cfg, name)}'; registered: {', '.join(sorted(table))}"
         for name, table in tables
-        if getattr(cfg, name) not in table
+        if getattr(cfg, name) not in table and not (name in LEFT_TO_FAMILIES and getattr(cfg, name) == AUTO)
     ]
     if not 0 <= cfg.alpha <= 1:
         faults.append(f"loss.alpha: must lie in [0, 1], got {cfg.alpha}")
@@ -91,8 +106,8 @@ def config_faults(cfg: LossConfig) -> list[str]:
         faults.append(f"loss.temperature: must be above 0, got {cfg.temperature}")
     faults += [
         f"loss.{name}: must be at least 0, got {getattr(cfg, name)}"
-        for name in ("gamma", "entropy_floor")
-        if not getattr(cfg, name) >= 0
+        for name in ("gamma", "entropy_floor", "student_weight", "in_batch_weight")
+        if getattr(cfg, name) is not None and not getattr(cfg, name) >= 0
     ]
     return faults or REFERENCES[cfg.reference].faults(cfg)
 
@@ -110,6 +125,8 @@ class PaperObjective:
 
     @staticmethod
     def faults(cfg: LossConfig) -> list[str]:
+        if cfg.distill == AUTO:
+            return []
         if cfg.temperature != 1 and "temperature" not in _knobs(DISTILL_LOSSES[cfg.distill]):
             return [
                 f"loss.temperature: does nothing in distill '{cfg.distill}'; leave it at 1 or use distill: kl"
@@ -157,9 +174,9 @@ class ReleaseObjective:
             faults.append(
                 f"loss.weighting: reference 'release' has entropy_share and wsl only, got '{cfg.weighting}'"
             )
-        if cfg.distill != "mse":
+        if cfg.distill not in ("mse", AUTO):
             faults.append(f"loss.distill: reference 'release' has mse only, got '{cfg.distill}'")
-        if cfg.contrastive != "bce" and cfg.weighting != "wsl":
+        if cfg.contrastive not in ("bce", AUTO) and cfg.weighting != "wsl":
             faults.append(f"loss.contrastive: reference 'release' has bce only, got '{cfg.contrastive}'")
         return faults
 

@@ -77,17 +77,18 @@ SELECTION_STRATEGIES: dict[str, SelectionStrategy] = {"hardest": Hardest(), "ran
 def select(
     pool: CandidatePool,
     teacher_scores: FloatTensor | None,
-    hard_negatives: int,
+    hard_negatives: int | None,
     strategy: str | SelectionStrategy = "hardest",
     margin: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Selection:
-    """Keeps the match and at most K valid negatives per query.
+    """Keeps the match and at most K valid negatives per query; all of them, in the pool's order, without K.
 
     Args:
         pool: candidates [Q, 1+C].
         teacher_scores: Float [Q, 1+C], or None where the strategy needs none.
-        hard_negatives: K >= 1. With C < K the surplus columns are masked.
+        hard_negatives: K >= 1. With C < K the surplus columns are masked. None: every valid candidate, so K = C;
+            then the strategy has nothing to choose and needs no teacher.
         strategy: a name in SELECTION_STRATEGIES, or an object with the same method.
         margin: drops candidates whose teacher score exceeds the match's by more than this: likely unlabelled
             matches.
@@ -105,8 +106,11 @@ def select(
     negatives = pool.valid[:, 1:] & pool.valid[:, :1]
     if margin is not None:
         negatives = negatives & (teacher_scores[:, 1:] <= teacher_scores[:, :1] + margin)
-    priorities = chooser.priorities(negatives, teacher_scores, generator)
-    columns, kept = _take(priorities, negatives, hard_negatives)
+    if hard_negatives is None:
+        columns, kept = _all(negatives)
+    else:
+        priorities = chooser.priorities(negatives, teacher_scores, generator)
+        columns, kept = take_highest(priorities, negatives, hard_negatives)
     index = torch.cat([columns.new_zeros(len(columns), 1), columns], dim=1)
     return Selection(
         image_rows=pool.image_rows.gather(1, index),
@@ -135,6 +139,8 @@ def release_selection(pool: CandidatePool, teacher_scores: FloatTensor, hard_neg
     Raises:
         ValueError: on K outside 1..C, or scores of another shape than the pool.
     """
+    if hard_negatives is None:
+        raise ValueError("the published code keeps a fixed number of hard_negatives; None is no number")
     _check(pool, teacher_scores, hard_negatives, None)
     if hard_negatives >= pool.valid.shape[1]:
         raise ValueError(
@@ -145,6 +151,28 @@ def release_selection(pool: CandidatePool, teacher_scores: FloatTensor, hard_neg
     in_order = teacher_scores.sort(dim=1, descending=True, stable=True).values
     chosen.teacher_scores = in_order[:, : 1 + hard_negatives]
     return chosen
+
+
+def take_highest(priorities: Tensor, negatives: BoolTensor, count: int) -> tuple[LongTensor, BoolTensor]:
+    """The `count` usable candidates of highest priority, ties by lower column.
+
+    Args:
+        priorities: Float [Q, C].
+        negatives: Bool [Q, C], the usable ones.
+
+    Returns:
+        pool columns, Long [Q, count] in 1..C, and which of them are real, Bool [Q, count]; the others are 0.
+    """
+    ranked = priorities.masked_fill(~negatives, float("-inf"))
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    # a second stable sort keeps a masked candidate behind a usable one whose own priority is -inf
+    usable = negatives.gather(1, order)
+    order = order.gather(1, usable.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices)
+    order, kept = order[:, :count], negatives.gather(1, order)[:, :count]
+    missing = count - order.shape[1]
+    order = torch.nn.functional.pad(order + 1, (0, missing))
+    kept = torch.nn.functional.pad(kept, (0, missing))
+    return order.masked_fill(~kept, 0), kept
 
 
 def _strategy(strategy: str | SelectionStrategy) -> SelectionStrategy:
@@ -158,9 +186,9 @@ def _strategy(strategy: str | SelectionStrategy) -> SelectionStrategy:
 
 
 def _check(
-    pool: CandidatePool, teacher_scores: Tensor | None, hard_negatives: int, margin: float | None
+    pool: CandidatePool, teacher_scores: Tensor | None, hard_negatives: int | None, margin: float | None
 ) -> None:
-    if hard_negatives < 1:
+    if hard_negatives is not None and hard_negatives < 1:
         raise ValueError(f"hard_negatives must be at least 1, got {hard_negatives}")
     if teacher_scores is None:
         if margin is not None:
@@ -170,15 +198,7 @@ def _check(
         raise ValueError(f"teacher_scores and the pool must have one shape [Q, 1+C], got {shapes}")
 
 
-def _take(priorities: Tensor, negatives: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Pool columns, Long [Q, K], of the usable candidates of highest priority; which are real, Bool."""
-    ranked = priorities.masked_fill(~negatives, float("-inf"))
-    order = ranked.sort(dim=1, descending=True, stable=True).indices
-    # a second stable sort keeps a masked candidate behind a usable one whose own priority is -inf
-    usable = negatives.gather(1, order)
-    order = order.gather(1, usable.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices)
-    order, kept = order[:, :count], negatives.gather(1, order)[:, :count]
-    missing = count - order.shape[1]
-    order = torch.nn.functional.pad(order + 1, (0, missing))
-    kept = torch.nn.functional.pad(kept, (0, missing))
-    return order.masked_fill(~kept, 0), kept
+def _all(negatives: BoolTensor) -> tuple[LongTensor, BoolTensor]:
+    """Every pool column in order, Long [Q, C], and which are usable; the others are 0."""
+    columns = torch.arange(1, 1 + negatives.shape[1], device=negatives.device)
+    return columns.expand_as(negatives).masked_fill(~negatives, 0), negatives

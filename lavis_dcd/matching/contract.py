@@ -6,6 +6,8 @@ Distillation, evaluation, mining and search know backbones by this class alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ class Matcher(ABC):
     """
 
     has_joint_space: bool = False
+    # what a score is: "fusion", a logit that costs a pass per pair, or "dual", a scaled similarity of two embeddings,
+    # so that all pairs of a batch cost one product
+    family: ClassVar[str] = "fusion"
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> ImageFeatures:
@@ -40,8 +45,14 @@ class Matcher(ABC):
             pairs: int64 ``[P, 2]``, each an (image row, text row).
         """
 
+    def match_all(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """``match`` of every picture with every text, ``[I, T]``; a dual encoder overrides it with one product."""
+        rows = torch.arange(len(images), device=images.device)
+        pairs = torch.cartesian_prod(rows, torch.arange(len(texts), device=images.device))
+        return self.match(images, texts, pairs.view(-1, 2)).view(len(images), len(texts))
+
     def embed_images(self, images: ImageFeatures) -> Tensor:
-        """Unit vectors ``[B, D]`` of the joint space.
+        """Unit vectors ``[B, D]`` of the joint space; ``[B, N, D]`` where a picture has several (BLIP-2's queries).
 
         Raises:
             UserError: when the model has no joint space.
@@ -52,14 +63,42 @@ class Matcher(ABC):
         """Unit vectors ``[B, D]`` of the joint space; raises as :meth:`embed_images`."""
         raise UserError(f"{type(self).__name__} has no joint space; choose a model with one (for METER: joint_head)")
 
+    def joint_scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """``[I, T]``: the joint space's scores of all pairs of what ``embed_images`` and ``embed_texts`` gave."""
+        return image_embeds @ text_embeds.T
+
+    def own_loss(self, samples: Mapping[str, Any]) -> Tensor:
+        """The model's own training loss on a batch of LAVIS's ``RetrievalDataset`` samples, 0-dim.
+
+        Raises:
+            UserError: when the model has none.
+        """
+        if type(self).forward is nn.Module.forward:  # type: ignore[attr-defined]
+            raise UserError(f"{type(self).__name__} has no training loss of its own; set model.loss.student_weight: 0")
+        return self(samples)["loss"]  # type: ignore[operator]
+
     def encoder_modules(self) -> list[nn.Module]:
         """The modules that ``encode_images`` and ``encode_texts`` run, in a fixed order."""
         return []
 
+    def encoder_signature(self) -> str | None:
+        """A hash of all that shapes frozen encoders' features (kind, settings, weights); ``None`` where unknown.
+
+        Equal signatures of two matchers mean equal features.
+        """
+        return None
+
     def shares_encoders_with(self, other: Matcher) -> bool:
-        """Whether features made by one serve the other: the very same encoder modules."""
+        """Whether features made by one serve the other: the same encoder modules, or frozen ones that are equal."""
         mine, theirs = self.encoder_modules(), other.encoder_modules()
-        return bool(mine) and len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+        if not mine or len(mine) != len(theirs):
+            return False
+        if all(a is b for a, b in zip(mine, theirs, strict=True)):
+            return True
+        if not (self.encoders_frozen() and other.encoders_frozen()):
+            return False
+        signature = self.encoder_signature()
+        return signature is not None and signature == other.encoder_signature()
 
     def encoders_frozen(self) -> bool:
         """Whether no encoder weight learns, so that features may be kept."""

@@ -7,6 +7,7 @@ to the matcher as they are needed, so a big gallery never stands on the accelera
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import encode_dataset, reported, scoring_mode
+from lavis_dcd.matching.ensemble import Ensemble, members_of
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
 
 ROWS_PER_SORT = 256
 MAX_BLOCK_SIDE = 256  # captions of like lengths stay together, and progress shows
+MAX_DUAL_SIDE = 8192  # an item's embedding is made anew in every block it stands in
 
 
 def score_exhaustive(
@@ -30,15 +33,19 @@ def score_exhaustive(
     amp: str = "off",
     progress: bool = False,
 ) -> Tensor:
-    """The score of every pair, float32 ``[I, T]`` on the CPU.
+    """The score of every pair, float32 ``[I, T]`` on the CPU; a dual encoder's by products of whole blocks.
+
+    A dual encoder's products are made in float32 whatever ``amp``: in half precision close candidates would tie.
 
     Args:
-        memory_mb: the feature rows gathered for one call of ``match`` take this many MiB at most.
+        memory_mb: the feature rows gathered for one call of ``match`` take this many MiB at most (a dual encoder's
+            ``match_all``: the rows of a block and its scores).
 
     Raises:
         ValueError: a score is not a finite number.
     """
-    side_i, side_t = _block_sides(images, texts, memory_mb)
+    dual = matcher.family == "dual"
+    side_i, side_t = (_dual_sides if dual else _block_sides)(images, texts, memory_mb)
     by_length = _order_by_length(texts)
     scores = torch.empty(len(images), len(texts))
     blocks = [
@@ -46,14 +53,79 @@ def score_exhaustive(
         for t in range(0, len(texts), side_t)
         for i in range(0, len(images), side_i)
     ]
-    with scoring_mode(matcher, amp) as device:
+    with scoring_mode(matcher, "off" if dual else amp) as device:
         for rows, columns in reported(blocks, len(blocks), "blocks of pairs scored", progress):
             here = _ready(images[rows.start : rows.stop], device)
             there = _ready(texts[columns.to(texts.device)].trimmed(), device)
-            pairs = torch.cartesian_prod(torch.arange(len(here)), torch.arange(len(there))).to(device)
-            block = matcher.match(here, there, pairs).float().cpu().view(len(here), len(there))
-            scores[rows.start : rows.stop, columns] = block
+            block = matcher.match_all(here, there) if dual else _match_block(matcher, here, there)
+            scores[rows.start : rows.stop, columns] = block.float().cpu()
     return _finite(scores)
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """Which items are reranked for every query, and in what order the others follow them.
+
+    Args:
+        cheap_i2t: float32 ``[I, T]``, the cheap scores of texts for a picture.
+        cheap_t2i: float32 ``[T, I]``, of pictures for a text (not always the transpose).
+        texts_of_image: int64 ``[I, k]``, the reranked texts.
+        images_of_text: int64 ``[T, k]``, the reranked pictures.
+    """
+
+    cheap_i2t: Tensor
+    cheap_t2i: Tensor
+    texts_of_image: Tensor
+    images_of_text: Tensor
+
+    @classmethod
+    def of(cls, cheap_i2t: Tensor, cheap_t2i: Tensor, k_test: int) -> Shortlist:
+        """The ``k_test`` best of every query.
+
+        Raises:
+            UserError: ``k_test`` is below 1.
+            ValueError: a score is not a finite number.
+        """
+        if k_test < 1:
+            raise UserError(f"run.k_test: {k_test} is below 1; leave it empty to score every pair")
+        i2t, t2i = _finite(cheap_i2t.float().cpu()), _finite(cheap_t2i.float().cpu())
+        return cls(i2t, t2i, _top_columns(i2t, k_test), _top_columns(t2i, k_test))
+
+    def rerank(
+        self,
+        matcher: Matcher,
+        images: ImageFeatures,
+        texts: TextFeatures,
+        memory_mb: float = 512,
+        *,
+        amp: str = "off",
+        progress: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """``matcher``'s scores at ``texts_of_image`` and ``images_of_text``, float32 ``[I, k]`` and ``[T, k]``.
+
+        A pair that both directions need is matched once; a dual encoder's are read off the product of all.
+
+        Raises:
+            ValueError: features of other counts than the cheap scores', or a score that is not a finite number.
+        """
+        if self.cheap_i2t.shape != (len(images), len(texts)):
+            shape = tuple(self.cheap_i2t.shape)
+            raise ValueError(f"joint_scores {shape} for {len(images)} images and {len(texts)} texts")
+        if matcher.family == "dual":
+            scores = score_exhaustive(matcher, images, texts, memory_mb, amp=amp, progress=progress)
+            return scores.gather(1, self.texts_of_image), scores.T.gather(1, self.images_of_text)
+        keys_i2t = torch.arange(len(images))[:, None] * len(texts) + self.texts_of_image
+        keys_t2i = self.images_of_text * len(texts) + torch.arange(len(texts))[:, None]
+        keys = torch.unique(torch.cat([keys_i2t.flatten(), keys_t2i.flatten()]))
+        matched = _match_pairs(matcher, images, texts, keys, memory_mb, amp, progress)
+        return matched[torch.searchsorted(keys, keys_i2t)], matched[torch.searchsorted(keys, keys_t2i)]
+
+    def tables(self, reranked_i2t: Tensor, reranked_t2i: Tensor) -> tuple[Tensor, Tensor]:
+        """Full tables ``[I, T]`` and ``[T, I]``: the reranked, and below them the rest in its cheap order."""
+        return (
+            _above_rest(self.cheap_i2t, self.texts_of_image, reranked_i2t),
+            _above_rest(self.cheap_t2i, self.images_of_text, reranked_t2i),
+        )
 
 
 def score_shortlist(
@@ -83,46 +155,44 @@ def score_shortlist(
         UserError: ``k_test`` is below 1.
         ValueError: ``joint_scores`` has another shape, or a score is not a finite number.
     """
-    if k_test < 1:
-        raise UserError(f"run.k_test: {k_test} is below 1; leave it empty to score every pair")
-    if joint_scores.shape != (len(images), len(texts)):
-        shape = tuple(joint_scores.shape)
-        raise ValueError(f"joint_scores {shape} for {len(images)} images and {len(texts)} texts")
-    joint = _finite(joint_scores.float().cpu())
-    texts_of_image = _top_columns(joint, k_test)
-    images_of_text = _top_columns(joint.T, k_test)
-    keys_i2t = torch.arange(len(images))[:, None] * len(texts) + texts_of_image
-    keys_t2i = images_of_text * len(texts) + torch.arange(len(texts))[:, None]
-    keys = torch.unique(torch.cat([keys_i2t.flatten(), keys_t2i.flatten()]))
-    matched = _match_pairs(matcher, images, texts, keys, memory_mb, amp, progress)
-    reranked_i2t = matched[torch.searchsorted(keys, keys_i2t)]
-    reranked_t2i = matched[torch.searchsorted(keys, keys_t2i)]
-    scores_i2t = _above_rest(joint, texts_of_image, reranked_i2t)
-    return scores_i2t, _above_rest(joint.T, images_of_text, reranked_t2i)
+    shortlist = Shortlist.of(joint_scores, joint_scores.T, k_test)
+    reranked = shortlist.rerank(matcher, images, texts, memory_mb, amp=amp, progress=progress)
+    return shortlist.tables(*reranked)
 
 
 def score_joint(
     matcher: Matcher, images: ImageFeatures, texts: TextFeatures, rows: int = 1024, amp: str = "off"
 ) -> Tensor:
-    """Cosines of the matcher's joint space, float32 ``[I, T]`` on the CPU.
+    """Scores of the matcher's joint space, float32 ``[I, T]`` on the CPU.
+
+    Args:
+        rows: items embedded at a time, and picture vectors multiplied at a time.
 
     Raises:
         UserError: the matcher has no joint space.
     """
     require_joint_space(matcher)
     with scoring_mode(matcher, amp) as device:
-        embeds = [
+        of_images, of_texts = (
             torch.cat([embed(_ready(part, device)).float().cpu() for part in _slices(features, rows)])
             for embed, features in ((matcher.embed_images, images), (matcher.embed_texts, texts))
+        )
+    vectors = of_images.shape[1] if of_images.ndim == 3 else 1  # a picture may have several
+    with scoring_mode(matcher) as device:
+        of_texts = of_texts.to(device)
+        parts = [
+            matcher.joint_scores(part.to(device), of_texts).float().cpu()
+            for part in of_images.split(max(1, rows // vectors))
         ]
-    return embeds[0] @ embeds[1].T
+    return _finite(torch.cat(parts))
 
 
-def require_joint_space(matcher: Matcher) -> None:
-    """Raises a ``UserError`` unless ``matcher`` can make a shortlist."""
-    if not matcher.has_joint_space:
+def require_joint_space(matcher: Matcher | Ensemble) -> None:
+    """Raises a ``UserError`` unless ``matcher``, or every member of the ensemble, can make a shortlist."""
+    lacking = next((member for member in members_of(matcher) if not member.has_joint_space), None)
+    if lacking is not None:
         raise UserError(
-            f"run.shortlist: {type(matcher).__name__} has no joint space to make a shortlist from; name "
+            f"run.shortlist: {type(lacking).__name__} has no joint space to make a shortlist from; name "
             "a matcher that has one (for METER: joint_head), or leave run.k_test empty to score every pair"
         )
 
@@ -136,6 +206,8 @@ def score_dataset(
 ) -> tuple[Tensor, Tensor]:
     """Encodes an evaluation set and scores every pair, or the ``k_test`` best of the joint space.
 
+    A dual encoder scores every pair anyway: that costs it no more than its joint space does.
+
     Args:
         dataset: as for :func:`encode_dataset`.
         device: where the features are kept; the matcher's by default.
@@ -147,7 +219,7 @@ def score_dataset(
         UserError: ``k_test`` for a matcher without a joint space, or an empty set.
     """
     images, texts = encode_dataset(matcher, dataset, batch_size, device)
-    if k_test is None:
+    if k_test is None or matcher.family == "dual":
         scores = score_exhaustive(matcher, images, texts)
         return scores, scores.T
     return score_shortlist(matcher, images, texts, score_joint(matcher, images, texts), k_test)
@@ -174,6 +246,12 @@ def _match_pairs(
             pairs = torch.stack([image_of_pair, text_of_pair], dim=1).to(device)
             scores.append(matcher.match(here, there, pairs).float().cpu())
     return _finite(torch.cat(scores))
+
+
+def _match_block(matcher: Matcher, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+    """Scores ``[I, T]`` of all pairs of a block."""
+    pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(texts))).to(images.device)
+    return matcher.match(images, texts, pairs).view(len(images), len(texts))
 
 
 def _top_columns(scores: Tensor, k: int) -> Tensor:
@@ -208,6 +286,14 @@ def _block_sides(images: Features, texts: Features, memory_mb: float) -> tuple[i
     fit = _pairs_that_fit(images, texts, memory_mb)
     side_i = max(1, min(len(images), MAX_BLOCK_SIDE, int(fit**0.5)))
     return side_i, max(1, min(len(texts), MAX_BLOCK_SIDE, fit // side_i))
+
+
+def _dual_sides(images: Features, texts: Features, memory_mb: float) -> tuple[int, int]:
+    """Half of the memory for the rows of both sides, in float32, half for the block's scores."""
+    half = memory_mb * 2**20 / 8
+    widest = max(f.tokens.shape[1] * f.tokens.shape[2] for f in (images, texts))
+    side = max(1, min(MAX_DUAL_SIDE, int(half / (2 * widest)), int(half**0.5)))
+    return min(len(images), side), min(len(texts), side)
 
 
 def _order_by_length(texts: TextFeatures) -> Tensor:

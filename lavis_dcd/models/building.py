@@ -7,8 +7,11 @@ from typing import Any
 
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.config import model_defaults
+from lavis_dcd.matching.adapters.registry import adapter_for, require_adapter
 from lavis_dcd.matching.contract import Matcher
 
 
@@ -23,24 +26,39 @@ def full_section(section: Mapping[str, Any], path: str) -> DictConfig:
     if model_class is None:
         raise UserError(f"{path}.arch: {arch!r} is not registered; registered: {', '.join(registry.list_models())}")
     model_type = section.get("model_type")
-    merged = OmegaConf.create(dict(section) if not isinstance(section, DictConfig) else section)
-    if model_type is None:
-        return merged
-    types = model_class.PRETRAINED_MODEL_CONFIG_DICT
-    if model_type not in types:
+    types = getattr(model_class, "PRETRAINED_MODEL_CONFIG_DICT", {})
+    if model_type is not None and model_type not in types:
         raise UserError(f"{path}.model_type: {model_type!r} is none of {arch}'s types: {', '.join(types)}")
-    defaults = OmegaConf.load(model_class.default_config_path(model_type)).model
-    return OmegaConf.merge(defaults, merged)
+    merged = section if isinstance(section, DictConfig) else OmegaConf.create(dict(section))
+    if model_type is not None:
+        merged = OmegaConf.merge(model_defaults(merged).get("model", {}), merged)
+    # some of LAVIS's own files name another arch than the one they belong to
+    merged.arch = arch
+    return merged
 
 
 def build_matcher(section: Mapping[str, Any], path: str) -> Matcher:
-    """The model that ``section`` names.
+    """The model that ``section`` names, through its adapter where it is no matcher itself.
 
     Raises:
-        UserError: unknown names, or a model that is no matcher.
+        UserError: unknown names, or a model that is no matcher and has no adapter.
     """
     config = full_section(section, path)
-    model = registry.get_model_class(config.arch).from_config(config)
-    if not isinstance(model, Matcher):
-        raise UserError(f"{path}.arch: {config.arch} cannot score pairs (it is no lavis_dcd Matcher)")
-    return model
+    model_class = registry.get_model_class(config.arch)
+    adapter = adapter_for(config.arch)
+    if adapter is not None:
+        return adapter.from_config(model_class, config, path)
+    if not issubclass(model_class, Matcher):
+        require_adapter(config.arch, path)
+    return model_class.from_config(config)
+
+
+def as_matcher(model: nn.Module, section: Mapping[str, Any]) -> Matcher:
+    """A model that LAVIS built, itself or through the adapter of its ``arch``.
+
+    Raises:
+        UserError: it is no matcher and has no adapter.
+    """
+    if isinstance(model, Matcher):
+        return model
+    return require_adapter(section.get("arch"), "model")(model, section)

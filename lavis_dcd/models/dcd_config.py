@@ -22,13 +22,16 @@ class CandidatesConfig:
 
     image_to_text: PoolConfig | None = field(default_factory=PoolConfig)
     text_to_image: PoolConfig | None = field(default_factory=PoolConfig)
+    # pairs that the teacher scores per batch and direction: each query's most promising by a dual student's current
+    # scores, random ones for other students; null: all of the pool
+    teacher_budget: int | None = None
 
 
 @dataclass
 class SelectionConfig:
     """Which candidates reach the student."""
 
-    hard_negatives: int = 7
+    hard_negatives: int | None = 7  # null: all of the pool
     strategy: str = "hardest"  # hardest: by teacher score | random
     margin: float | None = None  # drop candidates that the teacher scores above the match by more than this
 
@@ -40,9 +43,21 @@ class DcdConfig:
     arch: str = "dcd"
     model_type: str = "default"
     teacher: dict[str, Any] = field(default_factory=dict)
+    # several teachers instead of one, each a section with an optional ``weight``: their scores are standardised per
+    # query and averaged
+    teachers: list[dict[str, Any]] = field(default_factory=list)
     student: dict[str, Any] = field(default_factory=dict)
-    share_encoders: bool = True  # the student uses the teacher's own frozen towers
+    # true: the student uses the teacher's own frozen towers; false: never; null: true for a student that starts from
+    # its teacher, else only where both have equal frozen towers
+    share_encoders: bool | None = None
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     student_chunk_pairs: int | None = None  # recompute the student in chunks of so many pairs: less memory, same loss
+
+    @property
+    def teacher_sections(self) -> list[tuple[str, dict[str, Any]]]:
+        """Where each teacher's section stands, and the section."""
+        if self.teachers:
+            return [(f"model.teachers.{i}", section) for i, section in enumerate(self.teachers)]
+        return [("model.teacher", self.teacher)]

@@ -20,10 +20,11 @@ from lavis_dcd.common.schema import parse
 from lavis_dcd.matching.contract import Matcher, pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
 from lavis_dcd.models import meter_weights
+from lavis_dcd.models.batch import sample_features
 from lavis_dcd.models.lavis_evaluation import LavisEvaluation
 from lavis_dcd.models.meter_config import MeterConfig
 from lavis_dcd.models.meter_fusion import JointHead, Pooler, additive_mask, fusion_layers, start_from_text
-from lavis_dcd.models.retrieval_loss import RetrievalLoss, sample_features
+from lavis_dcd.models.retrieval_loss import RetrievalLoss
 from lavis_dcd.models.towers import TextTower, build_vision_tower
 
 MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more captions

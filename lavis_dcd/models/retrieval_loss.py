@@ -2,99 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lavis_dcd.distillation.candidates import BatchContext, CandidatePool, InBatch
+from lavis_dcd.distillation.candidates import CandidatePool, InBatch
 from lavis_dcd.matching.chunked import match_recomputed
-from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.models.batch import BatchFeatures, info_nce
 from lavis_dcd.models.meter_config import RetrievalLossConfig
 
 if TYPE_CHECKING:
     from lavis_dcd.models.meter import MeterRetrieval
-
-
-@dataclass
-class BatchFeatures:
-    """A training batch, every distinct picture and caption encoded once.
-
-    ``image_ids [I]`` and ``text_image_ids [T]`` int64: the picture each row is of. ``match_pairs [Q, 2]``: the
-    (image row, text row) of each sample. ``extra_texts [Q, C]``: rows of captions drawn from the data set, or None.
-    """
-
-    images: ImageFeatures
-    texts: TextFeatures
-    image_ids: Tensor
-    text_image_ids: Tensor
-    match_pairs: Tensor
-    extra_texts: Tensor | None = None
-
-    def context(self) -> BatchContext:
-        """The same without the features, as the candidate pools read it."""
-        return BatchContext(
-            image_ids=self.image_ids,
-            text_image_ids=self.text_image_ids,
-            match_pairs=self.match_pairs,
-            extra_texts=self.extra_texts,
-        )
-
-
-def sample_features(matcher: Matcher, samples: Mapping[str, Any]) -> BatchFeatures:
-    """Encode a training batch: each picture (by ``image_id``) and each caption (by text and picture) once.
-
-    Args:
-        matcher: whose encoders to run, when the samples do not carry features already.
-        samples: as LAVIS's ``RetrievalDataset`` collates them; ``candidate_text`` (B*C captions) and
-            ``candidate_image_id [B, C]`` add captions drawn from the data set.
-    """
-    image_id = torch.as_tensor(samples["image_id"]).cpu().tolist()
-    texts = list(samples["text_input"])
-    owners = list(image_id)
-    drawn = samples.get("candidate_text")
-    if drawn:
-        texts += list(drawn)
-        owners += torch.as_tensor(samples["candidate_image_id"]).flatten().tolist()
-    image_first, image_rows = _distinct(image_id)
-    text_first, text_rows = _distinct(list(zip(texts, owners, strict=True)))
-    string_first, string_rows = _distinct([texts[i] for i in text_first])
-    images = samples["image"]
-    image_features = (
-        images[image_first] if isinstance(images, ImageFeatures) else matcher.encode_images(images[image_first])
-    )
-    cached = samples.get("text_features")
-    if cached is not None:
-        text_features = cached[text_first].trimmed()
-    else:
-        text_features = matcher.encode_texts([texts[text_first[i]] for i in string_first])[string_rows]
-    device, size = image_features.device, len(image_id)
-    rows = torch.tensor(text_rows, device=device)
-    return BatchFeatures(
-        images=image_features,
-        texts=text_features,
-        image_ids=torch.tensor([image_id[i] for i in image_first], device=device),
-        text_image_ids=torch.tensor([owners[i] for i in text_first], device=device),
-        match_pairs=torch.stack([torch.tensor(image_rows, device=device), rows[:size]], dim=1),
-        extra_texts=rows[size:].view(size, -1) if drawn else None,
-    )
-
-
-def _distinct(items: list[Any]) -> tuple[list[int], list[int]]:
-    """Positions of first occurrences, and for every item the row of its first occurrence."""
-    row_of: dict[Any, int] = {}
-    first: list[int] = []
-    rows = []
-    for position, item in enumerate(items):
-        if item not in row_of:
-            row_of[item] = len(first)
-            first.append(position)
-        rows.append(row_of[item])
-    return first, rows
 
 
 class RetrievalLoss(nn.Module):
@@ -178,21 +98,6 @@ class RetrievalLoss(nn.Module):
         model.train(was_training)
         table = torch.full(valid.shape, -torch.inf, device=scores.device).masked_scatter(valid, scores.float())
         return some.gather(1, table.topk(count, dim=1).indices)
-
-
-def info_nce(logits: Tensor, batch: BatchFeatures) -> Tensor:
-    """Symmetric InfoNCE on ``logits [I, T]`` over the batch's samples; other captions of a picture are left out."""
-    image, text = batch.match_pairs.unbind(dim=1)
-    same = batch.image_ids[:, None] == batch.text_image_ids[None, :]
-
-    def one_way(rows: Tensor, same_rows: Tensor, target: Tensor) -> Tensor:
-        others = same_rows.clone()
-        others[torch.arange(len(target), device=target.device), target] = False
-        return nnf.cross_entropy(rows.masked_fill(others, torch.finfo(rows.dtype).min), target)
-
-    forward = one_way(logits[image], same[image], text)
-    backward = one_way(logits.T[text], same.T[text], image)
-    return (forward + backward) / 2
 
 
 def _some_queries(pool: CandidatePool, count: int | None) -> CandidatePool:

@@ -1,0 +1,293 @@
+"""What all adapters share: building, loading, freezing, chunks of bounded memory, the wrapped model's own loss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from lavis_dcd.common import assets
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.schema import parse
+from lavis_dcd.matching.adapters.vocabulary import local_vocabulary
+from lavis_dcd.matching.contract import Matcher, pair_chunks
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+
+log = logging.getLogger(__name__)
+
+ENCODERS = "encoders"  # in ``freeze``: every module that encodes pictures or texts
+
+
+@dataclass
+class AdapterOptions:
+    """Keys that a ``model:`` section of an adapted LAVIS model takes beside LAVIS's own.
+
+    Args:
+        tokenizer: a local folder with the vocabulary that LAVIS would fetch from the hub.
+        sizes: builds another size than LAVIS's own; each adapter's ``build`` says which keys it reads.
+        freeze: names of the wrapped model's sub-modules that do not learn; ``encoders`` stands for all that
+            encode pictures and texts.
+        match_memory_mb: activations of one chunk of ``match`` without gradients, MiB.
+    """
+
+    tokenizer: str | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
+    freeze: list[str] = field(default_factory=list)
+    match_memory_mb: float = 1024.0
+
+
+class Adapter(nn.Module, Matcher):
+    """A LAVIS model as a matcher: its sub-modules are used, nothing of them is changed or copied.
+
+    Sub-classes say how pictures and texts are encoded and pairs scored, and
+
+    * ``options_class``: the dataclass of the section's own keys, an :class:`AdapterOptions`;
+    * ``inference_modules``: names of the wrapped model's parts (modules or parameters) that scoring uses, whose
+      weights a checkpoint must bring;
+    * ``build(model_class, section, options)``, and ``check(path)`` for what only the built model shows;
+    * ``encoder_modules()``, ``encoder_settings()`` and ``fusion_modules()`` where they are known.
+
+    Args:
+        model: the LAVIS model.
+        section: the ``model:`` section it was built from, kept for its checkpoint.
+        options: the adapter's own keys; read from ``section`` by default.
+    """
+
+    options_class: ClassVar[type[AdapterOptions]] = AdapterOptions
+    inference_modules: ClassVar[tuple[str, ...]] = ()
+    # distributed training must know: a loss on scores alone leaves the joint space's parameters without a gradient
+    find_unused_parameters: ClassVar[bool] = True
+
+    def __init__(
+        self, model: nn.Module, section: Mapping[str, Any] | None = None, options: AdapterOptions | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.section = _plain(section or {})
+        self.options = options or self.read_options(self.section, "model")
+        self._signature: tuple[Any, str] | None = None
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """The keys that this adapter reads from a section beside LAVIS's own."""
+        return set(cls.options_class.__dataclass_fields__)
+
+    @classmethod
+    def read_options(cls, section: Mapping[str, Any], path: str) -> AdapterOptions:
+        """The adapter's own keys of ``section``; raises ``UserError`` where they do not fit."""
+        return parse(cls.options_class, {key: section[key] for key in section if key in cls.option_names()}, path)
+
+    @classmethod
+    def from_config(cls, model_class: type[nn.Module], section: Any, path: str = "model") -> Adapter:
+        """The LAVIS model that ``section`` describes, wrapped.
+
+        Args:
+            model_class: the LAVIS class that the section's ``arch`` names.
+            section: over the defaults of its model type.
+            path: where the section stands, for messages.
+
+        Raises:
+            UserError: keys of the adapter's own that do not fit; sizes that cannot work; weights that leave
+                ``inference_modules`` at random.
+        """
+        options = cls.read_options(_plain(section), path)
+        try:
+            with local_vocabulary(options.tokenizer, f"{path}.tokenizer"):
+                model = cls.build(model_class, section, options)
+        except ValueError as error:
+            raise UserError(f"{path}: {model_class.__name__} cannot be built: {error}") from error
+        adapter = cls(model, section, options)
+        adapter.check(path)
+        adapter._load(section, path)
+        return adapter
+
+    @classmethod
+    def build(cls, model_class: type[nn.Module], section: Any, options: AdapterOptions) -> nn.Module:
+        """The LAVIS model without weights; overridden where ``options.sizes`` builds other sizes."""
+        raise NotImplementedError
+
+    def check(self, path: str) -> None:
+        """Raises ``UserError`` for a built model that cannot score pairs; nothing to check by default."""
+
+    # -- loading and keeping -------------------------------------------------------------------------------------
+
+    def _load(self, section: Any, path: str) -> list[str]:
+        """The weights that ``section`` names, by LAVIS's own loading; the names of what the file left out."""
+        finetuned = section.get("finetuned") if section.get("load_finetuned", True) else None
+        source = finetuned or section.get("pretrained")
+        if not source:
+            log.info("%s: no checkpoint named; %s starts from random weights", path, type(self.model).__name__)
+            return []
+        key = "finetuned" if finetuned else "pretrained"
+        return self._read(str(source), f"{path}.{key}", pretrained=not finetuned)
+
+    def load_checkpoint(self, url_or_filename: str) -> list[str]:
+        """Weights of a file of this model or of LAVIS; the names of those that it does not bring.
+
+        Raises:
+            UserError: a file that is missing, cannot be fetched, holds more than tensors and plain containers, or
+                leaves a weight of ``inference_modules`` at random.
+        """
+        return self._read(url_or_filename, "checkpoint")
+
+    def _read(self, source: str, where: str, pretrained: bool = False) -> list[str]:
+        source = assets.resolve(source)
+        if "://" not in source and not Path(source).expanduser().is_file():
+            raise UserError(f"{where}: no file {source}")
+        names = ("load_from_pretrained", "load_checkpoint") if pretrained else ("load_checkpoint",)
+        load = next((getattr(self.model, name) for name in names if hasattr(self.model, name)), None)
+        kind = type(self.model).__name__
+        if load is None:
+            raise UserError(f"{where}: {kind} reads no checkpoints; leave the key empty")
+        local = source if "://" in source else str(Path(source).expanduser())
+        try:
+            message = load(url_or_filename=local)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{where}: {source} holds more than tensors and plain containers, which could run code when read; "
+                "save its weights alone as {'model': state_dict}"
+            ) from error
+        except (RuntimeError, OSError, LookupError, ValueError) as error:
+            raise UserError(f"{where}: {source} cannot be loaded into {kind}: {_one_line(error)}") from error
+        missing = list(getattr(message, "missing_keys", ()))
+        needed = [key for key in missing if self.is_inference_weight(key)]
+        if needed:
+            raise UserError(
+                f"{where}: {source} leaves {len(needed)} weights that scoring needs at random, first {needed[0]}; "
+                f"name a retrieval checkpoint of {kind} in these sizes"
+            )
+        return missing
+
+    def is_inference_weight(self, name: str) -> bool:
+        """Whether scoring uses the wrapped model's weight ``name``."""
+        if name.endswith("position_ids"):  # a counter, the same in every model
+            return False
+        return any(name == part or name.startswith(f"{part}.") for part in self.inference_modules)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What a file of this model holds; ``lavis.models.load_model`` reads it too."""
+        config = {key: value for key, value in self.section.items() if key not in ("finetuned", "pretrained")}
+        return {"model": self.model.state_dict(), "arch": self.section.get("arch"), "config": config}
+
+    # -- what learns ---------------------------------------------------------------------------------------------
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        parts: list[nn.Module] = []
+        for name in self.options.freeze:
+            if name == ENCODERS:
+                parts += self.encoder_modules()
+                continue
+            try:
+                parts.append(self.model.get_submodule(name))
+            except AttributeError as error:
+                names = ", ".join([ENCODERS, *(name for name, _ in self.model.named_children())])
+                raise UserError(f"model.freeze: {name!r} is no part of the model; parts: {names}") from error
+        return parts
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Train mode, frozen parts excepted: dropout in what does not learn is noise."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def fusion_modules(self) -> list[nn.Module]:
+        """The modules that ``match`` runs; empty where unknown."""
+        return []
+
+    def fusion_parameters(self) -> int:
+        """Number of parameters that work once per pair."""
+        modules = self.fusion_modules()
+        if not modules:
+            return super().fusion_parameters()
+        return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+
+    def head_parameter_names(self) -> set[str]:
+        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate: those that ``match`` runs."""
+        fast = {id(p) for m in self.fusion_modules() for p in m.parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in fast}
+
+    # -- whose features serve whom -------------------------------------------------------------------------------
+
+    def encoder_settings(self) -> dict[str, Any]:
+        """What shapes the features and shows neither in the encoders' weights nor in their ``repr``."""
+        return {}
+
+    def encoder_signature(self) -> str | None:
+        """SHA-256 over the adapter's class, :meth:`encoder_settings`, and the encoders' structure and weights.
+
+        ``None`` while an encoder learns, or where the encoders are not known. It is kept until a weight changes.
+        """
+        if not self.encoders_frozen():
+            return None
+        modules = self.encoder_modules()
+        tensors = [(name, t) for m in modules for name, t in m.state_dict(keep_vars=True).items()]
+        state = [(t.data_ptr(), t._version) for _, t in tensors]
+        if self._signature is None or self._signature[0] != state:
+            digest = hashlib.sha256(type(self).__qualname__.encode())
+            digest.update(json.dumps(self.encoder_settings(), sort_keys=True, default=str).encode())
+            digest.update("".join(map(repr, modules)).encode())
+            for name, tensor in tensors:
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._signature = (state, digest.hexdigest())
+        return self._signature[1]
+
+    # -- the wrapped model's own training ------------------------------------------------------------------------
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The wrapped model's own loss and its parts on LAVIS's training samples, 0-dim tensors."""
+        samples = {"epoch": 0, "iters": 0, "num_iters_per_epoch": 1, **samples}
+        output = self.model(samples)
+        return {key: value for key, value in output.items() if isinstance(value, Tensor) and value.ndim == 0}
+
+    # -- help for sub-classes ------------------------------------------------------------------------------------
+
+    def in_chunks(
+        self,
+        score: Callable[[Tensor, Tensor], Tensor],
+        pairs: Tensor,
+        bytes_per_pair: int,
+    ) -> Tensor:
+        """``score(image rows [p], text rows [p]) -> [p]`` over ``pairs [P, 2]``, chunks bounded in memory."""
+        chunks = pair_chunks(pairs, bytes_per_pair, self.options.match_memory_mb)
+        parts = [score(chunk[:, 0], chunk[:, 1]).float() for chunk in chunks if len(chunk)]
+        return torch.cat(parts) if parts else pairs.new_zeros(0, dtype=torch.float32)
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        raise NotImplementedError
+
+    def encode_texts(self, texts: list[str]) -> TextFeatures:
+        raise NotImplementedError
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """``section`` as plain containers, which a checkpoint may hold."""
+    if OmegaConf.is_config(section):
+        return OmegaConf.to_container(section, resolve=True)
+    return {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in section.items()}
+
+
+def _one_line(error: Exception) -> str:
+    """An error's first two lines as one: torch puts what is wrong below a heading."""
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]!r}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

@@ -1,0 +1,125 @@
+"""A training batch as retrieval losses read it: every distinct picture and caption once, and who belongs to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.distillation.candidates import BatchContext
+from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.views import MAIN_VIEW, view_of
+
+
+@dataclass
+class BatchFeatures:
+    """A training batch, every distinct picture and caption encoded once.
+
+    ``image_ids [I]`` and ``text_image_ids [T]`` int64: the picture each row is of. ``match_pairs [Q, 2]``: the
+    (image row, text row) of each sample. ``extra_texts [Q, C]``: rows of captions drawn from the data set, or None.
+    """
+
+    images: ImageFeatures
+    texts: TextFeatures
+    image_ids: Tensor
+    text_image_ids: Tensor
+    match_pairs: Tensor
+    extra_texts: Tensor | None = None
+
+    def context(self) -> BatchContext:
+        """The same without the features, as the candidate pools read it."""
+        return BatchContext(
+            image_ids=self.image_ids,
+            text_image_ids=self.text_image_ids,
+            match_pairs=self.match_pairs,
+            extra_texts=self.extra_texts,
+        )
+
+
+def sample_features(matcher: Matcher, samples: Mapping[str, Any], view: str = MAIN_VIEW) -> BatchFeatures:
+    """Encode a training batch: each picture (by ``image_id``) and each caption (by text and picture) once.
+
+    The rows follow from the main view alone, so they are the same for every matcher of a batch.
+
+    Args:
+        matcher: whose encoders to run, when the samples do not carry features already.
+        samples: as LAVIS's ``RetrievalDataset`` collates them; ``candidate_text`` (B*C captions) and
+            ``candidate_image_id [B, C]`` add captions drawn from the data set.
+        view: which view of the pictures and captions the matcher reads, where there are several.
+
+    Raises:
+        UserError: the samples carry features for other encoders than this view's.
+    """
+    image_id = torch.as_tensor(samples["image_id"]).cpu().tolist()
+    owners = list(image_id)
+    if drawn := bool(samples.get("candidate_text")):
+        owners += torch.as_tensor(samples["candidate_image_id"]).flatten().tolist()
+    image_first, image_rows = _distinct(image_id)
+    text_first, text_rows = _distinct(list(zip(_texts(view_of(samples)), owners, strict=True)))
+    own = view_of(samples, view)
+    if view != MAIN_VIEW and own.get("text_features") is not None:
+        raise UserError("run.cache_features: the kept features serve the student's encoders; set it to off")
+    image_features = _encoded_images(matcher, own["image"], image_first)
+    text_features = _encoded_texts(matcher, own, text_first)
+    device, size = image_features.device, len(image_id)
+    rows = torch.tensor(text_rows, device=device)
+    return BatchFeatures(
+        images=image_features,
+        texts=text_features,
+        image_ids=torch.tensor([image_id[i] for i in image_first], device=device),
+        text_image_ids=torch.tensor([owners[i] for i in text_first], device=device),
+        match_pairs=torch.stack([torch.tensor(image_rows, device=device), rows[:size]], dim=1),
+        extra_texts=rows[size:].view(size, -1) if drawn else None,
+    )
+
+
+def _texts(samples: Mapping[str, Any]) -> list[str]:
+    return [*samples["text_input"], *(samples.get("candidate_text") or ())]
+
+
+def _encoded_images(matcher: Matcher, images: Any, first: list[int]) -> ImageFeatures:
+    return images[first] if isinstance(images, ImageFeatures) else matcher.encode_images(images[first])
+
+
+def _encoded_texts(matcher: Matcher, samples: Mapping[str, Any], first: list[int]) -> TextFeatures:
+    cached = samples.get("text_features")
+    if cached is not None:
+        return cached[first].trimmed()
+    texts = _texts(samples)
+    wanted = [texts[i] for i in first]
+    string_first, string_rows = _distinct(wanted)
+    return matcher.encode_texts([wanted[i] for i in string_first])[string_rows]
+
+
+def _distinct(items: list[Any]) -> tuple[list[int], list[int]]:
+    """Positions of first occurrences, and for every item the row of its first occurrence."""
+    row_of: dict[Any, int] = {}
+    first: list[int] = []
+    rows = []
+    for position, item in enumerate(items):
+        if item not in row_of:
+            row_of[item] = len(first)
+            first.append(position)
+        rows.append(row_of[item])
+    return first, rows
+
+
+def info_nce(logits: Tensor, batch: BatchFeatures) -> Tensor:
+    """Symmetric InfoNCE on ``logits [I, T]`` over the batch's samples; other captions of a picture are left out."""
+    image, text = batch.match_pairs.unbind(dim=1)
+    same = batch.image_ids[:, None] == batch.text_image_ids[None, :]
+
+    def one_way(rows: Tensor, same_rows: Tensor, target: Tensor) -> Tensor:
+        others = same_rows.clone()
+        others[torch.arange(len(target), device=target.device), target] = False
+        return nnf.cross_entropy(rows.masked_fill(others, torch.finfo(rows.dtype).min), target)
+
+    forward = one_way(logits[image], same[image], text)
+    backward = one_way(logits.T[text], same.T[text], image)
+    return (forward + backward) / 2

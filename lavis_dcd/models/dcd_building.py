@@ -1,0 +1,152 @@
+"""From the ``model:`` section of a distillation to its teachers and its student, and what cannot work as a pair."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.distillation.candidates import DIRECTIONS, PoolStrategy, build_pool
+from lavis_dcd.distillation.objective import config_faults
+from lavis_dcd.distillation.selection import SELECTION_STRATEGIES
+from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.models.building import build_matcher
+from lavis_dcd.models.dcd_config import CandidatesConfig, DcdConfig
+from lavis_dcd.models.dcd_teachers import Teachers
+
+log = logging.getLogger(__name__)
+
+# keys of a teacher's or student's section that are not its model's
+_OURS = ("preprocess", "weight", "init_from_teacher")
+
+
+def build_teachers(config: DcdConfig) -> Teachers:
+    """All teachers of a job.
+
+    Raises:
+        UserError: neither or both of ``teacher`` and ``teachers``; a section that does not fit its model.
+    """
+    if bool(config.teacher) == bool(config.teachers):
+        raise UserError("model: give either teacher: (one section) or teachers: (a list of sections)")
+    sections = config.teacher_sections
+    matchers = [build_matcher(model_section(section), path) for path, section in sections]
+    return Teachers(matchers, [float(section.get("weight", 1.0)) for _, section in sections])
+
+
+def build_student(config: DcdConfig, teacher: Matcher) -> Matcher:
+    """The student, started from the (first) teacher where ``init_from_teacher`` says so.
+
+    Raises:
+        UserError: a student that cannot start from this teacher, or share its encoders as the job demands.
+    """
+    start = config.student.get("init_from_teacher")
+    section = model_section(config.student)
+    if start is None:
+        student = build_matcher(section, "model.student")
+        if config.share_encoders and not student.shares_encoders_with(teacher):
+            raise UserError(
+                "model.share_encoders: true, but the student has encoders of its own; let it start from the teacher "
+                "(student.init_from_teacher) or leave share_encoders out"
+            )
+        return student
+    share = config.share_encoders is not False
+    if start.get("towers"):
+        return _on_towers(teacher, section, share)
+    if not start.get("layers"):
+        raise UserError("model.student.init_from_teacher: say layers: [..] (of its fusion) or towers: true")
+    layers = list(start["layers"])
+    student = build_matcher(_thinned_section(teacher, section, layers), "model.student")
+    if not hasattr(student, "init_from_teacher"):
+        raise UserError(f"model.student.init_from_teacher: {type(student).__name__} cannot start from a teacher's "
+                        "layers; leave it out, or use towers: true for a dual_encoder")  # fmt: skip
+    student.init_from_teacher(teacher, layers, share_encoders=share)
+    return student
+
+
+def model_section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A teacher's or student's section without the keys that are the distiller's."""
+    return {key: value for key, value in section.items() if key not in _OURS}
+
+
+def _thinned_section(teacher: Matcher, section: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    """The student's section; what it leaves out is the teacher's, its fusion as deep as ``layers``."""
+    if not hasattr(teacher, "init_from_teacher"):
+        raise UserError(f"model.student.init_from_teacher: {type(teacher).__name__} cannot be thinned")
+    saved = teacher.checkpoint()
+    base = {**saved["config"], "arch": saved["arch"], "model_type": None, "load_finetuned": False}
+    own = OmegaConf.merge(base, section, {"fusion": {"layers": len(layers)}, "finetuned": None, "pretrained": None})
+    log.info("student: fusion layers %s of the teacher's", layers)
+    return OmegaConf.to_container(own)
+
+
+def _on_towers(teacher: Matcher, section: dict[str, Any], share: bool) -> Matcher:
+    """A student on the teacher's uni-modal towers, whose sizes its section takes over."""
+    if not (hasattr(teacher, "vision_tower") and hasattr(teacher, "text_tower")):
+        raise UserError(
+            f"model.student.init_from_teacher.towers: {type(teacher).__name__} has no towers that a student could "
+            "take over; name the student's own vision and text, with weights"
+        )
+    saved = teacher.checkpoint()["config"]
+    sizes = {part: {**saved[part], "load_weights": False} if part == "text" else {**saved[part], "weights": None}
+             for part in ("vision", "text")}  # fmt: skip
+    merged = OmegaConf.to_container(OmegaConf.merge(sizes, section))
+    student = build_matcher(merged, "model.student")
+    if not hasattr(student, "adopt_towers"):
+        raise UserError(f"model.student.init_from_teacher.towers: {type(student).__name__} has no towers to start; "
+                        "use it with a dual_encoder")  # fmt: skip
+    student.adopt_towers(teacher, share=share)
+    return student
+
+
+def check_student(student: nn.Module) -> None:
+    """Raises a ``UserError`` where nothing would learn."""
+    if not any(p.requires_grad for p in student.parameters()):
+        raise UserError("model.student: no parameter would learn; unfreeze a tower or keep a fusion of its own")
+
+
+def method_faults(config: DcdConfig) -> list[str]:
+    """What is wrong with the method's settings, one line per fault."""
+    faults = [f"model.loss.{line}" if not line.startswith("model.") else line for line in config_faults(config.loss)]
+    how = config.selection
+    if how.hard_negatives is not None and how.hard_negatives < 1:
+        faults.append(f"model.selection.hard_negatives: {how.hard_negatives}, at least 1 is needed (null keeps all)")
+    if how.strategy not in SELECTION_STRATEGIES:
+        known = ", ".join(sorted(SELECTION_STRATEGIES))
+        faults.append(f"model.selection.strategy: {how.strategy!r} is none of {known}")
+    budget = config.candidates.teacher_budget
+    if budget is not None and budget < 2:
+        faults.append(f"model.candidates.teacher_budget: {budget}, at least 2 pairs per query are needed (null: all)")
+    if config.loss.reference == "release" and (how.hard_negatives is None or budget is not None):
+        faults.append("model.loss.reference: release knows no selection.hard_negatives: null and no teacher_budget")
+    try:
+        build_pools(config.candidates)
+    except UserError as error:
+        faults += error.faults
+    return faults
+
+
+def build_pools(config: CandidatesConfig) -> list[PoolStrategy]:
+    """The pool of each direction that is trained.
+
+    Raises:
+        UserError: no direction, an unknown source, a ``count`` that does not belong to it.
+    """
+    sections = {d: getattr(config, d) for d in DIRECTIONS if getattr(config, d) is not None}
+    if not sections:
+        raise UserError("model.candidates: both directions are null, nothing would be distilled")
+    pools, faults = [], []
+    for direction, section in sections.items():
+        try:
+            pools.append(build_pool(section.source, direction))
+        except ValueError as error:
+            faults.append(f"model.candidates.{direction}.source: {error}")
+        if (section.source == "random") != bool(section.count):
+            faults.append(f"model.candidates.{direction}.count: {section.count}; the source random needs the number of "
+                          "captions to draw per picture, and no other source takes one")  # fmt: skip
+    if faults:
+        raise UserError(faults)
+    return pools
