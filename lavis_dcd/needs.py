@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,13 @@ from lavis_dcd.common import assets
 from lavis_dcd.common.download import cached_path, fetch, is_url, unreachable
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
+from lavis_dcd.matching.adapters.registry import adapter_for
+from lavis_dcd.matching.adapters.vocabulary import HUB_NAME
 from lavis_dcd.validation import inner_models
+
+# LAVIS's code has these addresses inside the functions that build the towers
+_BLIP2 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
+_BLIP2_TOWERS = {"eva_clip_g": f"{_BLIP2}/eva_vit_g.pth", "clip_L": f"{_BLIP2}/clip_vit_L.pth"}
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,46 @@ def _model_needs(section: DictConfig, path: str) -> Iterator[Need]:
     finetuned = section.get("load_finetuned", True) and section.get("finetuned")
     key = "finetuned" if finetuned else "pretrained"
     if source := section.get(key):
-        yield _weights(model, f"{path}.{key}", str(source), section.get("checkpoint_sha256"))
+        tagged = _tagged_weights(model, section, f"{path}.{key}") if key == "pretrained" else None
+        yield tagged or _weights(model, f"{path}.{key}", str(source), section.get("checkpoint_sha256"))
+    if adapter_for(section.arch) is not None:
+        yield from _adapted_needs(model, section, path)
     for where, value in _named(section, ("weights",), path):
         yield _weights(model, where, value, None)
     for where, value in _named(section, ("text", "name"), path):
         yield _hub_or_local(where, value)
+
+
+def _tagged_weights(model: type, section: Mapping[str, Any], field: str) -> Need | None:
+    """LAVIS's CLIP names published weights by a tag and keeps them in a folder of its own; None for other models."""
+    if not model.__module__.startswith("lavis.models.clip_models"):
+        return None
+    from lavis.models.clip_models.pretrained import download_pretrained, get_pretrained_url
+
+    name = str(section.get("model_type")).replace("/", "-")
+    url = get_pretrained_url(name, str(section["pretrained"]))
+    if not url:
+        return None
+    folder = Path(inspect.signature(download_pretrained).parameters["root"].default)
+    parts = url.split("/")
+    # its first publisher puts the file's checksum into the address
+    return Need(field, folder / parts[-1], url, sha256=parts[-2] if "openaipublic" in url else None)
+
+
+def _adapted_needs(model: type, section: Mapping[str, Any], path: str) -> Iterator[Need]:
+    """What LAVIS's own models read beside their weights: BERT's vocabulary and configuration, BLIP-2's vision tower."""
+    if tokenizer := section.get("tokenizer"):
+        yield _local(f"{path}.tokenizer", str(tokenizer), "name a local folder with a vocab.txt")
+    elif hasattr(model, "init_tokenizer"):
+        yield _hub_or_local(f"{path}.tokenizer", HUB_NAME)
+    config = section.get("med_config_path")
+    # a relative path starts at LAVIS's own folder
+    if config and Path(str(config)).is_absolute():
+        yield _local(f"{path}.med_config_path", str(config), "name a file that does, or leave it out")
+    if hasattr(model, "init_Qformer") and not section.get("sizes"):
+        tower = _BLIP2_TOWERS.get(str(section.get("vit_model", "eva_clip_g")))
+        if tower:
+            yield Need(f"{path}.vit_model", _lavis_cached(tower), tower)
 
 
 def _weights(model: type, field: str, source: str, sha256: str | None) -> Need:

@@ -18,9 +18,16 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "lavis.plugins"
 
 _MODULES = (
+    "lavis_dcd.matching.adapters.albef",
+    "lavis_dcd.matching.adapters.blip",
+    "lavis_dcd.matching.adapters.blip2",
+    "lavis_dcd.matching.adapters.clip",
+    "lavis_dcd.models.dual_encoder",
     "lavis_dcd.models.meter",
+    "lavis_dcd.models.vilt",
     "lavis_dcd.models.dcd",
     "lavis_dcd.processors.images",
+    "lavis_dcd.processors.vilt_images",
     "lavis_dcd.processors.captions",
     "lavis_dcd.datasets.shape_scenes",
     "lavis_dcd.datasets.image_text_retrieval",

@@ -10,21 +10,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from lavis.common.registry import registry
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import unknown_key
 from lavis_dcd.config import model_defaults
+from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.runners.config import RunConfig
 
 _MODEL_KEYS = {"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"}
 _DATASET_KEYS = {"data_type", "data_dir", "type", "build_info", "vis_processor", "text_processor"}
 _SPLITS = {"train", "val", "test"}
+_KINDS = ("vis_processor", "text_processor")
+# keys of a teacher's or student's section that the distiller reads, not its model
+_OF_DISTILLER = {
+    "teacher": ("preprocess",),
+    "teachers": ("preprocess", "weight"),
+    "student": ("preprocess", "init_from_teacher"),
+}
 
 
 @dataclass
 class _Succession:
-    layers: list[int]
+    layers: list[int] | None = None
+    towers: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers and not self.towers:
+            raise ValueError("give layers: [...] (of the teacher's fusion) or towers: true")
+
+
+@dataclass
+class _Weight:
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"weight: {self.weight} is negative")
 
 
 def job_faults(config: DictConfig) -> list[str]:
@@ -60,33 +82,99 @@ def model_faults(section: DictConfig, path: str) -> list[str]:
     types = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
     if kind is not None and kind not in types:
         return [unknown_name(f"{path}.model_type", kind, types)]
+    adapter = adapter_for(arch)
+    options = adapter.option_names() if adapter else set()
     if hasattr(model, "config_schema"):
         found = schema_faults(model.config_schema(), section, path)
     else:
         found = _by_example(section, model_defaults(section).get("model", {}), path,
-                            _MODEL_KEYS | (_keys_read_by(model.from_config) or set(section)))  # fmt: skip
+                            _MODEL_KEYS | options | (_keys_read_by(model.from_config) or set(section)))  # fmt: skip
+    if adapter:
+        own = {key: value for key, value in section.items() if key in options}
+        found += schema_faults(adapter.options_class, OmegaConf.create(own), path)
     if hasattr(model, "config_faults") and not found:
         found += model.config_faults(section, path)
+    return found + _inner_faults(section, path)
+
+
+def _inner_faults(section: DictConfig, path: str) -> list[str]:
+    """Faults of a distiller's teachers and student; none in sections of other models."""
+    fields = getattr(section_schema(section), "__dataclass_fields__", {})
+    found: list[str] = []
+    if {"teacher", "teachers"} <= set(fields) and bool(section.get("teacher")) == bool(section.get("teachers")):
+        found.append(f"{path}.teachers: give either teacher: or teachers:")
     for name, inner in inner_models(section).items():
-        found += model_faults(inner, f"{path}.{name}")
-    if isinstance((student := section.get("student")), Mapping) and "init_from_teacher" in student:
-        found += schema_faults(_Succession, student["init_from_teacher"], f"{path}.student.init_from_teacher")
+        where, role = f"{path}.{name}", name.partition(".")[0]
+        if found and role == "student" and inner.get("arch") is None:
+            continue  # it would be the teacher's
+        of_model = model_faults(inner, where)
+        found += of_model
+        if role != "student" and not of_model and _names_no_weights(inner):
+            found.append(
+                f"{where}: names no weights (finetuned or pretrained): a teacher with random weights teaches noise; "
+                f"name a checkpoint ({where}.finetuned=FILE, with load_finetuned: true)"
+            )
+        given = OmegaConf.select(section, name)
+        found += _preprocess_faults(given.get("preprocess"), f"{where}.preprocess")
+        if role == "teachers" and "weight" in given:
+            found += schema_faults(_Weight, {"weight": given.weight}, where)
+        if "init_from_teacher" in given and role == "student":
+            found += schema_faults(_Succession, given.init_from_teacher, f"{where}.init_from_teacher")
     return found
 
 
-def inner_models(section: DictConfig) -> dict[str, DictConfig]:
-    """The `teacher` and `student` of a distiller's section, each over its own defaults.
+def _preprocess_faults(section: Any, path: str) -> list[str]:
+    found = _processors_faults(section, path)
+    if found or section is None:
+        return found
+    # without it, evaluation would read through the data set's own, perhaps of another size
+    return [f"{path}.{kind}: has no eval, through which evaluation reads"
+            for kind, stages in section.items() if stages and stages.get("eval") is None]  # fmt: skip
 
-    A student that is thinned from its teacher takes the teacher's `arch`.
+
+def section_schema(section: Mapping[str, Any]) -> type | None:
+    """The dataclass that a model section must fit; None where its arch has none."""
+    model = registry.get_model_class(section.get("arch"))
+    return model.config_schema() if hasattr(model, "config_schema") else None
+
+
+def _names_no_weights(section: DictConfig) -> bool:
+    """Whether the arch takes its weights by ``finetuned`` or ``pretrained`` and the section, over its defaults, names
+    none."""
+    model = registry.get_model_class(section.arch)
+    schema = section_schema(section)
+    if schema is not None:
+        known = set(schema.__dataclass_fields__)
+    else:
+        kinds = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
+        files = [OmegaConf.load(model.default_config_path(kind)) for kind in kinds]
+        known = {*section, *(key for file in files for key in file.get("model", {}))}
+    if not known & {"finetuned", "pretrained"}:
+        return False
+    return not ((section.get("load_finetuned", True) and section.get("finetuned")) or section.get("pretrained"))
+
+
+def inner_models(section: DictConfig) -> dict[str, DictConfig]:
+    """The models inside a distiller's section, each over its own defaults: "teacher", or "teachers.0" and so on, and
+    "student".
+
+    What the distiller itself reads of their sections (``preprocess``, ``weight``, ``init_from_teacher``) is left out.
+    A student that is thinned from its teacher takes the (first) teacher's `arch`.
     """
+    several = section.get("teachers")
+    several = several if isinstance(several, ListConfig) else []
+    given = {"teacher": section.get("teacher"), **{f"teachers.{i}": part for i, part in enumerate(several)}}
+    given = {name: part for name, part in given.items() if isinstance(part, DictConfig) and part}
+    first = next(iter(given.values()), {})
+    student = section.get("student")
+    if isinstance(student, DictConfig):
+        given["student"] = student
     found: dict[str, DictConfig] = {}
-    for name in ("teacher", "student"):
-        inner = section.get(name)
-        if not isinstance(inner, DictConfig):
-            continue
-        plain = OmegaConf.masked_copy(inner, [key for key in inner if key != "init_from_teacher"])
-        if "init_from_teacher" in inner and "arch" not in plain:
-            plain = OmegaConf.merge({"arch": section.get("teacher", {}).get("arch")}, plain)
+    for name, inner in given.items():
+        ours = _OF_DISTILLER[name.partition(".")[0]]
+        plain = OmegaConf.masked_copy(inner, [key for key in inner if key not in ours])
+        if name == "student" and "init_from_teacher" in inner and "arch" not in plain:
+            plain = OmegaConf.merge({"arch": first.get("arch")}, plain)
         found[name] = OmegaConf.merge(model_defaults(plain).get("model", {}), plain)
     return found
 
@@ -118,13 +206,26 @@ def _dataset_faults(builder: type, section: DictConfig, path: str) -> list[str]:
         found += builder.config_faults(section, path)
     else:
         found = _by_example(section, example, path, _DATASET_KEYS)
-    for kind in ("vis_processor", "text_processor"):
-        for stage, processor in (section.get(kind) or {}).items():
-            where = f"{path}.{kind}.{stage}"
+    return found + _processors_faults(OmegaConf.masked_copy(section, [key for key in _KINDS if key in section]), path)
+
+
+def _processors_faults(section: Any, path: str) -> list[str]:
+    """Faults of LAVIS's ``vis_processor: {train, eval}`` and ``text_processor: {train, eval}``."""
+    if section is None:
+        return []
+    if not isinstance(section, DictConfig):
+        return [f"{path}: {section!r} is not a section; expected keys {', '.join(_KINDS)}"]
+    found = [unknown_key(path, kind, _KINDS) for kind in section if kind not in _KINDS]
+    for kind in _KINDS:
+        stages = section.get(kind) or {}
+        if not isinstance(stages, DictConfig | dict):
+            found.append(f"{path}.{kind}: {stages!r} is not a section; expected keys train, eval")
+            continue
+        for stage, processor in stages.items():
             if stage not in ("train", "eval"):
                 found.append(unknown_key(f"{path}.{kind}", stage, ("train", "eval")))
             elif processor is not None:
-                found += _processor_faults(processor, where)
+                found += _processor_faults(processor, f"{path}.{kind}.{stage}")
     return found
 
 
@@ -161,7 +262,7 @@ def _by_example(section: Any, example: Any, path: str, more: Iterable[str] = ())
         where, model = f"{path}.{key}", example.get(key)
         if key not in legal:
             found.append(unknown_key(path, key, legal))
-        elif key in ("vis_processor", "text_processor"):
+        elif key in _KINDS:
             continue
         elif isinstance(model, DictConfig):
             if isinstance(value, DictConfig):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,6 +12,10 @@ from lavis_dcd import config as config_module
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.config import find_config, load_config, merge_defaults, parse_options, read_yaml
+from lavis_dcd.matching.adapters import registry as adapter_registry
+from lavis_dcd.matching.adapters.base import Adapter, AdapterOptions
+from lavis_dcd.needs import needs
+from lavis_dcd.validation import inner_models, model_faults
 
 SCENES = {
     "model": {
@@ -214,7 +220,7 @@ def test_offline_every_missing_file_is_named_with_its_source(job, cache, offline
     assert not cache.exists()
 
 
-PACKAGED = sorted(packaged_folder("projects").rglob("*.yaml"))
+PACKAGED = sorted((packaged_folder("projects") / "dcd").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
@@ -291,3 +297,200 @@ def test_bytes_that_are_no_text(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not readable as YAML"):
         read_yaml(path)
+
+
+# -- teachers, students and LAVIS's own models ---------------------------------------------------------------------
+
+ALBEF = {"arch": "albef_retrieval", "model_type": "coco"}
+METER = {"arch": "meter_retrieval", "model_type": "quickstart"}
+THINNED = {"init_from_teacher": {"layers": [0, 3, 5]}}
+
+
+@dataclass
+class Options(AdapterOptions):
+    """What the stub adapter below takes."""
+
+    depth: int = 3
+
+
+@pytest.fixture
+def adapted(monkeypatch):
+    """`albef_retrieval`, `blip2` and `clip` have a stub adapter."""
+
+    class Stub(Adapter):
+        options_class = Options
+
+    for name in ("albef_retrieval", "blip2", "clip"):
+        monkeypatch.setitem(adapter_registry._ADAPTERS, name, Stub)
+
+
+def of_model(model) -> list[str]:
+    return model_faults(OmegaConf.create(model), "model")
+
+
+def distilled(teacher=METER, student=THINNED, **more):
+    return {"arch": "dcd", "model_type": "default", "teacher": teacher, "student": student, **more}
+
+
+def test_a_sound_distillation_has_no_faults():
+    assert of_model(distilled()) == []
+    assert of_model(distilled(teacher={}, teachers=[METER, {**METER, "weight": 0.5}])) == []
+
+
+def test_either_one_teacher_or_several():
+    line = "model.teachers: give either teacher: or teachers:"
+    assert of_model(distilled(teachers=[METER])) == [line]
+    assert of_model({"arch": "dcd", "model_type": "default", "student": METER}) == [line]
+    assert of_model(distilled(teacher={}, teachers=[])) == [line]
+
+
+def test_each_of_several_teachers_is_checked_at_its_place():
+    second = {**METER, "weight": -1.0, "fusoin": 3}
+    found = of_model(distilled(teacher={}, teachers=[{**METER, "weight": "much"}, second]))
+    assert one(found, "model.teachers.0.weight") == "model.teachers.0.weight: 'much' (text) is not a number"
+    assert "did you mean fusion" in one(found, "model.teachers.1.fusoin: unknown key")
+    assert one(found, "model.teachers.1: ") == "model.teachers.1: weight: -1.0 is negative"
+    assert len(found) == 3
+    assert one(of_model(distilled(teacher={**METER, "weight": 1.0})), "model.teacher.weight: unknown key")
+
+
+def test_the_models_inside_a_distiller():
+    section = distilled(teacher={}, teachers=[{**METER, "weight": 0.5, "preprocess": {}}, ALBEF])
+    found = inner_models(OmegaConf.create(section))
+    assert list(found) == ["teachers.0", "teachers.1", "student"]
+    assert "weight" not in found["teachers.0"] and "preprocess" not in found["teachers.0"]
+    assert found["teachers.0"].fusion.layers == 6 and found["teachers.1"].embed_dim == 256
+    assert found["student"] == {"arch": "meter_retrieval"}
+
+
+NO_START = "model.student.init_from_teacher: give layers: [...] (of the teacher's fusion) or towers: true"
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ({"layers": [0, 3]}, []),
+        ({"towers": True}, []),
+        ({}, [NO_START]),
+        ({"layers": [], "towers": False}, [NO_START]),
+        ({"layers": 3}, ["model.student.init_from_teacher.layers: 3 (an integer) is not a list of (an integer)"]),
+        ({"towers": "vision"}, ["model.student.init_from_teacher.towers: 'vision' (text) is not true or false"]),
+    ],
+)
+def test_how_a_student_starts_from_its_teacher(start, expected):
+    assert of_model(distilled(student={"init_from_teacher": start})) == expected
+
+
+@pytest.mark.parametrize("more", [{"load_finetuned": False}, {"finetuned": None}, {"finetuned": ""}])
+def test_a_teacher_without_weights_is_refused(more):
+    expected = (
+        "model.teacher: names no weights (finetuned or pretrained): a teacher with random weights teaches noise; "
+        "name a checkpoint (model.teacher.finetuned=FILE, with load_finetuned: true)"
+    )
+    assert of_model(distilled(teacher={**METER, **more})) == [expected]
+    assert of_model(distilled(teacher={**METER, **more, "pretrained": "weights.pth"})) == []
+    assert of_model({**METER, **more}) == []  # a model that is trained may start at random
+    found = of_model(distilled(teacher={}, teachers=[METER, {**METER, **more}]))
+    assert found == [expected.replace("model.teacher", "model.teachers.1")]
+
+
+def test_lavis_own_teachers_need_weights_too(adapted):
+    student = {"arch": "meter_retrieval", "model_type": "student_coco"}
+    assert of_model(distilled(ALBEF, student)) == []
+    for bare in ({"arch": "albef_retrieval", "depth": 2}, {**ALBEF, "load_finetuned": False, "pretrained": None}):
+        assert one(of_model(distilled(bare, student)), "model.teacher: names no weights")
+    clip = {"arch": "clip", "model_type": "ViT-B-16"}
+    assert of_model(distilled(clip, student)) == []
+    assert one(of_model(distilled({**clip, "pretrained": ""}, student)), "model.teacher: names no weights")
+
+
+def test_models_that_load_no_weights_by_name_need_none(monkeypatch):
+    from lavis.common.registry import registry
+
+    class Made:
+        @classmethod
+        def from_config(cls, cfg):
+            return cfg.get("width")
+
+    monkeypatch.setitem(registry.mapping["model_name_mapping"], "made_up", Made)
+    student = {"arch": "meter_retrieval", "model_type": "student_coco"}
+    assert of_model(distilled({"arch": "made_up", "width": 3}, student)) == []
+
+
+def test_the_keys_of_an_adapter_are_legal_and_typed(adapted):
+    assert of_model({**ALBEF, "depth": 2, "freeze": ["visual_encoder"], "tokenizer": "folder"}) == []
+    found = of_model({**ALBEF, "depth": "deep", "dpeth": 1, "freeze": "all", "alpa": 0.4})
+    assert one(found, "model.depth") == "model.depth: 'deep' (text) is not an integer"
+    assert one(found, "model.freeze").startswith("model.freeze: 'all' (text) is not a list")
+    assert "did you mean depth" in one(found, "model.dpeth: unknown key")
+    assert "did you mean alpha" in one(found, "model.alpa: unknown key")
+
+
+def test_inputs_of_ones_own_are_checked_in_teacher_and_student(adapted):
+    image = {"name": "dcd_image_eval", "image_size": 64}
+    good = {"vis_processor": {"eval": image}, "text_processor": None}
+    assert of_model(distilled({**METER, "preprocess": good}, {**THINNED, "preprocess": good})) == []
+    assert of_model(distilled(teacher={}, teachers=[{**ALBEF, "preprocess": good}])) == []
+    bad = {"vis_procesor": {}, "vis_processor": {"eval": {**image, "image_siez": 3}, "evla": image},
+           "text_processor": {"train": {"name": "dcd_captoin"}}}  # fmt: skip
+    found = of_model(distilled({**METER, "preprocess": bad}))
+    assert "did you mean vis_processor" in one(found, "model.teacher.preprocess.vis_procesor: unknown key")
+    assert "legal keys: eval, train" in one(found, "model.teacher.preprocess.vis_processor.evla: unknown key")
+    assert "did you mean image_size" in one(found, "model.teacher.preprocess.vis_processor.eval.image_siez")
+    assert "did you mean dcd_caption" in one(found, "model.teacher.preprocess.text_processor.train.name")
+    assert len(found) == 4
+    assert of_model(distilled({**METER, "preprocess": {"text_processor": {"train": {"name": "dcd_caption"}}}})) == [
+        "model.teacher.preprocess.text_processor: has no eval, through which evaluation reads"
+    ]
+    assert of_model(distilled({**METER, "preprocess": "clip"})) == [
+        "model.teacher.preprocess: 'clip' is not a section; expected keys vis_processor, text_processor"
+    ]
+    # a model trained by itself reads through the data set's processors
+    assert one(of_model({**ALBEF, "preprocess": good}), "model.preprocess: unknown key")
+    assert one(of_model({**METER, "preprocess": good}), "model.preprocess: unknown key")
+
+
+def found_needs(model) -> dict[str, Any]:
+    config = merge_defaults(OmegaConf.create({"model": model, "datasets": {}}))
+    config.datasets = {}
+    return {need.field: need for need in needs(config)}
+
+
+def test_what_an_adapted_model_reads(adapted, tmp_path, cache, offline, job):
+    found = found_needs(ALBEF)
+    assert list(found) == ["model.finetuned", "model.tokenizer"]
+    weights = found["model.finetuned"]
+    assert weights.url.endswith("/albef_coco_retrieval_lavis.pt")
+    assert weights.target.name == "albef_coco_retrieval_lavis.pt" and "hub" in str(weights.target)
+    assert found["model.tokenizer"].hub == "bert-base-uncased"
+    line = one(faults_of(job({**SCENES, "model": ALBEF})), "model.tokenizer: bert-base-uncased is not in the hub's")
+    assert line.endswith("set model.tokenizer to a local folder, or run again with a network")
+    own = {**ALBEF, "tokenizer": str(tmp_path), "med_config_path": str(tmp_path / "med.json"), "finetuned": "own.pth"}
+    found = found_needs(own)
+    assert {field: need.missing() for field, need in found.items()} == {
+        "model.finetuned": True, "model.tokenizer": False, "model.med_config_path": True
+    }  # fmt: skip
+    assert not any(need.url or need.hub for need in found.values())
+
+
+def test_what_a_plain_clip_reads(adapted):
+    found = found_needs({"arch": "clip", "model_type": "ViT-B-16"})["model.pretrained"]
+    assert found.url.endswith("/ViT-B-16.pt") and found.sha256 == found.url.split("/")[-2] and len(found.sha256) == 64
+    assert found.target == Path("~/.cache/clip/ViT-B-16.pt").expanduser()
+    found = found_needs({"arch": "clip", "model_type": "ViT-B-16", "pretrained": "weights/own.pt"})
+    assert {field: (need.target, need.url) for field, need in found.items()} == {
+        "model.pretrained": (Path("weights/own.pt"), None)
+    }
+
+
+def test_the_towers_that_blip2_brings(adapted):
+    found = found_needs({"arch": "blip2", "model_type": "pretrain"})
+    assert list(found) == ["model.pretrained", "model.tokenizer", "model.vit_model"]
+    assert found["model.vit_model"].url.endswith("/eva_vit_g.pth")
+    assert "model.vit_model" not in found_needs({"arch": "blip2", "model_type": "pretrain", "sizes": {"depth": 1}})
+
+
+def test_the_files_of_several_teachers(adapted):
+    found = found_needs(distilled(teacher={}, teachers=[ALBEF, {"arch": "clip", "model_type": "RN50"}], student=METER))
+    assert {"model.teachers.0.finetuned", "model.teachers.0.tokenizer", "model.teachers.1.pretrained",
+            "model.student.finetuned"} <= set(found)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from lavis_dcd.datasets.banked import leaf_sets
 class RandomCaptions(Dataset):
     """A training set whose samples carry ``count`` captions of other pictures.
 
-    Adds ``candidate_text`` (list of ``count`` strings, through the set's text processor) and ``candidate_image_id``
-    (int64 ``[count]``). The draw is without replacement and depends on (seed, epoch, index) alone, so any number
-    of loader workers gives the same.
+    Adds ``candidate_text`` (list of ``count`` strings, through the set's text processor; a mapping from view to such
+    lists where that makes several, see ``datasets.views``) and ``candidate_image_id`` (int64 ``[count]``). The draw is
+    without replacement and depends on (seed, epoch, index) alone, so any number of loader workers gives the same.
 
     Args:
         dataset: a LAVIS ``RetrievalDataset`` or a concatenation of some.
@@ -54,7 +55,7 @@ class RandomCaptions(Dataset):
         texts = [leaf.text_processor(row["caption"]) for leaf, row in (self._rows[i] for i in rows)]
         return {
             **self.dataset[index],
-            "candidate_text": texts,
+            "candidate_text": _by_view(texts),
             "candidate_image_id": torch.from_numpy(self._ids[rows]),
         }
 
@@ -69,11 +70,25 @@ class RandomCaptions(Dataset):
         return drawn[: self.count]
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The set's own batch, with ``candidate_text`` a flat row-major list of B * count strings and
-        ``candidate_image_id`` int64 ``[B, count]``."""
+        """The set's own batch, with ``candidate_text`` a flat row-major list of B * count strings (per view, where
+        there are several) and ``candidate_image_id`` int64 ``[B, count]``."""
         drawn = ("candidate_text", "candidate_image_id")
         collate = getattr(self.dataset, "collater", default_collate)
         batch = collate([{k: v for k, v in s.items() if k not in drawn} for s in samples])
-        batch["candidate_text"] = [text for s in samples for text in s["candidate_text"]]
+        texts = _by_view([s["candidate_text"] for s in samples])
+        batch["candidate_text"] = (
+            {view: _flat(rows) for view, rows in texts.items()} if isinstance(texts, Mapping) else _flat(texts)
+        )
         batch["candidate_image_id"] = torch.stack([s["candidate_image_id"] for s in samples])
         return batch
+
+
+def _by_view(texts: list[Any]) -> Any:
+    """A list of values as it is; of mappings, the mapping of lists."""
+    if not texts or not isinstance(texts[0], Mapping):
+        return texts
+    return {view: [text[view] for text in texts] for view in texts[0]}
+
+
+def _flat(rows: list[list[str]]) -> list[str]:
+    return [text for row in rows for text in row]

@@ -14,6 +14,7 @@ from lavis_dcd.distillation.ensemble import combine
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.views import has_view
 from lavis_dcd.models.batch import BatchFeatures, sample_features
 
 Match = Callable[[ImageFeatures, TextFeatures, Tensor], Tensor]
@@ -43,7 +44,7 @@ class Teachers:
     @property
     def family(self) -> str:
         """ "dual" where all are dual encoders."""
-        return "dual" if all(m.family == "dual" for m in self.matchers) else "fusion"
+        return self._ensemble.family
 
     def named(self) -> dict[str, Matcher]:
         """By the name of the view that each reads."""
@@ -89,13 +90,15 @@ class Teachers:
             everything: score invalid entries too.
         """
         tables = [(p.image_rows, p.text_rows, p.valid | everything) for p in pools]
-        features: list[tuple[Matcher, BatchFeatures]] = [(seen_by, seen)]
+        # features of a view of one's own serve nobody else, whoever shares the encoders
+        common: list[tuple[Matcher, BatchFeatures]] = [(seen_by, seen)]
         of_teachers = []
         for view, matcher in self.named().items():
-            batch = next((found for other, found in features if matcher.shares_encoders_with(other)), None)
+            own = has_view(samples, view)
+            batch = next((found for other, found in common if not own and matcher.shares_encoders_with(other)), None)
             if batch is None:
                 batch = sample_features(matcher, samples, view)
-                features.append((matcher, batch))
+                common += [] if own else [(matcher, batch)]
             of_teachers.append(score_tables(matcher, batch, tables))
         return [
             combine([tables_of[i] for tables_of in of_teachers], tables[i][2], self.weights)

@@ -25,6 +25,7 @@ from lavis_dcd.models.lavis_evaluation import LavisEvaluation
 from lavis_dcd.models.meter_config import MeterConfig
 from lavis_dcd.models.meter_fusion import JointHead, Pooler, additive_mask, fusion_layers, start_from_text
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
+from lavis_dcd.models.tower_signature import towers_signature
 from lavis_dcd.models.towers import TextTower, build_vision_tower
 
 MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more captions
@@ -168,6 +169,9 @@ class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
 
     def encoder_modules(self) -> list[nn.Module]:
         return [self.vision_tower, self.text_tower]
+
+    def encoder_signature(self) -> str | None:
+        return towers_signature(self.vision_tower, self.text_tower)
 
     def train(self, mode: bool = True) -> MeterRetrieval:
         """Train mode, frozen towers excepted: dropout in a tower that does not learn is noise."""

@@ -20,19 +20,23 @@ class VisionConfig:
     width: int = 768
     layers: int = 11  # blocks that run: METER drops CLIP's last one, so 11 of ViT-B's 12
     heads: int | None = None  # None: one per 64 channels, as in CLIP
-    weights: str | None = None  # the tower's own weights (timm names), when no checkpoint of the whole model has them
+    # the tower's own weights, when no checkpoint of the whole model has them: a file in timm's names, for clip_vit one
+    # of a CLIP in transformers' names
+    weights: str | None = None
     grid: int | None = None  # timm maps only: average-pool the map to grid x grid tokens
     freeze: bool = False
 
 
 @dataclass
 class TextConfig:
-    """The text tower: RoBERTa or BERT of ``transformers``."""
+    """The text tower: an encoder of ``transformers``."""
 
-    family: str = "roberta"  # roberta | bert
+    # bert, roberta or another model type of transformers (distilbert, mpnet, ...); auto: as ``name``, or as
+    # ``config.model_type``, says
+    family: str = "roberta"
     name: str = "roberta-base"  # hub name or local folder: the tokenizer, and the weights when load_weights is set
     load_weights: bool = False  # start from the weights in ``name`` (a checkpoint of the whole model brings its own)
-    max_length: int = 40  # tokens, specials included; longer captions are cut
+    max_length: int = 40  # tokens, the two specials included; longer captions are cut
     config: dict[str, Any] = field(default_factory=dict)  # sizes in transformers' names; empty: read from ``name``
     freeze: bool = False
 

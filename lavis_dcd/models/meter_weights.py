@@ -5,25 +5,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lavis_dcd.common import assets
-from lavis_dcd.common.download import fetch
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import load_tensors
-from lavis_dcd.common.schema import parse
+from lavis_dcd.models import weights
 from lavis_dcd.models.meter_config import MeterConfig, TextConfig
+from lavis_dcd.models.weights import LoadReport, SavedWeights, fill, rank_head_from_matching, same_modules
+from lavis_dcd.models.weights import locate as locate
 
 # what inference never reads: CLIP's text half, RoBERTa's pooler, the pre-training heads
 _UNUSED = re.compile(
@@ -34,64 +29,14 @@ _FUSION = ("cross_modal_image_layers", "cross_modal_text_layers", "cross_modal_i
            "cross_modal_text_pooler", "rank_output")
 _POSITIONS = "vision_tower.vit.embeddings.position_embedding.weight"
 _ARCHITECTURE = ("vision", "text", "fusion", "joint_head", "fusion_score")
+# keys of those sections that shape no module
+_NO_MODULES = {"vision": ("freeze", "image_size"), "text": ("freeze", "name", "max_length"),
+               "fusion": ("dropout",), "joint_head": ("dropout", "temperature")}  # fmt: skip
 
 
-@dataclass
-class SavedWeights:
-    """A file's tensors and, for a file of ours, the configuration it was built from."""
-
-    tensors: dict[str, Tensor]
-    config: MeterConfig | None = None
-
-
-@dataclass
-class LoadReport:
-    """What a load did, by tensor name of the file (loaded, ignored) and of the model (missing)."""
-
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    adapted: list[str] = field(default_factory=list)
-
-    def log(self, path: Path) -> None:
-        logging.info(
-            "%s: %d tensors loaded, %d adapted, %d missing, %d ignored%s",
-            path, len(self.loaded), len(self.adapted), len(self.missing), len(self.ignored),
-            f" ({', '.join(sorted({k.split('.')[0] for k in self.ignored}))})" if self.ignored else "",
-        )  # fmt: skip
-
-
-def locate(source: str, sha256: str | None = None) -> Path:
-    """A local path for a file name, an ``asset:`` name or an address (fetched to the cache).
-
-    Raises:
-        UserError: no such file, or it cannot be fetched.
-    """
-    if re.match(r"https?://", source):
-        return Path(fetch(source, sha256=sha256))
-    path = Path(assets.resolve(source))
-    if not path.is_file():
-        raise UserError(f"checkpoint {source}: no such file")
-    return path
-
-
-def read(path: Path) -> SavedWeights:
-    """Tensors of a safetensors, ``.pth`` or Lightning ``.ckpt`` file, with our configuration when it has one.
-
-    Raises:
-        UserError: the file is no such file, or holds anything but tensors and plain containers.
-    """
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-        config = json.loads(metadata["config"]) if "config" in metadata else None
-        tensors = load_tensors(path)
-    else:
-        content = load_tensors(path)
-        config = content.get("config")
-        tensors = content.get("model", content.get("state_dict", content))
-    tensors = {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
-    return SavedWeights(tensors, parse(MeterConfig, config, str(path)) if config else None)
+def read(path: Path) -> SavedWeights[MeterConfig]:
+    """Tensors and, for a file of ours, configuration; raises as :func:`lavis_dcd.models.weights.read`."""
+    return weights.read(path, MeterConfig)
 
 
 def portable(config: MeterConfig) -> dict[str, Any]:
@@ -110,23 +55,13 @@ def built_from(saved: SavedWeights, own: MeterConfig) -> MeterConfig:
 
     In that case the file's modules, with ``own``'s training switches (loss, freezing, memory) and tokenizer.
     """
-    if saved.config is None or _skeleton(saved.config) == _skeleton(own):
+    if saved.config is None or same_modules(portable(saved.config), portable(own), _ARCHITECTURE, _NO_MODULES):
         return own
     merged = dataclasses.replace(own, **{k: copy.deepcopy(getattr(saved.config, k)) for k in _ARCHITECTURE})
     merged.vision.freeze, merged.text.freeze = own.vision.freeze, own.text.freeze
     if own.text.name != TextConfig().name:
         merged.text.name = own.text.name  # the file may name a folder of another machine
     return merged
-
-
-def _skeleton(config: MeterConfig) -> dict[str, Any]:
-    plain = {k: copy.deepcopy(portable(config)[k]) for k in _ARCHITECTURE}
-    for section, keys in {"vision": ["freeze", "image_size"], "text": ["freeze", "name", "max_length"],
-                          "fusion": ["dropout"], "joint_head": ["dropout", "temperature"]}.items():  # fmt: skip
-        for key in keys:
-            if plain[section]:
-                plain[section].pop(key)
-    return plain
 
 
 def to_own_names(tensors: Mapping[str, Tensor], part: str, fusion_depth: int) -> tuple[dict[str, Tensor], list[str]]:
@@ -155,10 +90,7 @@ def to_own_names(tensors: Mapping[str, Tensor], part: str, fusion_depth: int) ->
             named["text_tower.model." + target.removeprefix("text_transformer.")] = tensor
         else:
             named[target] = tensor
-    if "rank_output.weight" not in named and "itm_score.fc.weight" in tensors:
-        # a pre-trained file has no rank head; METER starts it from the "match" row of the matching head
-        named["rank_output.weight"] = tensors["itm_score.fc.weight"][1:]
-        named["rank_output.bias"] = tensors["itm_score.fc.bias"][1:]
+    rank_head_from_matching(named, tensors)
     return named, ignored
 
 
@@ -225,22 +157,7 @@ def load_into(model: nn.Module, saved: SavedWeights, path: Path) -> LoadReport:
     if _POSITIONS in named and _POSITIONS in own and named[_POSITIONS].shape != own[_POSITIONS].shape:
         named[_POSITIONS] = adapt_positions(named[_POSITIONS], len(own[_POSITIONS]))
         report.adapted.append(_POSITIONS)
-    report.ignored += [k for k in named if k not in own]
-    named = {k: v for k, v in named.items() if k in own}
-    wrong = [f"{path}: {k} is {tuple(v.shape)} there, {tuple(own[k].shape)} in the model; make the model's sizes fit"
-             for k, v in named.items() if v.shape != own[k].shape]  # fmt: skip
-    if wrong:
-        raise UserError(wrong[:10])
-    report.loaded = list(named)
-    report.missing = [k for k in own if k not in named and not k.endswith("position_ids")]
-    if report.missing:
-        raise UserError(
-            f"{path}: lacks {len(report.missing)} of the {len(own)} weights that inference reads, among them "
-            f"{', '.join(report.missing[:3])}; choose a retrieval checkpoint of these sizes"
-        )
-    on_meta = any(t.is_meta for t in own.values())
-    model.load_state_dict(named, strict=False, assign=on_meta)
-    return report
+    return fill(model, named, report, path)
 
 
 def succeed(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
@@ -249,23 +166,5 @@ def succeed(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
     Raises:
         UserError: another architecture, a layer that is not there, other sizes.
     """
-    if type(teacher) is not type(student):
-        raise UserError(
-            f"model.student.init_from_teacher: a {type(student).__name__} cannot start from a {type(teacher).__name__}"
-        )
-    depth = teacher.config.fusion.layers
-    if len(layers) != student.config.fusion.layers or any(not 0 <= i < depth for i in layers):
-        raise UserError(
-            f"model.student.init_from_teacher.layers: {layers} must name {student.config.fusion.layers} layers "
-            f"of the teacher's 0..{depth - 1}"
-        )
-    source = teacher.state_dict()
-    renamed: dict[str, Tensor] = {}
-    for name, own in student.state_dict().items():
-        match = re.match(r"(cross_modal_(?:image|text)_layers)\.(\d+)\.(.+)$", name)
-        donor = f"{match[1]}.{layers[int(match[2])]}.{match[3]}" if match else name
-        if donor not in source or source[donor].shape != own.shape:
-            raise UserError(f"model.student: {name} has no counterpart of its shape in the teacher; give both the "
-                            "same towers, fusion width and joint head")  # fmt: skip
-        renamed[name] = source[donor].detach().clone()
-    student.load_state_dict(renamed)
+    stacks = r"cross_modal_(?:image|text)_layers"
+    weights.succeed(student, teacher, layers, stacks, "towers, fusion width and joint head")

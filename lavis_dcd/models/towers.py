@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
-from transformers import BertConfig, BertModel, CLIPVisionConfig, RobertaConfig, RobertaModel
+from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.clip.modeling_clip import CLIPVisionTransformer
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import load_tensors
 from lavis_dcd.models.meter_config import TextConfig, VisionConfig
 
-_TEXT_FAMILIES = {"roberta": (RobertaConfig, RobertaModel), "bert": (BertConfig, BertModel)}
+_SPECIAL_TOKENS = 2  # around every caption: [CLS] and [SEP], or their like
 
 
 class ClipVisionTower(nn.Module):
@@ -46,6 +50,25 @@ class ClipVisionTower(nn.Module):
         self.width = config.width
         self.num_tokens = (config.image_size // config.patch_size) ** 2 + 1
         self.image_size = config.image_size
+        if config.weights:
+            self._load(Path(config.weights))
+
+    def _load(self, path: Path) -> None:
+        tensors = {k.rpartition("vision_model.")[2]: v for k, v in load_tensors(path).items()}
+        own = {k: v for k, v in self.vit.state_dict().items() if not k.endswith("position_ids")}
+        wrong = [k for k, v in own.items() if k not in tensors or tensors[k].shape != v.shape]
+        if wrong:
+            raise UserError(
+                f"model.vision.weights: {path} lacks {len(wrong)} of the tower's {len(own)} weights or has them in "
+                f"another size, first {wrong[0]}; give a CLIP of model.vision's sizes in transformers' names"
+            )
+        self.vit.load_state_dict({k: tensors[k] for k in own}, strict=False)
+
+    def settings(self) -> dict[str, Any]:
+        """What shapes the tokens beside the weights."""
+        config = self.vit.config
+        names = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
+        return {name: getattr(config, name) for name in names}
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, S, S]`` -> ``[B, 1 + (S / patch)^2, width]``."""
@@ -71,19 +94,29 @@ class TimmVisionTower(nn.Module):
         if name not in timm.list_models():
             raise UserError(f"model.vision.backbone: timm has no {name!r}; timm.list_models() lists what it has")
         self.backbone = timm.create_model(name, pretrained=False)
-        self.grid = config.grid
+        self.name, self.grid, self.image_size = name, config.grid, config.image_size
         if config.weights:
             self._load(Path(config.weights))
         else:
             logging.warning("vision backbone %s starts from random weights (model.vision.weights is not set)", name)
         if hasattr(self.backbone, "classifier") or hasattr(self.backbone, "fc") or hasattr(self.backbone, "head"):
             self.backbone.reset_classifier(0)
+        self.num_tokens, self.width = self._probe()
+
+    def _probe(self) -> tuple[int, int]:
+        """Tokens of a picture, and their channels."""
         was_training = self.backbone.training
         self.backbone.eval()
-        with torch.no_grad():
-            probe = self(torch.zeros(1, 3, config.image_size, config.image_size))
+        try:
+            with torch.no_grad():
+                tokens = self(torch.zeros(1, 3, self.image_size, self.image_size))
+        except (AssertionError, RuntimeError) as error:
+            raise UserError(
+                f"model.vision.image_size: timm's {self.name} does not take pictures of {self.image_size} pixels "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            ) from error
         self.backbone.train(was_training)
-        self.num_tokens, self.width = probe.shape[1:]
+        return tokens.shape[1], tokens.shape[2]
 
     def _load(self, path: Path) -> None:
         missing, unexpected = self.backbone.load_state_dict(load_tensors(path), strict=False)
@@ -94,9 +127,15 @@ class TimmVisionTower(nn.Module):
         if unexpected:
             logging.warning("%s: ignored %d tensors, first %s", path, len(unexpected), unexpected[0])
 
+    def settings(self) -> dict[str, Any]:
+        """What shapes the tokens beside the weights."""
+        return {"backbone": self.name, "grid": self.grid, "image_size": self.image_size}
+
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, S, S]`` -> ``[B, N, C]``."""
         features = self.backbone.forward_features(images)
+        if isinstance(features, tuple):  # distilled transformers: the class and the distillation token
+            return torch.stack(features, dim=1)
         if features.ndim == 4:
             if self.grid:
                 features = nnf.adaptive_avg_pool2d(features, self.grid)
@@ -105,18 +144,16 @@ class TimmVisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Tokens of a BERT or RoBERTa, and its tokenizer, which is read at the first text."""
+    """Tokens of a text encoder of ``transformers``, and its tokenizer, which is read at the first text."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        if config.family not in _TEXT_FAMILIES:
-            raise UserError(f"model.text.family: {config.family!r} is none of {sorted(_TEXT_FAMILIES)}")
-        config_class, model_class = _TEXT_FAMILIES[config.family]
-        if config.load_weights:
-            self.model = _hub(model_class, config.name, add_pooling_layer=False).float()
-        else:
-            sizes = config_class(**config.config) if config.config else _hub(config_class, config.name)
-            self.model = model_class(sizes, add_pooling_layer=False)
+        if config.max_length <= _SPECIAL_TOKENS:
+            raise UserError(
+                f"model.text.max_length: {config.max_length} cuts every caption to nothing but its {_SPECIAL_TOKENS} "
+                f"special tokens; give at least {_SPECIAL_TOKENS + 1}"
+            )
+        self.model = _text_encoder(config)
         self.width = self.model.config.hidden_size
         self.name, self.max_length, self.family = config.name, config.max_length, config.family
         self._tokenizer = None
@@ -135,7 +172,16 @@ class TextTower(nn.Module):
                     f"model.text.name: the tokenizer {self.name} has {len(self._tokenizer)} entries, the text tower "
                     f"only {self.model.config.vocab_size}: name the tokenizer that the weights were trained with"
                 )
+            if self._tokenizer.pad_token is None:
+                raise UserError(
+                    f"model.text.name: the tokenizer {self.name} has no padding token; name an encoder's, as BERT's"
+                )
         return self._tokenizer
+
+    def settings(self) -> dict[str, Any]:
+        """What shapes the tokens beside the weights and the tokenizer."""
+        config = encoder_arithmetic(self.model.config)
+        return {"model": type(self.model).__name__, "config": config, "max_length": self.max_length}
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """int64 ids ``[B, L]`` and bool mask ``[B, L]``, L the longest of the batch and at most ``max_length``."""
@@ -147,7 +193,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """int64 ids ``[B, L]``, bool mask ``[B, L]`` -> ``[B, L, width]``."""
-        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
@@ -161,6 +207,50 @@ def build_vision_tower(config: VisionConfig) -> nn.Module:
     if config.backbone.startswith("timm:"):
         return TimmVisionTower(config)
     raise UserError(f"model.vision.backbone: {config.backbone!r}; say clip_vit or timm:<name of a timm model>")
+
+
+def _text_encoder(config: TextConfig) -> PreTrainedModel:
+    """The encoder that ``config`` describes, without a pooler: nothing here runs it."""
+    sizes = _text_sizes(config)
+    if sizes.is_encoder_decoder or not hasattr(sizes, "hidden_size") or type(sizes) not in MODEL_MAPPING:
+        raise UserError(f"model.text: a {sizes.model_type} is no plain text encoder; choose one such as bert or mpnet")
+    model_class = MODEL_MAPPING[type(sizes)]
+    poolable = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    options = {"add_pooling_layer": False} if poolable else {}
+    return _hub(model_class, config.name, **options).float() if config.load_weights else model_class(sizes, **options)
+
+
+def encoder_arithmetic(config: PretrainedConfig) -> dict[str, Any]:
+    """The entries of a ``transformers`` configuration that can shape an encoder's tokens."""
+    general = set(PretrainedConfig().to_dict()) - {"pad_token_id", "model_type"}
+    inert = ("gradient_checkpointing", "use_cache", "initializer_range", "vocab_size")
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in general and name not in inert and "dropout" not in name
+    }
+
+
+def _text_sizes(config: TextConfig) -> PretrainedConfig:
+    family = config.family
+    if family != "auto" and family not in CONFIG_MAPPING:
+        raise UserError(
+            f"model.text.family: {family!r} is neither auto nor a model type of transformers "
+            "(bert, roberta, distilbert, mpnet, ...)"
+        )
+    if config.load_weights or not config.config:
+        sizes = _hub(AutoConfig, config.name)
+        if family not in ("auto", sizes.model_type):
+            raise UserError(f"model.text.family: {family}, but {config.name} holds a {sizes.model_type}; say auto")
+        return sizes
+    options = dict(config.config)
+    kind = options.pop("model_type", None) if family == "auto" else family
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"model.text.config.model_type: {kind!r}; with family: auto the sizes must name a model type of "
+            "transformers (bert, distilbert, mpnet, ...)"
+        )
+    return AutoConfig.for_model(kind, **options)
 
 
 def _load_tokenizer(name: str):
@@ -177,7 +267,7 @@ def _hub(loader: type, name: str, **options):
     """``loader.from_pretrained(name)``, a missing file or network told in one line."""
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         kind = "folder" if Path(name).is_absolute() or Path(name).exists() else "hub name"
         raise UserError(
             f"model.text.name: {loader.__name__} cannot be read from {kind} {name!r} "

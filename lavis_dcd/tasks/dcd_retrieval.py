@@ -19,7 +19,11 @@ from lavis_dcd.datasets.pictures import load_picture
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
 from lavis_dcd.datasets.verify import verify_pictures
+from lavis_dcd.datasets.views import with_views
+from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.models.building import build_matcher
+from lavis_dcd.models.preprocess import MatcherViews
 from lavis_dcd.tasks.evaluation import Evaluation, Protocol, evaluate
 from lavis_dcd.tasks.gallery import gallery_items
 
@@ -44,11 +48,22 @@ class DcdRetrievalTask(BaseTask):
         self.run = run
         self._matchers: dict[str, Matcher] = {}
         self._kept = _KeptEvaluations()
+        self._views = MatcherViews()
 
     @classmethod
     def setup_task(cls, cfg: Any = None, **_: Any) -> DcdRetrievalTask:
         """LAVIS's way to make a task."""
         return cls(getattr(cfg, "run_cfg", None))
+
+    def build_model(self, cfg: Any) -> nn.Module:
+        """The job's model; one of LAVIS's own that has an adapter comes as a matcher.
+
+        Raises:
+            UserError: a section that does not fit its model.
+        """
+        if adapter_for(cfg.model_cfg.arch) is not None:
+            return build_matcher(cfg.model_cfg, "model")
+        return super().build_model(cfg)
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """The job's data sets by builder and split, their pictures verified as ``run.verify`` says.
@@ -76,13 +91,20 @@ class DcdRetrievalTask(BaseTask):
     ) -> dict[str, Any]:
         """``datasets`` by split, answering from a feature bank where ``run.cache_features`` asks for one.
 
+        Training sets carry a view for every matcher that reads pictures and captions in its own way
+        (``model.views()``); evaluation sets stay as they are, see :meth:`dataset_for`.
+
         Raises:
-            UserError: the encoders learn, or the model's matchers do not share them.
+            UserError: the encoders learn, or the model's matchers do not share them; processors that cannot be built.
         """
-        self.run, self._matchers = run, matchers_of(model)
+        self._adopt(model, run)
         mode = _option(run, "cache_features", "off")
         if mode == "off":
-            return dict(datasets)
+            views = self._views.by_name
+            return {
+                split: dataset if is_evaluation_set(dataset) or not views else with_views(dataset, views)
+                for split, dataset in datasets.items()
+            }
         matcher = self._one_with_shared_encoders()
         if _option(run, "evaluate", False):  # nothing will be trained on
             datasets = {split: dataset for split, dataset in datasets.items() if is_evaluation_set(dataset)}
@@ -106,13 +128,22 @@ class DcdRetrievalTask(BaseTask):
             for split, dataset in datasets.items()
         }
 
+    def _adopt(self, model: nn.Module, run: Any) -> None:
+        self.run, self._matchers = run, matchers_of(model)
+        self._views = MatcherViews.of_model(model)
+
+    def dataset_for(self, matcher: Matcher, dataset: Any) -> Any:
+        """The evaluation set as this matcher reads it: through its own processors where it has some."""
+        return self._views.dataset_for(matcher, dataset)
+
     def _one_with_shared_encoders(self) -> Matcher:
         learner = self._matchers.get("student") or next(iter(self._matchers.values()))
         for name, other in self._matchers.items():
             if other is not learner and not other.shares_encoders_with(learner):
                 raise UserError(
                     f"run.cache_features: the {name} has encoders of its own, and kept features serve "
-                    "one pair of encoders only; set model.share_encoders=true or run.cache_features=off"
+                    "one pair of encoders only; set run.cache_features=off, or let the student share the teacher's "
+                    "(model.share_encoders=true)"
                 )
         return learner
 
@@ -145,7 +176,8 @@ class DcdRetrievalTask(BaseTask):
         """
         protocol = Protocol.of_run(run)
         shortlist = shortlist or self._shortlist_matcher(protocol)
-        found = evaluate(matcher, dataset, protocol, device, shortlist)
+        own = {"dataset_of": lambda reader: self.dataset_for(reader, dataset)} if self._views.by_name else {}
+        found = evaluate(matcher, dataset, protocol, device, shortlist, **own)
         self._kept.put(matcher, dataset, found)
         return found
 
@@ -180,7 +212,8 @@ class DcdRetrievalTask(BaseTask):
 
     def evaluation(self, model: nn.Module, data_loader: Any, **_: Any) -> dict[str, Any]:
         """LAVIS's own runners call this: the figures of the learner on the loader's data set."""
-        self._matchers = self._matchers or matchers_of(model)
+        if not self._matchers:
+            self._adopt(model, self.run)
         learner = self._matchers.get("student") or next(iter(self._matchers.values()))
         dataset = getattr(data_loader, "dataset", data_loader)
         return dict(self.evaluate_matcher(learner, dataset, self.run).metrics)

@@ -1,30 +1,36 @@
-"""One matcher on one evaluation set: encode, score, measure."""
+"""One matcher, or an ensemble of several, on one evaluation set: encode, score, measure."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lavis_dcd.distillation.ensemble import combine
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import Storage, encode_dataset
+from lavis_dcd.matching.ensemble import Ensemble, members_of, weights_of
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.matching.scoring import require_joint_space, score_exhaustive, score_joint, score_shortlist
+from lavis_dcd.matching.scoring import Shortlist, require_joint_space, score_exhaustive, score_joint
 from lavis_dcd.tasks.metrics import coco_1k_five_folds, retrieval_metrics
 from lavis_dcd.tasks.timing import milliseconds_per_pair
 
 log = logging.getLogger(__name__)
 
 Features = tuple[ImageFeatures, TextFeatures]
+Tables = tuple[Tensor, Tensor]  # of pictures as queries, of texts as queries
+DatasetOf = Callable[[Matcher], Any]
 
 COCO_TEST_IMAGES = 5000  # of the Karpathy split: five folds of a thousand
 
 # Sets whose float32 features would take more wait in half precision in host memory.
 HALF_ABOVE_BYTES = 4 * 2**30
+
+ROWS_PER_COMBINATION = 256
 
 
 @dataclass
@@ -89,38 +95,128 @@ class Protocol:
 
 
 def evaluate(
-    matcher: Matcher, dataset: Any, protocol: Protocol, device: Any = None, shortlist: Matcher | None = None
+    matcher: Matcher | Ensemble,
+    dataset: Any,
+    protocol: Protocol,
+    device: Any = None,
+    shortlist: Matcher | Ensemble | None = None,
+    dataset_of: DatasetOf | None = None,
 ) -> Evaluation:
     """Scores an evaluation set with ``matcher`` and measures it.
+
+    A dual encoder scores every pair whatever ``protocol.k_test``. Of an ensemble, the members' scores of a query's
+    candidates are standardised and averaged (``distillation.ensemble.combine``), each direction for itself. Where
+    one member is a fusion model that reranks a shortlist, all are read at that one shortlist.
 
     Args:
         dataset: LAVIS's retrieval evaluation shape.
         device: where the features are kept; the matcher's by default.
-        shortlist: whose joint space makes the shortlist; the matcher's own by default.
+        shortlist: whose joint space makes the shortlist; the matcher's own by default. An ensemble's is the
+            standardised mean of its members'.
+        dataset_of: the set as a matcher reads it, through its own processors; the same object for the same view.
+            By default all read ``dataset``.
 
     Raises:
         UserError: a shortlist from a matcher without a joint space; an empty set.
     """
-    if protocol.k_test is not None:
-        require_joint_space(shortlist or matcher)
-    images, texts = _encode(matcher, dataset, protocol, device)
-    options = {"amp": protocol.amp, "memory_mb": protocol.memory_mb, "progress": True}
-    if protocol.k_test is None:
-        scores_i2t = score_exhaustive(matcher, images, texts, **options)
-        scores_t2i = scores_i2t.T
-    else:
-        cheap = _cheap_scores(shortlist or matcher, matcher, (images, texts), dataset, protocol, device)
-        scores_i2t, scores_t2i = score_shortlist(matcher, images, texts, cheap, protocol.k_test, **options)
+    members = members_of(matcher)
+    maker = None
+    if protocol.k_test is not None and any(member.family != "dual" for member in members):
+        maker = shortlist or matcher
+        require_joint_space(maker)
+    uses = [*([] if maker is None else members_of(maker)), *members]
+    encodings = _Encodings(uses, dataset_of or (lambda _: dataset), protocol, device)
+    shortlisted = None if maker is None else _shortlist(maker, encodings, protocol)
+    scored = [_score(member, encodings.take(member), shortlisted, protocol) for member in members]
+    scores_i2t, scores_t2i = _combined([tables for tables, _ in scored], weights_of(matcher))
+    if shortlisted is not None:
+        scores_i2t, scores_t2i = shortlisted.tables(scores_i2t, scores_t2i)
+    metrics = _metrics(scores_i2t, scores_t2i, dataset, protocol)
+    metrics["fusion_parameters"] = matcher.fusion_parameters()
+    metrics["ms_per_pair"] = sum(milliseconds for _, milliseconds in scored)
+    metrics["how"] = _how(matcher, protocol, exhaustive=shortlisted is None)
+    return Evaluation(metrics, scores_i2t, scores_t2i)
+
+
+def _metrics(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any, protocol: Protocol) -> dict[str, Any]:
     tables = (scores_i2t, scores_t2i, dataset.txt2img, dataset.img2txt)
     metrics: dict[str, Any] = retrieval_metrics(*tables)
     if protocol.coco_1k_folds and len(scores_i2t) == COCO_TEST_IMAGES:
         metrics |= {f"1k_{name}": value for name, value in coco_1k_five_folds(*tables).items()}
     elif protocol.coco_1k_folds:
         log.warning("run.coco_1k_folds: %d pictures, not COCO's %d: left out", len(scores_i2t), COCO_TEST_IMAGES)
-    metrics["fusion_parameters"] = matcher.fusion_parameters()
-    metrics["ms_per_pair"] = milliseconds_per_pair(matcher, images, texts, amp=protocol.amp)
-    metrics["how"] = protocol.how
-    return Evaluation(metrics, scores_i2t, scores_t2i)
+    return metrics
+
+
+def _how(matcher: Matcher | Ensemble, protocol: Protocol, exhaustive: bool) -> str:
+    how = "exhaustive" if exhaustive else protocol.how
+    return f"ensemble of {len(matcher.members)}, {how}" if isinstance(matcher, Ensemble) else how
+
+
+def _shortlist(maker: Matcher | Ensemble, encodings: _Encodings, protocol: Protocol) -> Shortlist:
+    """What the joint spaces of ``maker``'s members put on top together."""
+    joint = [score_joint(member, *encodings.take(member), amp=protocol.amp) for member in members_of(maker)]
+    cheap = _combined([(scores, scores.T) for scores in joint], weights_of(maker))
+    return Shortlist.of(*cheap, protocol.k_test)
+
+
+def _score(
+    member: Matcher, features: Features, shortlist: Shortlist | None, protocol: Protocol
+) -> tuple[Tables, float]:
+    """Scores of all pairs, ``[I, T]`` and ``[T, I]``, or at the shortlist, ``[I, k]`` and ``[T, k]``; ms per pair."""
+    options = {"amp": protocol.amp, "memory_mb": protocol.memory_mb, "progress": True}
+    if shortlist is None:
+        scores = score_exhaustive(member, *features, **options)
+        tables = (scores, scores.T)
+    else:
+        tables = shortlist.rerank(member, *features, **options)
+    return tables, milliseconds_per_pair(member, *features, amp=protocol.amp)
+
+
+def _combined(of_members: Sequence[Tables], weights: Sequence[float]) -> Tables:
+    """One table per direction, of the members' standardised over each row's entries."""
+    if len(of_members) == 1:
+        return of_members[0]
+    scores_i2t, scores_t2i = (_combined_rows(tables, weights) for tables in zip(*of_members, strict=True))
+    return scores_i2t, scores_t2i
+
+
+def _combined_rows(tables: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """In blocks of rows: the temporaries of a whole COCO matrix would take gigabytes."""
+    blocks = zip(*(table.split(ROWS_PER_COMBINATION) for table in tables), strict=True)
+    return torch.cat([combine(block, torch.ones_like(block[0], dtype=torch.bool), weights) for block in blocks])
+
+
+class _Encodings:
+    """Features for the matchers of an evaluation, made once for those that share encoders and read the same set.
+
+    Args:
+        uses: the matchers in the order in which ``take`` will be called; features are dropped after their last use.
+    """
+
+    def __init__(self, uses: Sequence[Matcher], dataset_of: DatasetOf, protocol: Protocol, device: Any) -> None:
+        self._to_come = list(uses)
+        self._dataset_of, self._protocol, self._device = dataset_of, protocol, device
+        self._kept: list[tuple[Matcher, Any, Features]] = []
+
+    def take(self, matcher: Matcher) -> Features:
+        self._to_come.remove(matcher)
+        dataset = self._dataset_of(matcher)
+        features = next((kept for other, seen, kept in self._kept if self._serves(other, seen, matcher)), None)
+        if features is None:
+            features = _encode(matcher, dataset, self._protocol, self._device)
+            self._kept.append((matcher, dataset, features))
+        self._kept = [
+            (other, seen, kept)
+            for other, seen, kept in self._kept
+            if any(self._serves(other, seen, later) for later in self._to_come)
+        ]
+        return features
+
+    def _serves(self, encoded_by: Matcher, dataset: Any, matcher: Matcher) -> bool:
+        if self._dataset_of(matcher) is not dataset:
+            return False
+        return encoded_by is matcher or encoded_by.shares_encoders_with(matcher)
 
 
 def _encode(matcher: Matcher, dataset: Any, protocol: Protocol, device: Any) -> Features:
@@ -146,14 +242,6 @@ def _storage(matcher: Matcher, dataset: Any, protocol: Protocol) -> Storage:
         return Storage()
     log.info("%.1f GB of features: kept in half precision in host memory", size / 2e9)
     return Storage.half_on_host()
-
-
-def _cheap_scores(
-    cheap: Matcher, matcher: Matcher, features: Features, dataset: Any, protocol: Protocol, device: Any
-) -> Tensor:
-    if cheap is not matcher and not cheap.shares_encoders_with(matcher):
-        features = _encode(cheap, dataset, protocol, device)
-    return score_joint(cheap, *features, amp=protocol.amp)
 
 
 class _First(torch.utils.data.Dataset):

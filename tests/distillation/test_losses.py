@@ -27,6 +27,12 @@ def mean(values):
     return sum(values) / len(values) if values else 0.0
 
 
+def correlation(t, s):
+    a, b = [v - mean(t) for v in t], [v - mean(s) for v in s]
+    norms = math.sqrt(sum(v * v for v in a)) * math.sqrt(sum(v * v for v in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / norms
+
+
 def slow_distill(name, t, s):
     """One row in plain Python, masked entries already removed; the match first."""
     if name == "mse":
@@ -36,6 +42,8 @@ def slow_distill(name, t, s):
         return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     if name == "margin_mse":
         return mean([((t[0] - t[c]) - (s[0] - s[c])) ** 2 for c in range(1, len(t))])
+    if name == "pearson":
+        return 1 - correlation(t, s) if len(t) > 1 else 0.0
     pairs = [(i, j) for i in range(len(t)) for j in range(len(t)) if t[i] > t[j]]
     return mean([softplus(s[j] - s[i]) for i, j in pairs])
 
@@ -161,3 +169,52 @@ def test_reduce_rows_checks_sizes():
 def test_shapes_that_would_broadcast_are_refused(loss):
     with pytest.raises(ValueError, match=r"one shape \[Q, 1\+K\]"):
         loss(torch.ones(3, 4), torch.ones(3, 1), torch.ones(3, 4, dtype=torch.bool))
+
+
+CHANGES = {
+    "shift": lambda scores: scores + torch.tensor([[3.0], [-2.0], [0.5], [1.0], [7.0]]),
+    "scale": lambda scores: scores * torch.tensor([[3.0], [0.1], [0.5], [2.0], [7.0]]),
+    "monotone": lambda scores: torch.atan(3 * scores) + scores**3,
+}
+# per term, what may happen to the teacher's and to the student's scores: the table in the module's docstring
+BLIND_TO = {
+    "mse": ((), ()),
+    "kl": (("shift",), ("shift",)),
+    "margin_mse": (("shift",), ("shift",)),
+    "ranknet": (("shift", "scale", "monotone"), ("shift",)),
+    "pearson": (("shift", "scale"), ("shift", "scale")),
+    "bce": ((), ()),
+    "listwise_ce": ((), ("shift",)),
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+@pytest.mark.parametrize("name", sorted(BLIND_TO))
+def test_what_each_term_is_blind_to(name, change, batch):
+    teacher, student, valid = batch
+    of_teacher, of_student = BLIND_TO[name]
+    if name in CONTRASTIVE_LOSSES:
+        loss, sides = CONTRASTIVE_LOSSES[name](), [((CHANGES[change](student),), of_student)]
+        before = loss(student, valid)
+    else:
+        loss = DISTILL_LOSSES[name]()
+        changed = [(CHANGES[change](teacher), student), (teacher, CHANGES[change](student))]
+        sides = list(zip(changed, (of_teacher, of_student), strict=True))
+        before = loss(teacher, student, valid)
+    for scores, blind in sides:
+        same = torch.allclose(loss(*scores, valid), before, rtol=1e-6, atol=1e-9)
+        assert same == (change in blind)
+
+
+def test_every_term_says_what_it_is_blind_to():
+    assert set(BLIND_TO) == {*DISTILL_LOSSES, *CONTRASTIVE_LOSSES}
+
+
+def test_a_teacher_that_scores_all_alike_teaches_no_direction():
+    teacher = torch.full((2, 7), 12345.678)
+    teacher[1, 3] = 0.0
+    student = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    rows = DISTILL_LOSSES["pearson"]()(teacher, student, torch.ones(2, 7, dtype=torch.bool))
+    rows.sum().backward()
+    assert rows[0] == 0 and rows[1] > 0
+    assert (student.grad[0] == 0).all() and student.grad[1].abs().sum() > 0

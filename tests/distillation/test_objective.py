@@ -140,6 +140,13 @@ def test_the_order_of_queries_does_not_matter(config, order, seed):
         torch.testing.assert_close(first[key], second[key])
 
 
+@pytest.mark.parametrize("reference", ["paper", "release"])
+def test_terms_left_to_the_families_are_the_papers_unless_resolved(reference, case):
+    named = LossConfig(reference=reference, distill="mse", contrastive="bce")
+    expected = build_objective(named)(case.teacher, case.student, case.valid)
+    assert build_objective(LossConfig(reference=reference))(case.teacher, case.student, case.valid) == expected
+
+
 def test_alpha_zero_trains_without_a_teacher():
     student = torch.randn(4, 3, generator=torch.Generator().manual_seed(2), requires_grad=True)
     valid = torch.ones(4, 3, dtype=torch.bool)
@@ -188,7 +195,12 @@ def test_every_fault_of_a_config_is_listed():
         LossConfig(reference="p", alpha=2, distill="l1", weighting="x", gamma=-1, temperature=0)
     )
     assert len(faults) == 6
-    assert faults[1] == "loss.distill: unknown name 'l1'; registered: kl, margin_mse, mse, ranknet"
+    assert faults[1] == "loss.distill: unknown name 'l1'; registered: kl, margin_mse, mse, pearson, ranknet"
+    assert config_faults(LossConfig(student_weight=-1, in_batch_weight=float("nan"))) == [
+        "loss.student_weight: must be at least 0, got -1",
+        "loss.in_batch_weight: must be at least 0, got nan",
+    ]
+    assert config_faults(LossConfig(weighting="auto"))[0].startswith("loss.weighting: unknown name 'auto'")
     with pytest.raises(ValueError, match=r"loss\.temperature: does nothing in distill 'mse'"):
         build_objective(LossConfig(temperature=2.0))
     with pytest.raises(ValueError, match=r"loss.weighting: .*\nloss.distill: .*\nloss.contrastive: "):

@@ -163,6 +163,29 @@ def test_permuting_queries_permutes_rows(case, random):
         assert torch.equal(getattr(first, name)[order], getattr(second, name))
 
 
+@settings(deadline=None, max_examples=60)
+@given(mining_cases())
+def test_without_a_number_every_valid_candidate_is_kept(case):
+    scores, valid, _, margin = case
+    pool = make_pool(valid)
+    chosen = select(pool, scores, None, margin=margin)
+    limit = float("inf") if margin is None else margin
+    for q, (row, ok) in enumerate(zip(scores.tolist(), valid.tolist(), strict=True)):
+        kept = [c > 0 and ok[0] and ok[c] and row[c] <= row[0] + limit for c in range(len(row))]
+        columns = [c if kept[c] else 0 for c in range(len(row))]
+        assert chosen.text_rows[q].tolist() == [100 * q + c for c in columns]
+        assert chosen.teacher_scores[q].tolist() == [row[c] for c in columns]
+        assert chosen.valid[q].tolist() == [ok[0], *kept[1:]]
+
+
+def test_keeping_every_candidate_needs_no_teacher():
+    chosen = select(make_pool(full(2, 4)), None, None)
+    assert chosen.teacher_scores is None and chosen.valid.all()
+    assert chosen.text_rows.tolist() == [[0, 1, 2, 3], [100, 101, 102, 103]]
+    with pytest.raises(ValueError, match="None is no number"):
+        release_selection(make_pool(full(2, 4)), torch.zeros(2, 4), None)
+
+
 def test_a_strategy_object_of_ones_own():
     class Easiest:
         needs_teacher = True

@@ -12,7 +12,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import Storage, device_of, encode_captions, encode_dataset, scoring_mode
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.matching.scoring import score_dataset, score_exhaustive, score_joint, score_shortlist
+from lavis_dcd.matching.scoring import Shortlist, score_dataset, score_exhaustive, score_joint, score_shortlist
 
 
 class Toy(nn.Module, Matcher):
@@ -147,6 +147,88 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
         score_exhaustive(matcher, images, texts)
 
 
+class Dual(Toy):
+    """Ten times the cosine of the joint space; counts the items that it embeds."""
+
+    family = "dual"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedded = 0
+
+    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        here, there = self.embed_images(images)[pairs[:, 0]], self.embed_texts(texts)[pairs[:, 1]]
+        return 10 * (self.project.weight[0, 0].abs() + 1) * (here * there).sum(1)
+
+    def match_all(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        self.embedded += len(images) + len(texts)
+        return 10 * (self.project.weight[0, 0].abs() + 1) * self.embed_images(images) @ self.embed_texts(texts).T
+
+    def embed_texts(self, texts: TextFeatures) -> Tensor:
+        return nn.functional.normalize((texts.tokens * texts.full_mask()[..., None]).sum(1), dim=1)
+
+
+@pytest.mark.parametrize("memory_mb", [0.0, 0.001, 512])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_dual_encoder_scores_blocks_by_products_in_full_precision(memory_mb: float, amp: str) -> None:
+    matcher, (images, texts) = Dual(), features()
+    expected = one_by_one(matcher, images, texts)
+    got = score_exhaustive(matcher, images, texts, memory_mb, amp=amp)
+    assert torch.allclose(got, expected, atol=1e-5) and not got.requires_grad
+    if memory_mb == 512:
+        assert matcher.embedded == 7 + 11
+
+
+def test_a_dual_encoder_is_reranked_by_products_too() -> None:
+    matcher, (images, texts) = Dual(), features()
+    exact, cheap = one_by_one(matcher, images, texts), torch.randn(7, 11)
+    shortlist = Shortlist.of(cheap, cheap.T, 3)
+    matcher.match = None  # type: ignore[assignment]
+    i2t, t2i = shortlist.rerank(matcher, images, texts)
+    for row in range(7):
+        best = cheap[row].topk(3).indices
+        assert shortlist.texts_of_image[row].tolist() == best.tolist()
+        assert torch.allclose(i2t[row], exact[row, best], atol=1e-5)
+    for column in range(11):
+        best = cheap[:, column].topk(3).indices
+        assert torch.allclose(t2i[column], exact[best, column], atol=1e-5)
+
+
+def test_each_direction_may_have_cheap_scores_of_its_own() -> None:
+    matcher, (images, texts) = Toy(), features()
+    exact = one_by_one(matcher, images, texts)
+    generator = torch.Generator().manual_seed(3)
+    for_pictures, for_texts = torch.randn(7, 11, generator=generator), torch.randn(11, 7, generator=generator)
+    shortlist = Shortlist.of(for_pictures, for_texts, 2)
+    tables = shortlist.tables(*shortlist.rerank(matcher, images, texts))
+    for scores, cheap, truth in zip(tables, (for_pictures, for_texts), (exact, exact.T), strict=True):
+        for row, cheap_row, true_row in zip(scores, cheap, truth, strict=True):
+            order = cheap_row.argsort(descending=True)
+            assert torch.allclose(row[order[:2]], true_row[order[:2]], atol=1e-5)
+            assert row[order[2:]].max() < row[order[:2]].min()
+            assert row[order[2:]].argsort(descending=True).tolist() == list(range(len(order) - 2))
+
+
+def test_pictures_with_several_vectors_are_multiplied_a_few_at_a_time() -> None:
+    class Queries(Toy):
+        rows_at_once = 0
+
+        def embed_images(self, images: ImageFeatures) -> Tensor:
+            return nn.functional.normalize(images.tokens, dim=2)
+
+        def joint_scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+            assert not torch.is_autocast_enabled("cpu")
+            self.rows_at_once = max(self.rows_at_once, len(image_embeds))
+            return torch.einsum("ind,td->int", image_embeds, text_embeds).amax(1)
+
+    matcher, (images, texts) = Queries(), features()
+    got = score_joint(matcher, images, texts, rows=6, amp="bf16")
+    assert matcher.rows_at_once == 2  # of three vectors each
+    expected = [[max(float(v @ t) for v in image) for t in matcher.embed_texts(texts)]
+                for image in matcher.embed_images(images)]  # fmt: skip
+    assert torch.allclose(got, torch.tensor(expected), atol=1e-5)
+
+
 def test_joint_scores_are_cosines() -> None:
     matcher, (images, texts) = Toy(), features()
     means = images.tokens.mean(1), texts.tokens.mean(1)
@@ -188,6 +270,13 @@ def test_a_data_set_scored_as_a_whole() -> None:
         scores_i2t, scores_t2i = score_dataset(matcher, scenes, k_test=k_test, batch_size=1)
         assert torch.allclose(scores_i2t, expected, atol=1e-6)
         assert torch.allclose(scores_t2i, expected.T, atol=1e-6)
+
+
+def test_a_dual_encoder_scores_a_whole_set_whatever_the_shortlist() -> None:
+    matcher, scenes = Dual().eval(), Scenes()
+    scores_i2t, scores_t2i = score_dataset(matcher, scenes, k_test=1)
+    assert torch.equal(scores_i2t, score_exhaustive(matcher, *encode_dataset(matcher, scenes)))
+    assert torch.equal(scores_t2i, scores_i2t.T)
 
 
 def test_an_empty_data_set_is_the_users_fault() -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet
+from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.tasks import dcd_retrieval
@@ -108,8 +111,6 @@ class Evaluation(Set):
 
 
 def test_lavis_finds_the_task() -> None:
-    from lavis.common.registry import registry
-
     assert registry.get_task_class("dcd_retrieval") is DcdRetrievalTask
     assert DcdRetrievalTask.setup_task(cfg=SimpleNamespace(run_cfg={"seed": 3})).run == {"seed": 3}
 
@@ -217,3 +218,92 @@ def test_a_picture_in_two_splits_is_told(monkeypatch, caplog):
     monkeypatch.setattr(dcd_retrieval.BaseTask, "build_datasets", lambda self, cfg: sets)
     DcdRetrievalTask().build_datasets(SimpleNamespace(run_cfg={"verify": "off"}))
     assert "1 pictures are in both train and val" in caplog.text
+
+
+class Apart(Pair):
+    """A teacher with encoders and inputs of its own."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(shared=False, **more)
+
+    def views(self) -> dict[str, dict[str, Any]]:
+        own = {"vis_processor": {"eval": {"name": "dcd_image_eval", "image_size": 6}},
+               "text_processor": {"eval": {"name": "dcd_caption", "lower": True, "max_words": 1}}}  # fmt: skip
+        return {"teacher": {"arch": "dcd", "preprocess": own}}
+
+    def view_matchers(self) -> dict[str, Matcher]:
+        return {"teacher": self.teacher}
+
+
+@pytest.fixture
+def photos(tmp_path) -> dict[str, Any]:
+    """Real pictures, so grey that their number shows, through processors of 4 pixels."""
+    for i in range(4):
+        Image.new("RGB", (9, 7), (60 * i,) * 3).save(tmp_path / f"p{i}.png")
+
+    picture = registry.get_processor_class("dcd_image_eval").from_config({"image_size": 4})
+    rows = [{"image": f"p{i}.png", "caption": f"{i} Shown", "image_id": i} for i in range(4)]
+    many = [{**row, "caption": [row["caption"]]} for row in rows]
+    text = registry.get_processor_class("dcd_caption").from_config({})
+    return {"train": RetrievalRows(picture, text, str(tmp_path), rows),
+            "val": RetrievalEvalRows(picture, text, str(tmp_path), many)}  # fmt: skip
+
+
+def test_a_teacher_with_inputs_of_its_own_reads_through_its_processors(photos, caplog) -> None:
+    model, task = Apart(captions=2), DcdRetrievalTask()
+    with caplog.at_level("INFO"):
+        sets = task.prepare(model, photos, {})
+    assert "teacher reads pictures through dcd_image_eval (image_size 6), captions through dcd_caption" in caplog.text
+    assert sets["val"] is photos["val"] and photos["train"][0]["text_input"] == "0 Shown"
+    training = task.wrap_training_set(sets["train"], model)
+    batch = training.collater([training[i] for i in (3, 1)])
+    assert {name: images.shape for name, images in batch["image"].items()} == {
+        "student": (2, 3, 4, 4), "teacher": (2, 3, 6, 6)
+    }  # fmt: skip
+    assert batch["text_input"] == {"student": ["3 Shown", "1 Shown"], "teacher": ["3", "1"]}
+    assert batch["candidate_text"]["teacher"] == [text[0] for text in batch["candidate_text"]["student"]]
+    assert len(batch["candidate_text"]["student"]) == 4
+
+
+def test_each_matcher_is_evaluated_on_its_own_reading(photos) -> None:
+    model, task = Apart(), DcdRetrievalTask()
+    seen: dict[str, set[Any]] = {"teacher": set(), "student": set()}
+    for name, matcher in model.matchers().items():
+        matcher.encode_images = _spied(matcher.encode_images, lambda images, n=name: seen[n].add(images.shape[-1]))
+        matcher.encode_texts = _spied(matcher.encode_texts, lambda texts, n=name: seen[n].update(texts))
+    task.prepare(model, photos, {})
+    for matcher in model.matchers().values():
+        task.evaluate_matcher(matcher, photos["val"], {"batch_size_eval": 2})
+    assert seen["teacher"] == {6, "0", "1", "2", "3"}
+    assert seen["student"] == {4, "0 Shown", "1 Shown", "2 Shown", "3 Shown"}
+    assert task.dataset_for(model.teacher, photos["val"]) is task.dataset_for(model.teacher, photos["val"])
+    assert task.dataset_for(model.student, photos["val"]) is photos["val"]
+    assert len(task.gallery(model.matchers(), photos["val"], {}, count=2)) == 2
+
+
+def _spied(function: Any, note: Any) -> Any:
+    def spied(item: Any) -> Any:
+        note(item)
+        return function(item)
+
+    return spied
+
+
+def test_kept_features_are_refused_beside_a_teacher_with_inputs_of_its_own(photos) -> None:
+    with pytest.raises(UserError) as caught:
+        DcdRetrievalTask().prepare(Apart(), photos, {"cache_features": "memory"})
+    assert caught.value.faults == [
+        "run.cache_features: the teacher has encoders of its own, and kept features serve one pair of encoders only; "
+        "set run.cache_features=off, or let the student share the teacher's (model.share_encoders=true)"
+    ]
+
+
+def test_lavis_own_models_are_built_through_their_adapter(monkeypatch) -> None:
+    task, section = DcdRetrievalTask(), OmegaConf.create({"arch": "plain"})
+    cfg = SimpleNamespace(model_cfg=section)
+    monkeypatch.setattr(dcd_retrieval, "build_matcher", lambda given, path: (given, path))
+    monkeypatch.setattr(dcd_retrieval, "adapter_for", lambda name: object if name == "plain" else None)
+    assert task.build_model(cfg) == (section, "model")
+    section.arch = "other"
+    monkeypatch.setattr(dcd_retrieval.BaseTask, "build_model", lambda self, cfg: "lavis")
+    assert task.build_model(cfg) == "lavis"

@@ -37,6 +37,20 @@ def test_match_is_called_once_untimed_and_then_for_every_repeat_on_the_same_pair
     assert matcher.training
 
 
+def test_a_dual_encoder_is_timed_on_whole_products() -> None:
+    class Dual(Counting):
+        family = "dual"
+
+        def match_all(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+            self.calls.append(torch.zeros(len(images), len(texts)))
+            return self.calls[-1]
+
+    matcher = Dual()
+    images, texts = matcher.encode_images(torch.randn(7, 3, 2, 2)), matcher.encode_texts(["a"] * 5)
+    assert milliseconds_per_pair(matcher, images, texts, pairs=64, repeats=3) > 0
+    assert [call.shape for call in matcher.calls] == [(7, 5)] * 4
+
+
 def test_one_picture_and_one_caption_suffice() -> None:
     matcher = Counting()
     images, texts = matcher.encode_images(torch.randn(1, 3, 2, 2)), matcher.encode_texts(["a"])

@@ -2,68 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-import zipfile
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lavis_dcd.common import assets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import load_tensors
-from lavis_dcd.common.schema import parse
-from lavis_dcd.matching.adapters.base import Adapter, AdapterOptions
+from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions
+from lavis_dcd.matching.adapters.clip_building import (
+    ClipOptions,
+    assembled,
+    created,
+    finetuned,
+    is_torchscript,
+    local_file,
+)
 from lavis_dcd.matching.adapters.registry import register_adapter
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
-BPE_ENTRIES = 49408  # of the vocabulary file that LAVIS ships
 # one product of all rows costs less than gathering pairs until it holds this many times more of them
 DENSE_FACTOR = 4
-
-
-@dataclass
-class ClipTextSizes:
-    """LAVIS's ``CLIPTextCfg``, with CLIP's own values where a small model need not differ."""
-
-    width: int
-    heads: int
-    layers: int
-    context_length: int = 77
-    vocab_size: int = BPE_ENTRIES
-
-
-@dataclass
-class ClipSizes:
-    """A CLIP of another size than LAVIS's types.
-
-    Args:
-        embed_dim: width of the joint space.
-        vision: fields of LAVIS's ``CLIPVisionCfg``; a ViT has ``width / 64`` heads.
-        text: the text transformer.
-    """
-
-    embed_dim: int
-    vision: dict[str, Any]
-    text: ClipTextSizes
-
-
-@dataclass
-class ClipOptions(AdapterOptions):
-    """Further keys of a CLIP's section.
-
-    Args:
-        quick_gelu: whether the weights were trained with OpenAI's approximation of GELU; ``None``: as LAVIS builds
-            the type, and yes where ``pretrained`` says ``openai``, for files that were fine-tuned from there.
-        sizes: see :class:`ClipSizes`.
-    """
-
-    quick_gelu: bool | None = None
-    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 @register_adapter("clip", "clip_feature_extractor")
@@ -87,6 +49,14 @@ class ClipAdapter(Adapter):
     has_joint_space = True
     options: ClipOptions
 
+    def __init__(
+        self, model: nn.Module, section: Mapping[str, Any] | None = None, options: AdapterOptions | None = None
+    ) -> None:
+        super().__init__(model, section, options)
+        if ENCODERS in self.options.freeze:
+            for parameter in self._bare_parameters():
+                parameter.requires_grad_(False)
+
     # -- building and loading ------------------------------------------------------------------------------------
 
     @classmethod
@@ -97,43 +67,45 @@ class ClipAdapter(Adapter):
             UserError: sizes that cannot work; a type that LAVIS does not know; weights that cannot be fetched.
         """
         if options.sizes:
-            return _assembled(model_class, section, options)
+            return assembled(model_class, section, options)
         name = section.get("model_type")
         if not name:
             raise UserError("model.model_type: clip needs one, ViT-B-16 say (or model.sizes)")
         named = str(section.get("pretrained") or "")
         quick_gelu = named.lower() == "openai" if options.quick_gelu is None else options.quick_gelu
-        named = "" if _finetuned(section) else named
-        return _created(str(name), named, str(section.get("precision", "fp32")), quick_gelu)
+        named = "" if finetuned(section) else named
+        return created(str(name), named, str(section.get("precision", "fp32")), quick_gelu)
 
-    def _load(self, section: Any, path: str) -> None:
-        """A local file in any of its usual forms (ours, a bare state dict, open_clip's); addresses as LAVIS does."""
-        finetuned = _finetuned(section)
-        file = _local_file(finetuned or section.get("pretrained"))
-        if file is not None and (finetuned or not _is_torchscript(file)):
-            self._load_file(file, f"{path}.{'finetuned' if finetuned else 'pretrained'}")
-        elif finetuned:
-            super()._load(section, path)
+    def _load(self, section: Any, path: str) -> list[str]:
+        named = None if finetuned(section) else section.get("pretrained")
+        if named and ((file := local_file(named)) is None or is_torchscript(file)):
+            return []  # an address, a tag, an archive of OpenAI's: LAVIS loaded it while it built the model
+        return super()._load(section, path)
 
-    def _load_file(self, file: Path, field: str) -> None:
+    def _read(self, source: str, where: str, pretrained: bool = False) -> list[str]:
+        """A local file in any of its usual forms (ours, a bare state dict, open_clip's); the rest as LAVIS does."""
+        file = local_file(source)
+        if file is None:
+            return super()._read(source, where, pretrained)
         saved = load_tensors(file)
         weights = saved.get("model", saved.get("state_dict", saved))
         try:
             weights = {key.removeprefix("module."): value for key, value in weights.items()}
-            message = self.model.load_state_dict(weights, strict=False)
+            missing = list(self.model.load_state_dict(weights, strict=False).missing_keys)
         except (RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{field}: {file} cannot be loaded into this CLIP: {reason}") from error
-        missing = [key for key in message.missing_keys if self.is_inference_weight(key)]
-        if missing:
-            raise UserError(f"{field}: {file} leaves {len(missing)} weights that scoring needs at random, first "
-                            f"{missing[0]}; name a checkpoint of this CLIP")  # fmt: skip
+            raise UserError(f"{where}: {source} cannot be loaded into this CLIP: {reason}") from error
+        needed = [key for key in missing if self.is_inference_weight(key)]
+        if needed:
+            raise UserError(f"{where}: {source} leaves {len(needed)} weights that scoring needs at random, first "
+                            f"{needed[0]}; name a checkpoint of this CLIP")  # fmt: skip
         # the wrong GELU costs recall in silence; a file of ours says with which its weights were trained
         config = saved.get("config")
         trained = config.get("quick_gelu") if isinstance(config, Mapping) else None
         if trained is not None and trained != self.quick_gelu:
-            raise UserError(f"{field}: {file} was trained with quick_gelu: {str(trained).lower()}; "
+            raise UserError(f"{where}: {source} was trained with quick_gelu: {str(trained).lower()}; "
                             "set model.quick_gelu to that")  # fmt: skip
+        return missing
 
     @property
     def quick_gelu(self) -> bool:
@@ -199,9 +171,18 @@ class ClipAdapter(Adapter):
         model = self.model
         return [model.visual, model.transformer, model.token_embedding, model.ln_final]
 
+    def _bare_parameters(self) -> list[nn.Parameter]:
+        """What encodes texts and belongs to no module of the model's but to the model itself."""
+        return [self.model.positional_embedding, self.model.text_projection]
+
     def encoders_frozen(self) -> bool:
-        """As the contract says; the position embeddings and the text projection are bare parameters of the model."""
-        return not any(p.requires_grad for name, p in self.model.named_parameters() if name != "logit_scale")
+        return super().encoders_frozen() and not any(p.requires_grad for p in self._bare_parameters())
+
+    def encoder_settings(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for parameter in self._bare_parameters():
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+        return {"context_length": self.model.context_length, "bare_parameters": digest.hexdigest()}
 
     def fusion_parameters(self) -> int:
         """None: the scale can be folded into one side's embeddings."""
@@ -224,73 +205,3 @@ def _one_token(embeds: Tensor) -> tuple[Tensor, None, Tensor]:
     embeds = nnf.normalize(embeds.float(), dim=-1)
     # a copy: files of tensors cannot hold two views of one storage
     return embeds[:, None].clone(), None, embeds
-
-
-def _assembled(model_class: type[nn.Module], section: Any, options: ClipOptions) -> nn.Module:
-    from lavis.models.clip_models.model import CLIPTextCfg, CLIPVisionCfg
-
-    sizes = parse(ClipSizes, options.sizes, "model.sizes")
-    vision = parse(CLIPVisionCfg, sizes.vision, "model.sizes.vision")
-    _check_sizes(sizes, vision)
-    named = section.get("pretrained")
-    if named and not _finetuned(section) and _local_file(named) is None:
-        raise UserError(f"model.pretrained: {named} fits LAVIS's own sizes only; with model.sizes set it to null")
-    text = CLIPTextCfg(**vars(sizes.text))
-    model = model_class(sizes.embed_dim, vision, text, quick_gelu=bool(options.quick_gelu))
-    # LAVIS's forward tokenizes to 77 whatever the model's context
-    model.tokenizer = functools.partial(model.tokenizer, context_length=text.context_length)
-    return model
-
-
-def _check_sizes(sizes: ClipSizes, vision: Any) -> None:
-    found = []
-    if isinstance(vision.layers, int) and not vision.timm_model_name:
-        if vision.width < 64 or vision.width % 64:
-            found.append(f"model.sizes.vision.width: {vision.width} is no multiple of 64, the width of one head")
-        if isinstance(vision.image_size, int) and vision.image_size % vision.patch_size:
-            found.append(
-                f"model.sizes.vision.image_size: {vision.image_size} is no multiple of patch_size {vision.patch_size}"
-            )
-    if sizes.text.width % sizes.text.heads:
-        found.append(f"model.sizes.text.width: {sizes.text.width} is no multiple of heads {sizes.text.heads}")
-    if sizes.text.vocab_size < BPE_ENTRIES:
-        found.append(f"model.sizes.text.vocab_size: {sizes.text.vocab_size} is below CLIP's own {BPE_ENTRIES}")
-    if found:
-        raise UserError(found)
-
-
-def _created(name: str, pretrained: str, precision: str, quick_gelu: bool) -> nn.Module:
-    from lavis.models.clip_models import model as lavis_clip
-
-    file = _local_file(pretrained)
-    try:
-        if file is not None and _is_torchscript(file):
-            return lavis_clip.load_openai_model(str(file), device="cpu", jit=False).float()
-        # a local file's weights follow in _load, which knows more forms of files than LAVIS here
-        source = "" if file is not None else pretrained
-        return lavis_clip.create_model(name, source, precision=precision, force_quick_gelu=quick_gelu)
-    except AssertionError as error:
-        raise UserError(f"model.precision: {precision} cannot be built on a CPU; leave it at fp32") from error
-    except (RuntimeError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"model.pretrained: {pretrained or '(none)'} for clip {name}: {reason}; name a local file, or run once "
-            "with a network"
-        ) from error
-
-
-def _finetuned(section: Any) -> str | None:
-    return (section.get("load_finetuned", True) and section.get("finetuned")) or None
-
-
-def _local_file(source: Any) -> Path | None:
-    path = Path(assets.resolve(str(source))).expanduser() if source else None
-    return path if path is not None and path.is_file() else None
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Whether it is an archive of code and weights, as OpenAI publishes its models."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())

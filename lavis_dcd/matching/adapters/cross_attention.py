@@ -47,8 +47,8 @@ class Sizes:
 
     Args:
         vision: the ViT; its input is the section's ``image_size``.
-        text: values over those of LAVIS's ``med_config`` file, in the names of ``transformers.BertConfig`` and
-            LAVIS's ``fusion_layer``. ``encoder_width`` follows the ViT.
+        text: values over those of LAVIS's ``med_config`` file, under the names that stand there (``hidden_size``,
+            ``num_hidden_layers``, for ALBEF ``fusion_layer``...). ``encoder_width`` follows the ViT.
     """
 
     vision: VisionSizes | None = None
@@ -279,8 +279,7 @@ def _text_encoder(section: Any, sizes: Sizes, default_file: str, vision_width: i
     if not path.is_file():
         raise ValueError(f"med_config_path: no file {path}")
     values = json.loads(path.read_text())
-    legal = {*values, *BertConfig().to_dict()}
-    if unknown := [unknown_key("sizes.text", key, legal) for key in sizes.text if key not in legal]:
+    if unknown := [unknown_key("sizes.text", key, values) for key in sizes.text if key not in values]:
         raise ValueError(unknown[0])
     values |= sizes.text
     if sizes.vision is not None and "encoder_width" not in sizes.text:

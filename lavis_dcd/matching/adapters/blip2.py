@@ -1,0 +1,287 @@
+"""BLIP-2's first stage as a matcher: a frozen ViT, and a Q-Former that reads pictures, texts and pairs of both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.schema import parse
+from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions
+from lavis_dcd.matching.adapters.blip2_small import Blip2Sizes, assemble
+from lavis_dcd.matching.adapters.registry import register_adapter
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
+
+
+@register_adapter("blip2_image_text_matching", "blip2", "blip2_feature_extractor")
+class Blip2Adapter(Adapter):
+    """``Blip2ITM`` and ``Blip2Qformer`` of ``lavis.models.blip2_models``.
+
+    Image features: the ViT's tokens ``[B, N, width]``, and in ``embeds [B, Q * D]`` the joint-space vectors of the Q
+    queries, which read the picture without a text. Text features: the Q-Former's embeddings of the words
+    ``[B, L, hidden]`` with mask, and the joint-space vector. The keys and values that the Q-Former makes of a
+    picture are many times larger than its tokens, so they are made in ``match``, once per picture of a chunk.
+    """
+
+    inference_modules: ClassVar[tuple[str, ...]] = (
+        "visual_encoder",
+        "ln_vision",
+        "Qformer.bert",
+        "query_tokens",
+        "vision_proj",
+        "text_proj",
+        "itm_head",
+    )
+    has_joint_space = True
+
+    def __init__(
+        self, model: nn.Module, section: Mapping[str, Any] | None = None, options: AdapterOptions | None = None
+    ) -> None:
+        _require_matching_head(type(model), hasattr(model, "itm_head"))
+        super().__init__(model, section, options)
+        if ENCODERS in self.options.freeze:
+            model.query_tokens.requires_grad_(False)
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(cls, model_class: type[nn.Module], section: Any, options: AdapterOptions) -> nn.Module:
+        """LAVIS's model, which fetches EVA's and BERT's weights, or a small one of ``options.sizes``.
+
+        Raises:
+            UserError: a BLIP-2 without matching head, sizes that cannot work, weights that cannot be fetched.
+        """
+        _require_matching_head(model_class, hasattr(model_class, "compute_itm"))
+        if options.sizes:
+            sizes = parse(Blip2Sizes, options.sizes, "model.sizes")
+            model = assemble(model_class, sizes, model_class.init_tokenizer())
+            if section.get("freeze_vit", True):
+                _freeze_as_lavis(model.visual_encoder)
+            return model
+        # from_config also loads the checkpoint and ignores what is missing in it; _load does so with a look at that
+        try:
+            with mock.patch.object(model_class, "load_checkpoint_from_config", lambda *args, **kwargs: None):
+                return model_class.from_config(section)
+        except (OSError, RuntimeError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"model: {model_class.__name__} cannot be built: {reason}; it takes its ViT and BERT from the network "
+                "or LAVIS's and the hub's caches (a small one without: model.sizes and model.tokenizer)"
+            ) from error
+
+    def is_inference_weight(self, name: str) -> bool:
+        # LAVIS's checkpoints leave out a frozen ViT: its weights came when LAVIS built it
+        came_with_lavis = name.startswith("visual_encoder.") and not self.options.sizes
+        return super().is_inference_weight(name) and not came_with_lavis
+
+    # -- features ------------------------------------------------------------------------------------------------
+
+    @property
+    def bert(self) -> nn.Module:
+        """The Q-Former's transformer."""
+        return self.model.Qformer.bert
+
+    @property
+    def queries(self) -> int:
+        """Query tokens per picture, Q."""
+        return self.model.query_tokens.shape[1]
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        """Features of ``[B, 3, S, S]``; one pass of the ViT, one of the queries.
+
+        Raises:
+            UserError: pictures of another size than the model's.
+        """
+        model = self.model
+        self._check_size(images)
+        self._widen_on_cpu()
+        with model.maybe_autocast():
+            tokens = model.ln_vision(model.visual_encoder(images))
+        tokens = tokens.float()
+        mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        query_output = self.bert(
+            query_embeds=model.query_tokens.expand(len(tokens), -1, -1),
+            encoder_hidden_states=tokens,
+            encoder_attention_mask=mask,
+            return_dict=True,
+        )
+        embeds = nnf.normalize(model.vision_proj(query_output.last_hidden_state).float(), dim=-1)
+        return ImageFeatures(tokens, None, embeds.flatten(1))
+
+    def encode_texts(self, texts: list[str]) -> TextFeatures:
+        """Features of B texts, L the longest's tokens and at most ``max_txt_len``."""
+        model = self.model
+        batch = model.tokenizer(
+            list(texts), padding="longest", truncation=True, max_length=model.max_txt_len, return_tensors="pt"
+        ).to(self.device)
+        tokens = self.bert.embeddings(input_ids=batch.input_ids)
+        hidden = self.bert.encoder(
+            tokens, attention_mask=self._additive(batch.attention_mask), return_dict=True
+        ).last_hidden_state
+        embeds = nnf.normalize(model.text_proj(hidden[:, 0]).float(), dim=-1)
+        return TextFeatures(tokens, batch.attention_mask.bool(), embeds)
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        """The wrapped model's own additive form of a mask ``[B, L]``."""
+        return self.bert.get_extended_attention_mask(mask.long(), mask.shape, mask.device, False)
+
+    def _check_size(self, images: Tensor) -> None:
+        size = getattr(self.model.visual_encoder, "image_size", None)
+        if isinstance(size, int) and tuple(images.shape[-2:]) != (size, size):
+            raise UserError(
+                f"pictures of {tuple(images.shape[-2:])} pixels, but this BLIP-2 takes {size}: set the processor's "
+                f"image_size to {size}"
+            )
+
+    def _widen_on_cpu(self) -> None:
+        """LAVIS keeps the ViT in half precision and lets autocast cope, which it has on a GPU only."""
+        vit = self.model.visual_encoder
+        if self.device.type == "cpu" and any(p.dtype == torch.float16 for p in vit.parameters()):
+            vit.float()
+
+    # -- pairs ---------------------------------------------------------------------------------------------------
+
+    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        """Log-odds of the matching head, mean over the queries: float ``[P]``."""
+        order = pairs[:, 0].argsort(stable=True)
+        text_mask = texts.full_mask()
+
+        def score(image_rows: Tensor, text_rows: Tensor) -> Tensor:
+            distinct, rows = image_rows.unique_consecutive(return_inverse=True)
+            mask = text_mask.index_select(0, text_rows)
+            length = last_used(mask)
+            words = texts.tokens[:, :length].index_select(0, text_rows)
+            return self._fuse(images.tokens.index_select(0, distinct), rows, words, mask[:, :length])
+
+        scores = self.in_chunks(score, pairs[order], self._bytes_per_pair(images, texts))
+        return scores[order.argsort()]
+
+    def _fuse(self, tokens: Tensor, rows: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        """Scores ``[P]`` of words ``[P, L, H]`` with the pictures ``rows [P]`` of ``tokens [U, N, W]``."""
+        model, dtype = self.model, self.model.query_tokens.dtype
+        queries = self.bert.embeddings(query_embeds=model.query_tokens.expand(len(rows), -1, -1))
+        hidden = torch.cat([queries, words.to(dtype)], dim=1)
+        all_real = mask.new_ones(1, tokens.shape[1]).long()
+        with _projected_once(self.bert.encoder, rows):
+            output = self.bert.encoder(
+                hidden,
+                attention_mask=self._additive(nnf.pad(mask, (self.queries, 0), value=True)),
+                encoder_hidden_states=tokens.to(dtype),
+                encoder_attention_mask=self.bert.invert_attention_mask(all_real),
+                query_length=self.queries,
+                return_dict=True,
+            ).last_hidden_state[:, : self.queries]
+        logits = model.itm_head(output).mean(dim=1)
+        return logits[:, 1] - logits[:, 0]
+
+    def _bytes_per_pair(self, images: ImageFeatures, texts: TextFeatures) -> int:
+        """Float32 activations of a cross layer: keys, values and their copies, attention maps, the feed-forward."""
+        config, patches = self.bert.config, images.tokens.shape[1]
+        length = self.queries + texts.tokens.shape[1]
+        maps = 3 * config.num_attention_heads * max(self.queries * patches, length * length)
+        hidden = 4 * patches * config.hidden_size + length * (6 * config.hidden_size + 2 * config.intermediate_size)
+        return 4 * (maps + hidden)
+
+    # -- the joint space -----------------------------------------------------------------------------------------
+
+    def embed_images(self, images: ImageFeatures) -> Tensor:
+        """Unit vectors of every query, ``[B, Q, D]``."""
+        return images.embeds.view(len(images), self.queries, -1)
+
+    def embed_texts(self, texts: TextFeatures) -> Tensor:
+        return texts.embeds
+
+    def joint_scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """``[I, T]``: the best query's cosine, from ``[I, Q, D]`` and ``[T, D]``."""
+        bytes_per_image = 4 * self.queries * max(1, len(text_embeds))
+        rows = max(1, int(self.options.match_memory_mb * 2**20 // bytes_per_image))
+        return torch.cat([(part @ text_embeds.T).amax(dim=1) for part in image_embeds.split(rows)])
+
+    # -- roles ---------------------------------------------------------------------------------------------------
+
+    def encoder_modules(self) -> list[nn.Module]:
+        model = self.model
+        return [model.visual_encoder, model.ln_vision, model.Qformer.bert, model.vision_proj, model.text_proj]
+
+    def encoders_frozen(self) -> bool:
+        """As the contract says; the queries are a bare parameter of the model and shape the features too."""
+        return super().encoders_frozen() and not self.model.query_tokens.requires_grad
+
+    def encoder_settings(self) -> dict[str, Any]:
+        tokens = self.model.query_tokens.detach().float().cpu().contiguous()
+        return {
+            "max_txt_len": self.model.max_txt_len,
+            "vocabulary": sorted(self.model.tokenizer.get_vocab().items()),
+            "query_tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        }
+
+    def fusion_modules(self) -> list[nn.Module]:
+        """The Q-Former's layers, which serve the encoders too, and the head."""
+        return [self.bert.encoder, self.model.itm_head]
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """LAVIS's pre-training loss (contrastive + matching + captioning) and its parts, 0-dim; of ``blip2`` alone.
+
+        Raises:
+            UserError: the model has no loss, or its loss cannot run in a process without a process group.
+        """
+        from lavis.common.dist_utils import is_dist_avail_and_initialized
+        from lavis.models.blip2_models.blip2_image_text_matching import Blip2ITM
+
+        name = type(self.model).__name__
+        if isinstance(self.model, Blip2ITM):
+            raise UserError(f"{name} has no training loss of its own; set model.loss.student_weight: 0, or arch: blip2")
+        if not is_dist_avail_and_initialized():
+            raise UserError(
+                f"{name}'s own loss asks for a process group: start the run with torchrun, or set "
+                "model.loss.student_weight: 0"
+            )
+        return super().forward(samples)
+
+
+def _freeze_as_lavis(encoder: nn.Module) -> None:
+    from lavis.models.blip2_models.blip2 import disabled_train
+
+    encoder.requires_grad_(False)
+    encoder.eval()
+    encoder.train = disabled_train
+
+
+def _require_matching_head(model_class: type, has_head: bool) -> None:
+    if not has_head:
+        raise UserError(
+            f"model.arch: {model_class.__name__} has no image-text matching head and cannot score pairs; "
+            "choose blip2_image_text_matching or blip2"
+        )
+
+
+def _projections(encoder: nn.Module) -> list[nn.Module]:
+    """What makes keys and values of a picture, in every layer that attends to it."""
+    layers = [layer.crossattention.self for layer in encoder.layer if layer.has_cross_attention]
+    return [projection for layer in layers for projection in (layer.key, layer.value)]
+
+
+@contextmanager
+def _projected_once(encoder: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Within it, cross-attention reads distinct pictures and sees picture ``rows[p]`` at pair p.
+
+    A picture's keys and values do not depend on the text. They are most of a pair's cost, so they are repeated
+    after their projection, not before it.
+    """
+
+    def repeat(module: nn.Module, inputs: Any, projected: Tensor) -> Tensor:
+        return projected.index_select(0, rows)
+
+    handles = [projection.register_forward_hook(repeat) for projection in _projections(encoder)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,277 @@
+"""ViLT as a LAVIS retrieval model (Kim et al., ICML 2021): one transformer over words and patches, and a rank head."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from lavis.common.registry import registry
+from lavis.models.base_model import BaseModel
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+from transformers import ViltModel
+
+from lavis_dcd.common import assets
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.common.schema import parse
+from lavis_dcd.matching.contract import Matcher, pair_chunks
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
+from lavis_dcd.models import vilt_weights, weights
+from lavis_dcd.models.batch import sample_features
+from lavis_dcd.models.lavis_evaluation import LavisEvaluation
+from lavis_dcd.models.meter_fusion import additive_mask
+from lavis_dcd.models.retrieval_loss import RetrievalLoss
+from lavis_dcd.models.towers import _load_tokenizer as load_tokenizer
+from lavis_dcd.models.vilt_config import ViltConfig, transformers_config
+
+MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more tokens
+_TYPES = ("coco", "flickr", "student_coco", "student_flickr", "tiny")
+_TEXT, _IMAGE = 0, 1  # rows of the modality embedding
+
+
+@registry.register_model("vilt_retrieval")
+class ViltRetrieval(LavisEvaluation, BaseModel, Matcher):
+    """Scores a pair by the whole of ``transformers``' ViLT over the text's and the picture's tokens.
+
+    Features are the embeddings that enter the first block, modality included: image ``[B, 1 + patches, width]``,
+    text ``[B, L, width]``, both with mask; a picture has its own patches only, so batches differ in N.
+
+    Pictures of a batch ``[B, 3, H, W]`` may be padded with zeros on the right and below, and padding changes no
+    score. A picture's real size is found from its pixels that are not zero, as the authors' code does: with mean =
+    std = 0.5 an 8-bit pixel is never 0 (it would be 127.5). Sides must be multiples of the patch size.
+
+    The official arithmetic: ViLT's ``vilt_module.py`` (infer), ``vision_transformer.py`` (visual_embed) and
+    ``objectives.py`` (compute_irtr).
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        name: str(packaged_folder("configs") / "models" / f"vilt_retrieval_{name}.yaml") for name in _TYPES
+    }
+    joint_head = None  # what the retrieval loss asks: there is no joint space
+
+    def __init__(self, config: ViltConfig):
+        super().__init__()
+        self._build(config)
+
+    def _build(self, config: ViltConfig) -> None:
+        self.config = config
+        self.vilt = ViltModel(transformers_config(config))
+        # the one norm that is BERT's, with BERT's epsilon
+        self.vilt.embeddings.text_embeddings.LayerNorm.eps = 1e-12
+        self.rank_output = nn.Linear(config.fusion.width, 1)
+        nn.init.normal_(self.rank_output.weight, std=0.02)
+        nn.init.zeros_(self.rank_output.bias)
+        if config.freeze_embeddings:
+            self.vilt.embeddings.requires_grad_(False)
+        self.retrieval_loss = RetrievalLoss(config.loss)
+        self._tokenizer = None
+
+    # -- building and loading ------------------------------------------------------------------------------------
+
+    @classmethod
+    def config_schema(cls) -> type:
+        """The dataclass that a ``model:`` section of this arch must fit."""
+        return ViltConfig
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig | Mapping[str, Any] | None = None) -> ViltRetrieval:
+        """Built from a ``model:`` section, weights loaded when it names some.
+
+        Raises:
+            UserError: unknown keys, wrong types, sizes that cannot work, weights that do not fit.
+        """
+        config = parse(ViltConfig, cfg or {}, "model")
+        source = config.finetuned if config.load_finetuned and config.finetuned else config.pretrained
+        if not source:
+            logging.info("vilt_retrieval: no checkpoint named; all weights start at random")
+            return cls(config)
+        path = weights.locate(source, config.checkpoint_sha256)
+        saved = vilt_weights.read(path)
+        model = cls(vilt_weights.built_from(saved, config))
+        vilt_weights.load_into(model, saved, path).log(path)
+        return model
+
+    def load_checkpoint(self, url_or_filename: str) -> weights.LoadReport:
+        """Weights of an official Lightning file, of the hub's (file or folder), or of one of ours.
+
+        One of ours says what it is built from; when that differs from this model (a thinned student loaded over
+        its teacher's type, say), the model is rebuilt to it first.
+
+        Raises:
+            UserError: a file that is missing, cannot be fetched, holds more than tensors, or leaves an inference
+                weight at random.
+        """
+        path = weights.locate(url_or_filename, self.config.checkpoint_sha256)
+        saved = vilt_weights.read(path)
+        rebuilt = vilt_weights.built_from(saved, self.config)
+        if rebuilt is not self.config:
+            logging.info("%s: rebuilding vilt_retrieval to the file's own configuration", path)
+            device, training = self.device, self.training
+            self._modules.clear()
+            self._build(rebuilt)
+            self.to(device).train(training)
+        report = vilt_weights.load_into(self, saved, path)
+        report.log(path)
+        return report
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What a file of this model holds: tensors and plain containers."""
+        config = vilt_weights.portable(self.config)
+        return {"model": self.state_dict(), "arch": "vilt_retrieval", "config": config}
+
+    def init_from_teacher(self, teacher: nn.Module, layers: list[int], share_encoders: bool = False) -> None:
+        """Start from a ViLT teacher ("succession"): its blocks ``layers``, embeddings, pooler and rank head.
+
+        Every tensor is copied, so training this model leaves the teacher as it is. With ``share_encoders`` the
+        embeddings are the teacher's own module.
+
+        Raises:
+            UserError: when the teacher is no ViLT, has no such block, or other sizes.
+        """
+        vilt_weights.succeed(self, teacher, layers)
+        if share_encoders:
+            self.vilt.embeddings = teacher.vilt.embeddings
+
+    # -- the matching contract -----------------------------------------------------------------------------------
+
+    def encoder_modules(self) -> list[nn.Module]:
+        return [self.vilt.embeddings]
+
+    def train(self, mode: bool = True) -> ViltRetrieval:
+        """Train mode, frozen embeddings excepted: dropout in what does not learn is noise."""
+        super().train(mode)
+        if self.encoders_frozen():
+            self.vilt.embeddings.eval()
+        return self
+
+    @property
+    def tokenizer(self):
+        """The ``transformers`` tokenizer of ``text.name``, read at the first text.
+
+        Raises:
+            UserError: when it is neither on disk nor can be fetched, or has more ids than there are embeddings.
+        """
+        if self._tokenizer is None:
+            tokenizer = load_tokenizer(assets.resolve(self.config.text.name))
+            if len(tokenizer) > self.config.text.vocab_size:
+                raise UserError(
+                    f"model.text.name: the tokenizer {self.config.text.name} has {len(tokenizer)} entries, "
+                    f"model.text.vocab_size is {self.config.text.vocab_size}: name the tokenizer that the weights "
+                    "were trained with"
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        patch = self.config.image.patch_size
+        if images.shape[-2] % patch or images.shape[-1] % patch:
+            raise UserError(
+                f"pictures of {tuple(images.shape[-2:])} pixels, but model.image.patch_size is {patch}: sides must be "
+                "multiples of it, as the processors vilt_image_train and vilt_image_eval make them"
+            )
+        embeddings = self.vilt.embeddings
+        grids = _real_grids(images, patch)
+        patches = embeddings.patch_embeddings(images)
+        length = 1 + int(grids.prod(dim=1).max())
+        rows, parts = [], []
+        # positions are fitted to each picture's own grid, so pictures of one grid go together
+        for height, width in grids.unique(dim=0).tolist():
+            chosen = (grids == grids.new_tensor([height, width])).all(dim=1).nonzero()[:, 0]
+            tokens = self._place(patches[chosen, :, :height, :width])
+            rows.append(chosen)
+            parts.append(nnf.pad(tokens, (0, 0, 0, length - tokens.shape[1])))
+        tokens = torch.cat(parts)[torch.cat(rows).argsort()]
+        mask = torch.arange(length, device=images.device) <= grids.prod(dim=1)[:, None]
+        return ImageFeatures(tokens, mask)
+
+    def _place(self, patches: Tensor) -> Tensor:
+        """Patch embeddings ``[B, D, h, w]`` -> tokens ``[B, 1 + h w, D]`` with class token, positions, modality."""
+        embeddings = self.vilt.embeddings
+        positions = embeddings.position_embeddings
+        side = round((positions.shape[1] - 1) ** 0.5)
+        grid = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        grid = nnf.interpolate(grid, size=patches.shape[-2:], mode="bilinear", align_corners=True)
+        cls = (embeddings.cls_token + positions[:, :1]).expand(len(patches), -1, -1)
+        tokens = torch.cat([cls, (patches + grid).flatten(2).transpose(1, 2)], dim=1)
+        return embeddings.dropout(tokens) + embeddings.token_type_embeddings.weight[_IMAGE]
+
+    def encode_texts(self, texts: list[str]) -> TextFeatures:
+        batch = self.tokenizer(
+            texts, padding="longest", truncation=True, max_length=self.config.text.max_length, return_tensors="pt"
+        )
+        return self.encode_token_ids(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
+
+    def encode_token_ids(self, ids: Tensor, mask: Tensor) -> TextFeatures:
+        """Features of tokenised texts: int64 ids ``[B, L]``, bool mask ``[B, L]``."""
+        embeddings = self.vilt.embeddings
+        words = embeddings.text_embeddings(input_ids=ids)
+        return TextFeatures(words + embeddings.token_type_embeddings.weight[_TEXT], mask.bool())
+
+    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        return self.fusion_scores(images, texts, pairs)
+
+    def fusion_scores(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        """The rank head's logit of each pair, ``[P]``, in chunks of at most ``match_memory_mb`` of activations."""
+        image_mask, text_mask = images.full_mask(), texts.full_mask()
+        # pairs in the order of their pictures' and then captions' lengths: a chunk pays for its own longest only
+        lengths = image_mask.sum(dim=1)[pairs[:, 0]] * (1 + text_mask.shape[1]) + text_mask.sum(dim=1)[pairs[:, 1]]
+        order = lengths.argsort(stable=True)
+        scores = [
+            self._score(images, texts, part)
+            for part in self._chunks(pairs[order], last_used(image_mask) + last_used(text_mask))
+        ]
+        return torch.cat(scores)[order.argsort()] if scores else self.rank_output.weight.new_zeros(0)
+
+    def _chunks(self, pairs: Tensor, tokens: int) -> Iterator[Tensor]:
+        fusion = self.config.fusion
+        # per token: the hidden states in flight (about 8 widths) and the feed-forward's two copies; per head: scores
+        numbers = tokens * fusion.width * (8 + 2 * fusion.mlp_ratio) + 3 * fusion.heads * tokens**2
+        size = min(MATCH_CHUNK, max(32, len(pairs) // 4 + 1))
+        element = self.rank_output.weight.element_size()
+        for chunk in pair_chunks(pairs, element * numbers, self.config.match_memory_mb):
+            yield from (part for part in chunk.split(size) if len(part))
+
+    def _score(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        """Logits ``[p]`` of one chunk of pairs ``[p, 2]``."""
+        tokens, masks = [], []
+        for features, rows in ((texts, pairs[:, 1]), (images, pairs[:, 0])):
+            mask = features.full_mask()[rows]
+            longest = last_used(mask)
+            masks.append(mask[:, :longest])
+            # index_select, not indexing: its gradient is an index_add, many times faster on a CPU
+            tokens.append(features.tokens[:, :longest].index_select(0, rows).to(self.rank_output.weight.dtype))
+        hidden = torch.cat(tokens, dim=1)
+        attention = additive_mask(torch.cat(masks, dim=1), hidden.dtype)
+        hidden = self.vilt.encoder(hidden, attention_mask=attention).last_hidden_state
+        # the pooler reads the first token only, so the norm need not run on the others
+        pooled = self.vilt.pooler(self.vilt.layernorm(hidden[:, :1]))
+        return self.rank_output(pooled)[:, 0].float()
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def head_parameter_names(self) -> set[str]:
+        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
+        prefixes = tuple(self.config.fast_parameters)
+        return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The model's own retrieval loss on a training batch (LAVIS's ``RetrievalDataset`` samples).
+
+        Returns:
+            ``loss`` and ``fusion_loss``: 0-dim tensors.
+        """
+        return self.retrieval_loss(self, sample_features(self, samples), float(samples.get("progress", 1.0)))
+
+
+def _real_grids(images: Tensor, patch: int) -> Tensor:
+    """Patch rows and columns of the real part of each padded picture: int64 ``[B, 2]``, at least 1 each."""
+    real = (images != 0).any(dim=1)
+    sizes = []
+    for used in (real.any(dim=2), real.any(dim=1)):  # [B, H] and [B, W]
+        ends = used * torch.arange(1, used.shape[1] + 1, device=images.device)
+        sizes.append((ends.amax(dim=1) + patch - 1) // patch)
+    return torch.stack(sizes, dim=1).clamp(min=1)

@@ -1,0 +1,155 @@
+"""`vilt_image_train` and `vilt_image_eval`: a picture keeps its proportions, and lies padded on a fixed canvas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lavis.common.registry import registry
+from lavis.processors.base_processor import BaseProcessor
+from PIL import Image
+from torch.nn import functional as nnf
+from torchvision import transforms
+from torchvision.transforms.functional import InterpolationMode, normalize, resize, to_tensor
+
+from lavis_dcd.common.schema import parse
+
+# ViLT's; with them no pixel of 8 bits becomes 0, which is how the model tells padding
+MEAN = STD = (0.5, 0.5, 0.5)
+_LONGEST = 1333 / 800  # ViLT's limit of the longer side, in shorter sides
+
+
+@dataclass(frozen=True)
+class ViltImageConfig:
+    """Keys of `vilt_image_eval`.
+
+    Args:
+        name: LAVIS's processor name.
+        shorter: length of the shorter side in pixels, before rounding down to `multiple`.
+        longer: limit of the longer side; the shorter side gives way. Null: 1333/800 of `shorter`, as ViLT (639 px
+            for 384, of which rounding leaves 608).
+        multiple: sides are rounded down to multiples of it, the model's patch size.
+        pad: put zeros on the right and below up to a square of the longest side there can be, so that pictures of
+            different shapes stack to a batch.
+    """
+
+    name: str = ""
+    shorter: int = 384
+    longer: int | None = None
+    multiple: int = 32
+    pad: bool = True
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise ValueError(f"multiple: {self.multiple} is not positive")
+        if self.shorter < self.multiple:
+            raise ValueError(f"shorter: {self.shorter} is less than multiple {self.multiple}")
+        if self.longer is not None and self.longer < self.shorter:
+            raise ValueError(f"longer: {self.longer} is less than shorter {self.shorter}")
+
+    @property
+    def limit(self) -> int:
+        """The longer side's limit in pixels."""
+        return int(_LONGEST * self.shorter) if self.longer is None else self.longer
+
+    @property
+    def canvas(self) -> int:
+        """The side of the padded square: the longest side there can be."""
+        return self.limit // self.multiple * self.multiple
+
+
+@dataclass(frozen=True)
+class TrainViltImageConfig(ViltImageConfig):
+    """Keys of `vilt_image_train`: those of `vilt_image_eval` and the augmentation.
+
+    Args:
+        augment: "none"; "flip" mirrors every second picture (wrong where captions say left and right);
+            "randaugment" is torchvision's RandAugment, before the resizing.
+        randaugment_ops, randaugment_magnitude: its operations per picture and their strength (0-30).
+    """
+
+    augment: Literal["none", "flip", "randaugment"] = "none"
+    randaugment_ops: int = 2
+    randaugment_magnitude: int = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.randaugment_ops < 1:
+            raise ValueError(f"randaugment_ops: {self.randaugment_ops} is not positive")
+        if not 0 <= self.randaugment_magnitude <= 30:
+            raise ValueError(f"randaugment_magnitude: {self.randaugment_magnitude} is not between 0 and 30")
+
+
+def fitted_size(width: int, height: int, shorter: int, longer: int, multiple: int) -> tuple[int, int]:
+    """Height and width that a picture is resized to.
+
+    ViLT's rule (its `MinMaxResize`): the shorter side becomes `shorter`; where the longer would then exceed
+    `longer`, both shrink until it does not; sides are rounded, then rounded down to `multiple`. A side never
+    shrinks to nothing: it keeps one `multiple`.
+    """
+    sides = [height, width]
+    short = 1 if height >= width else 0  # of equal sides either
+    scale = shorter / sides[short]
+    scaled = [side * scale for side in sides]
+    scaled[short] = shorter
+    if max(scaled) > longer:
+        shrink = longer / max(scaled)
+        scaled = [side * shrink for side in scaled]
+    rounded = [int(side + 0.5) // multiple * multiple for side in scaled]
+    return max(multiple, rounded[0]), max(multiple, rounded[1])
+
+
+class _ViltImageProcessor(BaseProcessor):
+    config_class: type[ViltImageConfig]
+
+    def __init__(self, config: ViltImageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transform = transforms.Compose(self._augmentation(config))
+
+    def _augmentation(self, config: ViltImageConfig) -> list[Callable]:
+        return []
+
+    def __call__(self, item: Image.Image) -> torch.Tensor:
+        """PIL picture -> FloatTensor [3, H, W]; with `pad`, H = W = `canvas`, zeros right of and below the picture."""
+        config = self.config
+        size = fitted_size(*item.size, config.shorter, config.limit, config.multiple)
+        resized = resize(self.transform(item), list(size), InterpolationMode.BICUBIC)
+        made = normalize(to_tensor(resized), MEAN, STD)
+        if not config.pad:
+            return made
+        return nnf.pad(made, (0, config.canvas - size[1], 0, config.canvas - size[0]))
+
+    @classmethod
+    def from_config(cls, cfg: Any = None) -> _ViltImageProcessor:
+        """Build from a `vis_processor` section.
+
+        Raises:
+            UserError: one line per unknown key or wrong value.
+        """
+        return cls(parse(cls.config_class, cfg, "vis_processor"))
+
+
+@registry.register_processor("vilt_image_eval")
+class ViltImageEvalProcessor(_ViltImageProcessor):
+    """Resize, to tensor, normalise, pad. Keys: `ViltImageConfig`."""
+
+    config_class = ViltImageConfig
+
+
+@registry.register_processor("vilt_image_train")
+class ViltImageTrainProcessor(_ViltImageProcessor):
+    """Augment, resize, to tensor, normalise, pad. Keys: `TrainViltImageConfig`."""
+
+    config_class = TrainViltImageConfig
+
+    def _augmentation(self, config: TrainViltImageConfig) -> list[Callable]:
+        if config.augment == "flip":
+            return [transforms.RandomHorizontalFlip()]
+        if config.augment == "randaugment":
+            interpolation = InterpolationMode.BILINEAR
+            return [transforms.RandAugment(config.randaugment_ops, config.randaugment_magnitude,
+                                           interpolation=interpolation)]
+        return []
