@@ -14,7 +14,7 @@ from lavis_dcd.distillation.candidates import DIRECTIONS, PoolStrategy, build_po
 from lavis_dcd.distillation.objective import config_faults
 from lavis_dcd.distillation.selection import SELECTION_STRATEGIES
 from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.models.building import build_matcher
+from lavis_dcd.models.building import build_matcher, full_section
 from lavis_dcd.models.dcd_config import CandidatesConfig, DcdConfig
 from lavis_dcd.models.dcd_teachers import Teachers
 
@@ -93,8 +93,12 @@ def _on_towers(teacher: Matcher, section: dict[str, Any], share: bool) -> Matche
     saved = teacher.checkpoint()["config"]
     sizes = {part: {**saved[part], "load_weights": False} if part == "text" else {**saved[part], "weights": None}
              for part in ("vision", "text")}  # fmt: skip
-    merged = OmegaConf.to_container(OmegaConf.merge(sizes, section))
-    student = build_matcher(merged, "model.student")
+    whole = full_section(section, "model.student")
+    # the model type's towers make room for the teacher's as a whole: merged, keys of both would mix
+    whole = OmegaConf.merge(whole, {"model_type": None})
+    for part in ("vision", "text"):
+        whole[part] = OmegaConf.merge(sizes[part], section.get(part, {}))
+    student = build_matcher(OmegaConf.to_container(whole), "model.student")
     if not hasattr(student, "adopt_towers"):
         raise UserError(f"model.student.init_from_teacher.towers: {type(student).__name__} has no towers to start; "
                         "use it with a dual_encoder")  # fmt: skip

@@ -205,10 +205,10 @@ class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
     def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         scores = self.fusion_scores(images, texts, pairs) if self.config.fusion_score else 0.0
         if self.joint_head is not None:
-            scores = scores + self.joint_scores(images, texts, pairs)
+            scores = scores + self.joint_pair_scores(images, texts, pairs)
         return scores
 
-    def joint_scores(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+    def joint_pair_scores(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         """The joint head's scaled cosine of each pair, ``[P]``."""
         image_embeds = self._joint().embed_images(images)
         text_embeds = self._joint().embed_texts(texts)

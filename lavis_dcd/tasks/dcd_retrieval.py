@@ -26,6 +26,7 @@ from lavis_dcd.models.building import build_matcher
 from lavis_dcd.models.preprocess import MatcherViews
 from lavis_dcd.tasks.evaluation import Evaluation, Protocol, evaluate
 from lavis_dcd.tasks.gallery import gallery_items
+from lavis_dcd.tasks.pair_checks import caption_faults, shortlist_faults
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +96,11 @@ class DcdRetrievalTask(BaseTask):
         (``model.views()``); evaluation sets stay as they are, see :meth:`dataset_for`.
 
         Raises:
-            UserError: the encoders learn, or the model's matchers do not share them; processors that cannot be built.
+            UserError: matchers and data that cannot work together; the encoders learn, or the model's matchers do not
+                share them; processors that cannot be built.
         """
         self._adopt(model, run)
+        self._check_pair(datasets)
         mode = _option(run, "cache_features", "off")
         if mode == "off":
             views = self._views.by_name
@@ -131,6 +134,15 @@ class DcdRetrievalTask(BaseTask):
     def _adopt(self, model: nn.Module, run: Any) -> None:
         self.run, self._matchers = run, matchers_of(model)
         self._views = MatcherViews.of_model(model)
+
+    def _check_pair(self, datasets: Mapping[str, Any]) -> None:
+        protocol = Protocol.of_run(self.run)
+        faults = shortlist_faults(self._matchers, protocol.k_test, protocol.shortlist)
+        sets = [dataset for dataset in datasets.values() if is_evaluation_set(dataset)]
+        if sets:
+            faults += caption_faults(self._matchers, lambda matcher: self.dataset_for(matcher, sets[0]).text)
+        if faults:
+            raise UserError(faults)
 
     def dataset_for(self, matcher: Matcher, dataset: Any) -> Any:
         """The evaluation set as this matcher reads it: through its own processors where it has some."""

@@ -177,8 +177,8 @@ def test_several_teachers_are_standardised_per_query_and_averaged():
             z = [(p - p.mean()) / p.std(unbiased=False) for p in parts]
             mixed = (z[0] + 3 * z[1]) / 4
             got = table[query][keep]
-            torch.testing.assert_close((got - got.mean()) / got.std(unbiased=False),
-                                       (mixed - mixed.mean()) / mixed.std(unbiased=False), atol=1e-4, rtol=1e-4)  # fmt: skip
+            shapes = [(x - x.mean()) / x.std(unbiased=False) for x in (got, mixed)]
+            torch.testing.assert_close(*shapes, atol=1e-4, rtol=1e-4)
 
 
 def test_several_teachers_stay_out_of_the_way_and_stand_as_one():
