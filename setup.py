@@ -42,7 +42,8 @@ setup(
     package_data={
         "lavis_dcd": ["assets/**", "**/*.html", "**/*.jinja", "**/*.j2", "**/*.css"],
         "lavis_dcd.configs": ["**/*.yaml"],
-        "lavis_dcd.projects": ["**/*.yaml"],
+        # not example_plugin/: a package of its own, for a checkout
+        "lavis_dcd.projects": ["dcd/*.yaml"],
     },
     include_package_data=False,
     # torch and torchvision are one tested pair; LAVIS 1.0.2 brings the tight pins of transformers, timm and

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.adapters.blip2 import Blip2Adapter
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.models.building import build_matcher
 
 SIZES = {
     "image_size": 32,
@@ -318,14 +318,13 @@ def test_lavis_builds_and_the_adapter_looks_at_what_was_loaded(vocabulary, tmp_p
         Blip2Adapter.from_config(_Large, OmegaConf.create(section))
 
 
-def test_without_network_the_message_says_what_is_missing(offline, monkeypatch, vocabulary):
-    monkeypatch.setattr(
-        Blip2ITM, "init_vision_encoder", classmethod(lambda cls, *args: (SimpleNamespace(num_features=8), None))
-    )
-    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
-    section = {"arch": "blip2_image_text_matching", "tokenizer": str(vocabulary), "image_size": 32, "freeze_vit": False,
-               "num_query_token": 4}  # fmt: skip
-    with pytest.raises(UserError, match=r"model: Blip2ITM cannot be built: .*model\.sizes and model\.tokenizer"):
+def test_without_network_the_message_says_what_is_missing(monkeypatch, vocabulary):
+    def unreachable(*args):
+        raise OSError("<urlopen error: no route to eva_vit_g.pth>")
+
+    monkeypatch.setattr(Blip2ITM, "init_vision_encoder", unreachable)
+    section = {"arch": "blip2_image_text_matching", "tokenizer": str(vocabulary), "num_query_token": 4}
+    with pytest.raises(UserError, match=r"Blip2ITM cannot be built: .*eva_vit_g.*model\.sizes and model\.tokenizer"):
         Blip2Adapter.from_config(Blip2ITM, OmegaConf.create(section))
 
 
@@ -334,6 +333,14 @@ def test_a_blip2_without_matching_head_is_refused():
         Blip2Adapter.from_config(nn.Module, OmegaConf.create({"arch": "blip2_opt", "sizes": SIZES}))
     with pytest.raises(UserError, match="Linear has no image-text matching head"):
         Blip2Adapter(nn.Linear(1, 1))
+
+
+def test_lavis_type_in_small_through_its_own_name(vocabulary):
+    section = {"arch": "blip2_image_text_matching", "model_type": "coco", "finetuned": None, "pretrained": None,
+               "tokenizer": str(vocabulary), "sizes": SIZES}  # fmt: skip
+    adapter = build_matcher(section, "model.teacher")
+    assert type(adapter.model) is Blip2ITM
+    assert adapter.model.visual_encoder.patch_embed.proj.weight.requires_grad  # as the type's freeze_vit says
 
 
 def test_sizes_that_cannot_work(vocabulary):

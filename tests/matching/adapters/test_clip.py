@@ -16,6 +16,7 @@ from lavis_dcd.matching.adapters.clip import ClipAdapter
 from lavis_dcd.matching.adapters.clip_building import BPE_ENTRIES, ClipOptions
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.models.building import build_matcher
 
 pytest.importorskip("lavis")
 from lavis.models.clip_models import model as lavis_clip
@@ -283,7 +284,16 @@ def test_lavis_types_are_built_by_lavis_with_the_right_activation(monkeypatch, t
     assert tuned.quick_gelu
 
 
-def test_sections_that_cannot_work():
+def test_lavis_type_in_small_through_its_own_name():
+    section = {"arch": "clip", "model_type": "ViT-B-16", "pretrained": None, "sizes": SIZES}
+    adapter = build_matcher(section, "model.student")
+    assert isinstance(adapter, ClipAdapter)
+    assert adapter.model.visual.positional_embedding.shape == (17, 64)
+
+
+def test_sections_that_cannot_work(monkeypatch):
+    small = {"embed_dim": 16, "vision_cfg": SIZES["vision"], "text_cfg": {**SIZES["text"], "vocab_size": 8}}
+    monkeypatch.setitem(lavis_clip._MODEL_CONFIGS, "ViT-B-32", small)
     with pytest.raises(UserError, match=r"model\.model_type: clip needs one"):
         build(sizes={})
     with pytest.raises(UserError, match=r"model\.pretrained: nowhere\.pt for clip ViT-B-32: .*local file"):
