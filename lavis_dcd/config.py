@@ -124,7 +124,7 @@ def find_config(cfg_path: str) -> Path:
     parts = here.parts[1:] if here.parts[:1] == ("projects",) else here.parts
     if not here.is_absolute() and (found := packaged.joinpath(*parts)).is_file():
         return found
-    names = sorted(f"projects/{p.relative_to(packaged).as_posix()}" for p in packaged.rglob("*.yaml"))
+    names = sorted(f"projects/{p.relative_to(packaged).as_posix()}" for p in packaged.glob("*/*.yaml"))
     raise UserError(
         f"--cfg-path {cfg_path}: no such file in {Path.cwd()}, and none of the packaged: {', '.join(names)}"
     )
