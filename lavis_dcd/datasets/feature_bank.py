@@ -18,7 +18,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.bank_rows import Rows, read_rows
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import encode_captions, encode_pictures, reported
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures, padded
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class FeatureBank:
         rows = torch.as_tensor(rows)
         mask = self.tensors.get("image_mask")
         picked = (self.tensors["image_tokens"][rows], None if mask is None else mask[rows])
-        return ImageFeatures(*picked, self._embeds("image_embeds", rows)).float()
+        return ImageFeatures(*picked, self._embeds("image_embeds", rows)).trimmed().float()
 
     def texts(self, captions: Sequence[str]) -> TextFeatures:
         """Float32 features of ``captions``, padded to the longest of them.
@@ -104,7 +104,8 @@ def build_feature_bank(
     if not matcher.encoders_frozen():
         raise UserError(
             f"run.cache_features: the encoders of {type(matcher).__name__} learn, so features cannot be "
-            "kept; freeze them (vision.freeze, text.freeze) or set run.cache_features=off"
+            "kept; freeze them (vision.freeze and text.freeze, freeze_embeddings, or freeze: [encoders], as the model "
+            "has it) or set run.cache_features=off"
         )
     rows = {name: read_rows(dataset, name) for name, dataset in datasets.items()}
     pictures: dict[str, tuple[str, int]] = {}
@@ -166,6 +167,9 @@ def _encode_all_pictures(
         for name, part in ((f"image_{name}", part) for name, part in named.items() if part is not None):
             if name not in kept:
                 kept[name] = torch.empty(count, *part.shape[1:], dtype=part.dtype)
+            if name != "image_embeds" and part.shape[1] != kept[name].shape[1]:  # pictures of other sizes
+                longest = max(part.shape[1], kept[name].shape[1])
+                kept[name], part = padded(kept[name], longest), padded(part, longest)
             kept[name][start : start + len(part)] = part
         if not start:
             log.info("features of %d pictures: %.0f MB", count, sum(t.nbytes for t in kept.values()) / 1e6)

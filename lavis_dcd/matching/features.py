@@ -87,8 +87,8 @@ class Features:
             raise ValueError("nothing to concatenate")
         length = max(p.tokens.shape[1] for p in parts)
         masked = any(p.mask is not None or p.tokens.shape[1] != length for p in parts)
-        tokens = torch.cat([_pad(p.tokens, length) for p in parts])
-        mask = torch.cat([_pad(p.full_mask(), length) for p in parts]) if masked else None
+        tokens = torch.cat([padded(p.tokens, length) for p in parts])
+        mask = torch.cat([padded(p.full_mask(), length) for p in parts]) if masked else None
         if all(p.embeds is None for p in parts):
             return cls(tokens, mask)
         if any(p.embeds is None for p in parts):
@@ -133,7 +133,8 @@ def last_used(mask: Tensor) -> int:
     return int(used[-1]) + 1 if len(used) else 1
 
 
-def _pad(t: Tensor, length: int) -> Tensor:
+def padded(t: Tensor, length: int) -> Tensor:
+    """``t [B, n, ...]`` with zeros behind, ``[B, length, ...]``."""
     if t.shape[1] == length:
         return t
     padding = t.new_zeros((t.shape[0], length - t.shape[1], *t.shape[2:]))

@@ -257,3 +257,25 @@ def test_groups_of_a_batch_are_read_from_the_rows():
     assert len(set(batch_groups(both, "family"))) == 4
     with pytest.raises(UserError, match=r"run\.batch_by: the rows have no 'colour'; they have image_id, family"):
         batch_groups(leaf, "colour")
+
+
+class Sized(Toy):
+    """Reads as many tokens of a picture as its first value says, so that batches differ in their longest."""
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        features = super().encode_images(images)
+        counts = 1 + images[:, 0, 0, 0].gt(0) * 3
+        mask = torch.arange(4) < counts[:, None]
+        return ImageFeatures(features.tokens * mask[..., None], mask).trimmed()
+
+
+def test_pictures_of_other_sizes_are_kept_with_their_masks() -> None:
+    torch.manual_seed(0)
+    matcher = Sized()
+    bank = build_feature_bank(matcher, {"train": Training("abcdef")}, batch_size=1, dtype=torch.float32)
+    counts = set()
+    for name in "abcdef":
+        expected = matcher.encode_images(picture(name)[None])
+        assert_same(bank.images(["abcdef".index(name)]), expected)
+        counts.add(expected.tokens.shape[1])
+    assert counts == {1, 4}
