@@ -6,7 +6,6 @@ to the matcher as they are needed, so a big gallery never stands on the accelera
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.matching.blocks import block_sides, dual_sides, finite, order_by_length, pairs_that_fit, ready, slices
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import encode_dataset, reported, scoring_mode
 from lavis_dcd.matching.ensemble import Ensemble, members_of
-from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 ROWS_PER_SORT = 256
-MAX_BLOCK_SIDE = 256  # captions of like lengths stay together, and progress shows
-MAX_DUAL_SIDE = 8192  # an item's embedding is made anew in every block it stands in
 
 
 def score_exhaustive(
@@ -45,8 +43,8 @@ def score_exhaustive(
         ValueError: a score is not a finite number.
     """
     dual = matcher.family == "dual"
-    side_i, side_t = (_dual_sides if dual else _block_sides)(images, texts, memory_mb)
-    by_length = _order_by_length(texts)
+    side_i, side_t = (dual_sides if dual else block_sides)(images, texts, memory_mb)
+    by_length = order_by_length(texts)
     scores = torch.empty(len(images), len(texts))
     blocks = [
         (range(i, min(i + side_i, len(images))), by_length[t : t + side_t])
@@ -55,11 +53,11 @@ def score_exhaustive(
     ]
     with scoring_mode(matcher, "off" if dual else amp) as device:
         for rows, columns in reported(blocks, len(blocks), "blocks of pairs scored", progress):
-            here = _ready(images[rows.start : rows.stop], device)
-            there = _ready(texts[columns.to(texts.device)].trimmed(), device)
+            here = ready(images[rows.start : rows.stop], device)
+            there = ready(texts[columns.to(texts.device)].trimmed(), device)
             block = matcher.match_all(here, there) if dual else _match_block(matcher, here, there)
             scores[rows.start : rows.stop, columns] = block.float().cpu()
-    return _finite(scores)
+    return finite(scores)
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Shortlist:
         """
         if k_test < 1:
             raise UserError(f"run.k_test: {k_test} is below 1; leave it empty to score every pair")
-        i2t, t2i = _finite(cheap_i2t.float().cpu()), _finite(cheap_t2i.float().cpu())
+        i2t, t2i = finite(cheap_i2t.float().cpu()), finite(cheap_t2i.float().cpu())
         return cls(i2t, t2i, _top_columns(i2t, k_test), _top_columns(t2i, k_test))
 
     def rerank(
@@ -174,7 +172,7 @@ def score_joint(
     require_joint_space(matcher)
     with scoring_mode(matcher, amp) as device:
         of_images, of_texts = (
-            torch.cat([embed(_ready(part, device)).float().cpu() for part in _slices(features, rows)])
+            torch.cat([embed(ready(part, device)).float().cpu() for part in slices(features, rows)])
             for embed, features in ((matcher.embed_images, images), (matcher.embed_texts, texts))
         )
     vectors = of_images.shape[1] if of_images.ndim == 3 else 1  # a picture may have several
@@ -184,7 +182,7 @@ def score_joint(
             matcher.joint_scores(part.to(device), of_texts).float().cpu()
             for part in of_images.split(max(1, rows // vectors))
         ]
-    return _finite(torch.cat(parts))
+    return finite(torch.cat(parts))
 
 
 def require_joint_space(matcher: Matcher | Ensemble) -> None:
@@ -235,17 +233,17 @@ def _match_pairs(
     progress: bool,
 ) -> Tensor:
     """Scores ``[P]`` of the pairs ``keys = image row * T + text row``, sorted."""
-    chunks = torch.split(keys, max(1, _pairs_that_fit(images, texts, memory_mb)))
+    chunks = torch.split(keys, max(1, pairs_that_fit(images, texts, memory_mb)))
     scores = []
     with scoring_mode(matcher, amp) as device:
         for chunk in reported(chunks, len(chunks), "blocks of shortlisted pairs scored", progress):
             rows, image_of_pair = torch.unique(chunk // len(texts), return_inverse=True)
             columns, text_of_pair = torch.unique(chunk % len(texts), return_inverse=True)
-            here = _ready(images[rows.to(images.device)], device)
-            there = _ready(texts[columns.to(texts.device)].trimmed(), device)
+            here = ready(images[rows.to(images.device)], device)
+            there = ready(texts[columns.to(texts.device)].trimmed(), device)
             pairs = torch.stack([image_of_pair, text_of_pair], dim=1).to(device)
             scores.append(matcher.match(here, there, pairs).float().cpu())
-    return _finite(torch.cat(scores))
+    return finite(torch.cat(scores))
 
 
 def _match_block(matcher: Matcher, images: ImageFeatures, texts: TextFeatures) -> Tensor:
@@ -274,46 +272,3 @@ def _above_rest(cheap: Tensor, columns: Tensor, reranked: Tensor) -> Tensor:
         step = (lowest.abs() * 2.0**-20).clamp_min(1.0)
         out[rows] = (lowest - step * (1 + ranks)).scatter(1, columns[rows], reranked[rows])
     return out
-
-
-def _pairs_that_fit(images: Features, texts: Features, memory_mb: float) -> int:
-    """How many pairs' gathered rows, in float32, stay below ``memory_mb``."""
-    per_pair = 4 * sum(f.tokens.shape[1] * f.tokens.shape[2] for f in (images, texts))
-    return max(1, int(memory_mb * 2**20 // per_pair))
-
-
-def _block_sides(images: Features, texts: Features, memory_mb: float) -> tuple[int, int]:
-    fit = _pairs_that_fit(images, texts, memory_mb)
-    side_i = max(1, min(len(images), MAX_BLOCK_SIDE, int(fit**0.5)))
-    return side_i, max(1, min(len(texts), MAX_BLOCK_SIDE, fit // side_i))
-
-
-def _dual_sides(images: Features, texts: Features, memory_mb: float) -> tuple[int, int]:
-    """Half of the memory for the rows of both sides, in float32, half for the block's scores."""
-    half = memory_mb * 2**20 / 8
-    widest = max(f.tokens.shape[1] * f.tokens.shape[2] for f in (images, texts))
-    side = max(1, min(MAX_DUAL_SIDE, int(half / (2 * widest)), int(half**0.5)))
-    return min(len(images), side), min(len(texts), side)
-
-
-def _order_by_length(texts: TextFeatures) -> Tensor:
-    """Text rows from short to long: blocks of like lengths waste no work on padding."""
-    if texts.mask is None:
-        return torch.arange(len(texts))
-    return texts.mask.sum(dim=1).sort(stable=True).indices.cpu()
-
-
-def _slices(features: Features, rows: int) -> Iterator[Features]:
-    return (features[start : start + rows] for start in range(0, len(features), rows))
-
-
-def _ready(features: Features, device: torch.device) -> Features:
-    """On the matcher's device; rows stored in half precision come back as float32."""
-    return features.to(device, torch.float32)
-
-
-def _finite(scores: Tensor) -> Tensor:
-    bad = int((~torch.isfinite(scores)).sum())
-    if bad:
-        raise ValueError(f"{bad} of {scores.numel()} scores are not finite numbers")
-    return scores
