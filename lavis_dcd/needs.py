@@ -90,7 +90,9 @@ def fetch_missing(config: DictConfig) -> None:
 def _model_needs(section: DictConfig, path: str) -> Iterator[Need]:
     inner = inner_models(section)
     for name, part in inner.items():
-        yield from _model_needs(part, f"{path}.{name}")
+        # a student that is thinned from its teacher reads nothing besides
+        if name != "student" or section.student.get("arch") or "init_from_teacher" not in section.student:
+            yield from _model_needs(part, f"{path}.{name}")
     model = registry.get_model_class(section.get("arch"))
     if model is None or inner:
         return

@@ -87,8 +87,10 @@ def model_faults(section: DictConfig, path: str) -> list[str]:
     if hasattr(model, "config_schema"):
         found = schema_faults(model.config_schema(), section, path)
     else:
+        # without a type, the keys of all types stand for what the model's parts read
+        legal = _MODEL_KEYS | options | (_keys_of_types(model) if kind is None else set())
         found = _by_example(section, model_defaults(section).get("model", {}), path,
-                            _MODEL_KEYS | options | (_keys_read_by(model.from_config) or set(section)))  # fmt: skip
+                            legal | (_keys_read_by(model.from_config) or set(section)))  # fmt: skip
     if adapter:
         own = {key: value for key, value in section.items() if key in options}
         found += schema_faults(adapter.options_class, OmegaConf.create(own), path)
@@ -119,8 +121,20 @@ def _inner_faults(section: DictConfig, path: str) -> list[str]:
         if role == "teachers" and "weight" in given:
             found += schema_faults(_Weight, {"weight": given.weight}, where)
         if "init_from_teacher" in given and role == "student":
-            found += schema_faults(_Succession, given.init_from_teacher, f"{where}.init_from_teacher")
+            found += _succession_faults(given, section, f"{where}.init_from_teacher")
     return found
+
+
+def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> list[str]:
+    start = student.init_from_teacher
+    if found := schema_faults(_Succession, start, path):
+        return found
+    first = next((part for name, part in inner_models(section).items() if name != "student"), {})
+    arch = first.get("arch")
+    model = registry.get_model_class(arch)
+    if start.get("layers") and model is not None and not hasattr(model, "init_from_teacher"):
+        return [f"{path}.layers: a student cannot be thinned from {arch}; give it an arch of its own"]
+    return []
 
 
 def _preprocess_faults(section: Any, path: str) -> list[str]:
@@ -143,15 +157,17 @@ def _names_no_weights(section: DictConfig) -> bool:
     none."""
     model = registry.get_model_class(section.arch)
     schema = section_schema(section)
-    if schema is not None:
-        known = set(schema.__dataclass_fields__)
-    else:
-        kinds = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
-        files = [OmegaConf.load(model.default_config_path(kind)) for kind in kinds]
-        known = {*section, *(key for file in files for key in file.get("model", {}))}
+    known = {*section, *_keys_of_types(model)} if schema is None else set(schema.__dataclass_fields__)
     if not known & {"finetuned", "pretrained"}:
         return False
     return not ((section.get("load_finetuned", True) and section.get("finetuned")) or section.get("pretrained"))
+
+
+def _keys_of_types(model: type) -> set[str]:
+    """The keys of the model's default YAML files."""
+    kinds = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
+    files = [OmegaConf.load(model.default_config_path(kind)) for kind in kinds]
+    return {key for file in files for key in file.get("model", {})}
 
 
 def inner_models(section: DictConfig) -> dict[str, DictConfig]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # One thread per process keeps float sums, hence golden values, independent of the machine's cores. Whatever the caller
 # exports: some tests compare a process of their own, which has one thread, with this one bit for bit.
@@ -53,3 +56,110 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
+
+
+# -- jobs on a dozen pictures ------------------------------------------------------------------------------------
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 210), "grey": (130, 130, 130)}
+SHAPES = ("square", "bar", "stripe")
+CAPTIONS = ("a {} {}", "there is one {} {} on white")
+
+# what every job is given: two steps on a CPU
+RUN = {
+    "device": "cpu", "max_epoch": 1, "max_steps": 2, "batch_size_train": 4, "batch_size_eval": 8, "num_workers": 0,
+    "amp": "off", "log_freq": 1, "job_id": "tiny",
+}  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[dict]:
+    """Twelve pictures on disk, in ``tmp_path / "photos"``, with two captions each."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    found = []
+    for colour, rgb in COLOURS.items():
+        for number, shape in enumerate(SHAPES):
+            pixels = np.full((40, 60, 3), 255, dtype=np.uint8)
+            pixels[8 : 32 - 8 * number, 5 : 25 + 15 * number] = rgb
+            name = f"{colour}_{shape}.png"
+            Image.fromarray(pixels).save(folder / name)
+            found.append({"image": name, "caption": [text.format(colour, shape) for text in CAPTIONS]})
+    return found
+
+
+@pytest.fixture
+def words(pictures: list[dict]) -> list[str]:
+    """What the captions of ``pictures`` are made of."""
+    return sorted({word for row in pictures for caption in row["caption"] for word in caption.split()})
+
+
+@pytest.fixture
+def retrieval_files(pictures: list[dict], tmp_path: Path) -> dict[str, Any]:
+    """The ``build_info`` of LAVIS's retrieval builders for ``pictures``: 8 to train on, 2 val, 2 test."""
+    files = {}
+    for split, chosen in (("train", pictures[:8]), ("val", pictures[8:10]), ("test", pictures[10:])):
+        rows = chosen
+        if split == "train":  # LAVIS's training rows: one caption each
+            rows = [
+                {"image": row["image"], "caption": caption, "image_id": row["image"]}
+                for row in chosen for caption in row["caption"]
+            ]  # fmt: skip
+        file = tmp_path / f"{split}.json"
+        file.write_text(json.dumps(rows))
+        files[split] = {"url": str(file), "storage": str(file)}
+    return {"annotations": files, "images": {"storage": str(tmp_path / "photos")}}
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Callable[[str, dict], Path]:
+    """Trains a packaged job with nested settings as --options; returns its run folder."""
+    from lavis_dcd import train
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, settings: dict) -> Path:
+        options = [*_dotted({"run": RUN}), *_dotted(settings)]
+        assert train.main(["--cfg-path", f"projects/dcd/{name}.yaml", "--options", *options]) == 0
+        return tmp_path / "output" / name / "tiny"
+
+    return run
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Callable[[dict], Path]:
+    """Trains a job of these sections, ``run`` over ``RUN``; returns its run folder, or raises what was wrong."""
+    from lavis_dcd.job import run_job
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(sections: dict) -> Path:
+        content = {**sections, "run": {**RUN, **sections.get("run", {})}}
+        (tmp_path / "job.yaml").write_text(json.dumps(content))  # JSON is YAML
+        run_job("job.yaml", (), (), evaluate=False)
+        return tmp_path / "output" / "job" / "tiny"
+
+    return run
+
+
+@pytest.fixture
+def rows() -> Callable[[Path], dict[str, dict]]:
+    """The rows of a finished job's table by name, after a look at the files that it must leave."""
+
+    def read(folder: Path) -> dict[str, dict]:
+        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in steps if line["kind"] == "train"] == [1, 2]
+        assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
+        return {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+
+    return read
+
+
+def _dotted(settings: dict, path: str = "") -> list[str]:
+    items = []
+    for key, value in settings.items():
+        where = f"{path}{key}"
+        items += _dotted(value, f"{where}.") if isinstance(value, dict) else [f"{where}={json.dumps(value)}"]
+    return items

@@ -46,11 +46,18 @@ def build_matcher(section: Mapping[str, Any], path: str) -> Matcher:
     config = full_section(section, path)
     model_class = registry.get_model_class(config.arch)
     adapter = adapter_for(config.arch)
-    if adapter is not None:
-        return adapter.from_config(model_class, config, path)
-    if not issubclass(model_class, Matcher):
+    if adapter is None and not issubclass(model_class, Matcher):
         require_adapter(config.arch, path)
-    return model_class.from_config(config)
+    try:
+        return adapter.from_config(model_class, config, path) if adapter else model_class.from_config(config)
+    except UserError as error:
+        raise UserError([_at(path, line) for line in error.faults]) from error
+
+
+def _at(path: str, fault: str) -> str:
+    """A model knows its section as "model", wherever that stands in the job."""
+    known = fault.startswith((f"{path}.", f"{path}:"))
+    return f"{path}{fault.removeprefix('model')}" if fault.startswith(("model.", "model:")) and not known else fault
 
 
 def as_matcher(model: nn.Module, section: Mapping[str, Any]) -> Matcher:

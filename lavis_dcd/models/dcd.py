@@ -22,7 +22,7 @@ from lavis_dcd.distillation.selection import SELECTION_STRATEGIES, Selection, re
 from lavis_dcd.matching.chunked import match_recomputed
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
-from lavis_dcd.matching.views import view_of
+from lavis_dcd.matching.views import MAIN_VIEW, view_of
 from lavis_dcd.models.batch import BatchFeatures, info_nce, sample_features
 from lavis_dcd.models.dcd_building import (
     build_pools,
@@ -109,14 +109,23 @@ class DynamicContrastiveDistillation(BaseModel):
         return {"teacher": self.teacher, "student": self.student}
 
     def view_matchers(self) -> dict[str, Matcher]:
-        """Teachers that read pictures and captions of their own, by view: those with other encoders."""
-        own = self.teachers.named().items()
-        return {name: matcher for name, matcher in own if not matcher.shares_encoders_with(self.student)}
+        """Who reads pictures and captions of their own, by view: teachers with other encoders than the student's, and
+        whoever's section names a ``preprocess``.
+        """
+        sections, named = self._sections(), {**self.teachers.named(), MAIN_VIEW: self.student}
+        return {
+            name: matcher
+            for name, matcher in named.items()
+            if sections[name].get("preprocess") or not matcher.shares_encoders_with(self.student)
+        }
 
     def views(self) -> dict[str, dict[str, Any]]:
         """The ``model:`` sections of :meth:`view_matchers`, whose ``preprocess`` says what they read."""
-        sections = dict(zip(self.teachers.named(), self.config.teacher_sections, strict=True))
-        return {name: sections[name][1] for name in self.view_matchers()}
+        return {name: self._sections()[name] for name in self.view_matchers()}
+
+    def _sections(self) -> dict[str, dict[str, Any]]:
+        sections = [section for _, section in self.config.teacher_sections]
+        return {**dict(zip(self.teachers.named(), sections, strict=True)), MAIN_VIEW: self.config.student}
 
     def exported(self) -> nn.Module:
         """What the final file holds."""

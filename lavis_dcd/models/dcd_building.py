@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -77,10 +78,18 @@ def _thinned_section(teacher: Matcher, section: dict[str, Any], layers: list[int
     if not hasattr(teacher, "init_from_teacher"):
         raise UserError(f"model.student.init_from_teacher: {type(teacher).__name__} cannot be thinned")
     saved = teacher.checkpoint()
+    arch = section.get("arch", saved["arch"])
+    if arch != saved["arch"] and _schema(arch) is not _schema(saved["arch"]):
+        raise UserError(f"model.student.init_from_teacher.layers: {arch} cannot start from the layers of "
+                        f"{saved['arch']}; leave it out, or use towers: true for a dual_encoder")  # fmt: skip
     base = {**saved["config"], "arch": saved["arch"], "model_type": None, "load_finetuned": False}
     own = OmegaConf.merge(base, section, {"fusion": {"layers": len(layers)}, "finetuned": None, "pretrained": None})
     log.info("student: fusion layers %s of the teacher's", layers)
     return OmegaConf.to_container(own)
+
+
+def _schema(arch: str) -> type | None:
+    return getattr(registry.get_model_class(arch), "config_schema", lambda: None)()
 
 
 def _on_towers(teacher: Matcher, section: dict[str, Any], share: bool) -> Matcher:

@@ -42,7 +42,7 @@ class DcdConfig:
 
     arch: str = "dcd"
     model_type: str = "default"
-    teacher: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Any] | None = None
     # several teachers instead of one, each a section with an optional ``weight``: their scores are standardised per
     # query and averaged
     teachers: list[dict[str, Any]] = field(default_factory=list)
@@ -60,4 +60,4 @@ class DcdConfig:
         """Where each teacher's section stands, and the section."""
         if self.teachers:
             return [(f"model.teachers.{i}", section) for i, section in enumerate(self.teachers)]
-        return [("model.teacher", self.teacher)]
+        return [("model.teacher", self.teacher or {})]

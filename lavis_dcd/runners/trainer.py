@@ -162,18 +162,19 @@ class Trainer:
         step = self.position.global_step or None  # evaluate() after train()
         if self._start.continued is not None and step is None:
             step = self._start.continued["position"]["global_step"]
-        if place.is_main:
-            write_config(self.output_dir, self.config)
-            if step is not None:
-                checkpoint.discard_after(self.output_dir, step)
         logger.info("run folder: %s (%s)", self.output_dir, place.device)
-        self.metrics = MetricsLog(self.output_dir, step, place.is_main)
         seed_everything(seed_for(run.seed, "start"))
         first = self._judge is None
         if first and hasattr(self.task, "prepare"):
             used = {split: self.datasets[split] for split in run.used_splits}
             prepared = self.task.prepare(self.model, used, run, place.device)
             self.datasets.update(prepared or {})
+        # a job that was refused by now leaves no file that would take its name
+        if place.is_main:
+            write_config(self.output_dir, self.config)
+            if step is not None:
+                checkpoint.discard_after(self.output_dir, step)
+        self.metrics = MetricsLog(self.output_dir, step, place.is_main)
         best = None if first else self._judge.best
         self._judge = Judge(
             self.output_dir, run, place, self.task, self.model, self.datasets, self.metrics, resume_step=step

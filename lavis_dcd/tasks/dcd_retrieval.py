@@ -26,7 +26,7 @@ from lavis_dcd.models.building import build_matcher
 from lavis_dcd.models.preprocess import MatcherViews
 from lavis_dcd.tasks.evaluation import Evaluation, Protocol, evaluate
 from lavis_dcd.tasks.gallery import gallery_items
-from lavis_dcd.tasks.pair_checks import caption_faults, shortlist_faults
+from lavis_dcd.tasks.pair_checks import caption_faults, learning_faults, shortlist_faults
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,11 @@ class DcdRetrievalTask(BaseTask):
                 for split, dataset in datasets.items()
             }
         matcher = self._one_with_shared_encoders()
+        if self._views.by_name:
+            raise UserError(
+                f"run.cache_features: the {', '.join(self._views.by_name)} would read kept features of pictures that "
+                "went through the data set's processors, not its own preprocess; take that out, or set it to off"
+            )
         if _option(run, "evaluate", False):  # nothing will be trained on
             datasets = {split: dataset for split, dataset in datasets.items() if is_evaluation_set(dataset)}
         leaves = [leaf_sets(dataset, split) for split, dataset in datasets.items()]
@@ -141,6 +146,10 @@ class DcdRetrievalTask(BaseTask):
         sets = [dataset for dataset in datasets.values() if is_evaluation_set(dataset)]
         if sets:
             faults += caption_faults(self._matchers, lambda matcher: self.dataset_for(matcher, sets[0]).text)
+            student = self._matchers.get("student")
+            if student is not None and not faults and not _option(self.run, "evaluate", False):
+                read = self.dataset_for(student, sets[0])
+                faults += learning_faults(student, read[0]["image"], read.text)
         if faults:
             raise UserError(faults)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import scoring_mode
@@ -55,6 +56,29 @@ def caption_faults(
                     "language"
                 )
     return faults
+
+
+def learning_faults(student: Matcher, image: Tensor, captions: Iterable[str]) -> list[str]:
+    """A line where no parameter that the student's scores depend on would learn.
+
+    Args:
+        image: one of the job's pictures as the student gets it, float ``[3, H, W]``.
+        captions: of the job's data as the student gets them; the first is scored.
+    """
+    parameter = next(iter(student.parameters()))
+    training = student.training
+    student.eval()
+    try:
+        with torch.enable_grad():
+            images = student.encode_images(image[None].to(parameter.device))
+            texts = student.encode_texts(list(islice(captions, 1)))
+            scores = student.match(images, texts, torch.zeros(1, 2, dtype=torch.long, device=parameter.device))
+    finally:
+        student.train(training)
+    if scores.requires_grad:
+        return []
+    return ["model.student: none of the parameters that its scores depend on would learn; unfreeze a tower, or keep a "
+            "fusion of its own"]  # fmt: skip
 
 
 def _able(matchers: Mapping[str, Matcher | Ensemble]) -> str:

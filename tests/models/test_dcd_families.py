@@ -65,7 +65,7 @@ def samples(size: int = 6) -> dict:
     return {"image": images, "text_input": texts, "image_id": torch.tensor(ids)}
 
 
-def distiller(teacher, student, **config) -> DynamicContrastiveDistillation:
+def distiller(teacher, student, /, **config) -> DynamicContrastiveDistillation:
     config.setdefault("selection", SelectionConfig(hard_negatives=2))
     return DynamicContrastiveDistillation(teacher, student, DcdConfig(**config))
 
@@ -241,3 +241,23 @@ def test_release_arithmetic_refuses_what_it_never_had():
     ):
         with pytest.raises(UserError, match="release knows no"):
             distiller(Reader(1), Reader(2), loss=loss, **config)
+
+
+def test_who_names_processors_reads_through_them():
+    section = {"arch": "any", "preprocess": {"text_processor": {"eval": {"name": "dcd_caption"}}}}
+    teacher, student = Reader(1), Reader(2)
+    student.tower = teacher.tower
+    assert distiller(teacher, student).views() == {}
+    own = distiller(teacher, student, teacher=section)
+    assert own.views() == {"teacher": section} and own.view_matchers() == {"teacher": teacher}
+    assert distiller(teacher, student, student=section).views() == {"student": section}
+
+
+def test_a_teacher_with_a_view_of_its_own_shares_no_features():
+    teacher, student = Reader(1), Reader(2)
+    student.tower = teacher.tower
+    model = distiller(teacher, student)
+    batch = samples()
+    batch["text_input"] = {"student": batch["text_input"], "teacher": [t.upper() for t in batch["text_input"]]}
+    model(batch)
+    assert len(teacher.texts_seen) == 6 and teacher.texts_seen[0].isupper()
