@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig
@@ -175,7 +176,7 @@ def _lavis_cached(url: str) -> Path:
     # LAVIS's own models look for a downloaded checkpoint in timm's hub folder, by the address's last part.
     from timm.models import hub
 
-    return Path(hub.get_cache_dir()) / cached_path(url).name
+    return Path(hub.get_cache_dir()) / Path(urlparse(url).path).name
 
 
 def _named(section: Mapping[str, Any], keys: tuple[str, ...], path: str) -> Iterator[tuple[str, str]]:

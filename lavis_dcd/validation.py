@@ -131,9 +131,9 @@ def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> l
         return found
     first = next((part for name, part in inner_models(section).items() if name != "student"), {})
     arch = first.get("arch")
-    model = registry.get_model_class(arch)
-    if start.get("layers") and model is not None and not hasattr(model, "init_from_teacher"):
-        return [f"{path}.layers: a student cannot be thinned from {arch}; give it an arch of its own"]
+    teacher = adapter_for(arch) or registry.get_model_class(arch)
+    if start.get("layers") and teacher is not None and not hasattr(teacher, "init_from_teacher"):
+        return [f"{path}.layers: {arch} cannot be thinned; leave init_from_teacher out, and name the student's arch"]
     return []
 
 

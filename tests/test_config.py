@@ -430,7 +430,7 @@ def test_inputs_of_ones_own_are_checked_in_teacher_and_student(adapted):
     image = {"name": "dcd_image_eval", "image_size": 64}
     good = {"vis_processor": {"eval": image}, "text_processor": None}
     assert of_model(distilled({**METER, "preprocess": good}, {**THINNED, "preprocess": good})) == []
-    assert of_model(distilled(teacher={}, teachers=[{**ALBEF, "preprocess": good}])) == []
+    assert of_model(distilled({}, METER, teachers=[{**ALBEF, "preprocess": good}])) == []
     bad = {"vis_procesor": {}, "vis_processor": {"eval": {**image, "image_siez": 3}, "evla": image},
            "text_processor": {"train": {"name": "dcd_captoin"}}}  # fmt: skip
     found = of_model(distilled({**METER, "preprocess": bad}))

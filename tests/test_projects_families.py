@@ -1,4 +1,4 @@
-"""Whole jobs across families at a tiny size: each project file, each matcher in both roles, and pairs that cannot work."""
+"""Whole jobs across families at a tiny size: the project files, matchers in both roles, pairs that cannot work."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ pytest.importorskip("lavis")
 from lavis_dcd.matching.adapters.albef import AlbefAdapter
 from lavis_dcd.matching.adapters.clip import ClipAdapter
 from lavis_dcd.models.building import build_matcher
+from lavis_dcd.models.dcd import DynamicContrastiveDistillation
 
 GOLDEN = Path(__file__).parent / "golden"
 SIDE = 32  # of the pictures that models without a reason for another size read
@@ -45,7 +46,7 @@ def reads(matcher: Callable, image_size: int = SIDE) -> dict[str, Any]:
     if matcher is vilt:
         pictures = {"name": "vilt_image_eval", "shorter": 48, "longer": 96, "multiple": 16}
     return {"vis_processor": {"train": pictures, "eval": pictures},
-            "text_processor": dict.fromkeys(("train", "eval"), {"name": "dcd_caption"})}  # fmt: skip
+            "text_processor": {stage: {"name": "dcd_caption"} for stage in ("train", "eval")}}  # fmt: skip
 
 
 def vilt(vocabulary: str) -> dict[str, Any]:
@@ -186,7 +187,11 @@ def test_a_project_file_on_a_bare_machine_names_what_is_missing_and_where_it_com
 
 
 @pytest.mark.parametrize(("name", "builder"), [("vilt_coco", "coco_retrieval"), ("vilt_flickr30k", "flickr30k")])
-def test_the_papers_vilt_recipes(job, rows, retrieval_files, vocabulary, name, builder):
+def test_the_papers_vilt_recipes(job, rows, retrieval_files, vocabulary, monkeypatch, name, builder):
+    batches, forward = [], DynamicContrastiveDistillation.forward
+    monkeypatch.setattr(
+        DynamicContrastiveDistillation, "forward", lambda self, batch: batches.append(batch) or forward(self, batch)
+    )
     canvas = {"shorter": 48, "longer": 96, "multiple": 16}
     processors = {"vis_processor": {"train": canvas, "eval": canvas}}
     teacher = {**vilt(vocabulary), "finetuned": str(GOLDEN / "vilt_tiny_state_dict.safetensors")}
@@ -201,6 +206,9 @@ def test_the_papers_vilt_recipes(job, rows, retrieval_files, vocabulary, name, b
     assert found["student"]["fusion_parameters"] < 0.7 * found["teacher"]["fusion_parameters"]
     config = torch.load(folder / "student.pth", weights_only=True)["config"]
     assert config["fusion"]["layers"] == 2
+    assert len(batches) == 2
+    for batch in batches:  # teacher and student see the same augmented pictures, else there were one of each
+        assert batch["image"].shape == (4, 3, 96, 96)
 
 
 @pytest.mark.parametrize("teacher", [albef, blip, clip])
@@ -472,12 +480,13 @@ def test_students_that_cannot_start_from_their_teacher_are_refused(refused, voca
     for model, line in (
         (
             {"student": {**dual(vocabulary), **layers}},
-            f"{place}.layers: dual_encoder cannot start from the layers of vilt_retrieval; leave it out, or use towers: "
-            "true for a dual_encoder",
+            f"{place}.layers: dual_encoder cannot start from the layers of vilt_retrieval; leave it out, or use "
+            "towers: true for a dual_encoder",
         ),
         (
             {"teacher": of_albef, "student": layers},
-            f"{place}.layers: a student cannot be thinned from albef_retrieval; give it an arch of its own",
+            f"{place}.layers: albef_retrieval cannot be thinned; leave init_from_teacher out, and name the student's "
+            "arch",
         ),
         (
             {"teacher": of_albef, "student": {**dual(vocabulary), **towers}},

@@ -44,8 +44,13 @@ def is_url(text: str) -> bool:
 
 
 def cached_path(url: str) -> Path:
-    """Where `fetch(url)` puts the file: `<cache root>/checkpoints/<its name>`."""
-    return cache_root() / "checkpoints" / unquote(Path(urlparse(url).path).name)
+    """Where `fetch(url)` puts the file: `<cache root>/checkpoints/<its name>`.
+
+    The hub's files share a few names (`pytorch_model.bin`), so theirs begin with their repository's.
+    """
+    path = Path(unquote(urlparse(url).path))
+    repository = path.parts[1:3] if path.parts[3:4] == ("resolve",) else ()
+    return cache_root() / "checkpoints" / "--".join([*repository, path.name])
 
 
 def fetch(

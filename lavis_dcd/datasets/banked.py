@@ -53,7 +53,7 @@ class PictureRows(_Delegating):
 class BankedTrainingSet(Dataset):
     """A training set, perhaps in wrappers that draw captions, whose batches carry features, not pictures.
 
-    A batch is the set's own, with ``image`` an ``ImageFeatures`` (one row per sample) and ``text_features`` a
+    A batch is the set's own, with ``image`` an ``ImageFeatures`` (one row per sample, as precise as it is kept) and ``text_features`` a
     ``TextFeatures`` of ``text_input``, then of ``candidate_text`` where there is one.
 
     Args:
@@ -102,11 +102,11 @@ class BankedEvaluationSet(_Delegating):
         return self.source[index]
 
     def banked_features(self, matcher: Matcher) -> tuple[ImageFeatures, TextFeatures] | None:
-        """Features of all pictures and captions, in order; ``None`` for other encoders than the bank's."""
+        """Float32 features of all pictures and captions, in order; ``None`` for other encoders than the bank's."""
         if not self.bank.serves(matcher):
             return None
         rows = [self.bank.picture_rows[key] for key in self.bank_rows.pictures]
-        return self.bank.images(rows), self.bank.texts(self.bank_rows.captions)
+        return self.bank.images(rows).float(), self.bank.texts(self.bank_rows.captions).float()
 
 
 def leaf_sets(dataset: Any, name: str) -> dict[str, Any]:

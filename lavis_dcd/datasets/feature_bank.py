@@ -43,14 +43,14 @@ class FeatureBank:
     caption_rows: dict[str, int]
 
     def images(self, rows: Tensor | Sequence[int]) -> ImageFeatures:
-        """Float32 features of the pictures ``rows`` (see ``picture_rows``), one row each."""
+        """Features of the pictures ``rows`` (see ``picture_rows``) as they are kept, one row each."""
         rows = torch.as_tensor(rows)
         mask = self.tensors.get("image_mask")
         picked = (self.tensors["image_tokens"][rows], None if mask is None else mask[rows])
-        return ImageFeatures(*picked, self._embeds("image_embeds", rows)).trimmed().float()
+        return ImageFeatures(*picked, self._embeds("image_embeds", rows)).trimmed()
 
     def texts(self, captions: Sequence[str]) -> TextFeatures:
-        """Float32 features of ``captions``, padded to the longest of them.
+        """Features of ``captions`` as they are kept, padded to the longest of them.
 
         Raises:
             KeyError: a caption that was in none of the sets the bank was built from.
@@ -61,7 +61,7 @@ class FeatureBank:
         mask = columns < lengths[:, None]
         where = (self.tensors["text_starts"][rows][:, None] + columns).masked_fill(~mask, 0)
         tokens = self.tensors["text_tokens"][where].masked_fill(~mask[..., None], 0)
-        return TextFeatures(tokens, mask, self._embeds("text_embeds", rows)).float()
+        return TextFeatures(tokens, mask, self._embeds("text_embeds", rows))
 
     def serves(self, matcher: Matcher) -> bool:
         """Whether ``matcher`` would make the same features."""

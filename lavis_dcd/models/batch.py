@@ -84,13 +84,16 @@ def _texts(samples: Mapping[str, Any]) -> list[str]:
 
 
 def _encoded_images(matcher: Matcher, images: Any, first: list[int]) -> ImageFeatures:
-    return images[first] if isinstance(images, ImageFeatures) else matcher.encode_images(images[first])
+    if isinstance(images, ImageFeatures):
+        # kept features come as they are kept; picked first, then widened: half the memory to move
+        return images[first].float()
+    return matcher.encode_images(images[first])
 
 
 def _encoded_texts(matcher: Matcher, samples: Mapping[str, Any], first: list[int]) -> TextFeatures:
     cached = samples.get("text_features")
     if cached is not None:
-        return cached[first].trimmed()
+        return cached[first].trimmed().float()
     texts = _texts(samples)
     wanted = [texts[i] for i in first]
     string_first, string_rows = _distinct(wanted)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.runners.seeding import seed_everything, seed_for
+from lavis_dcd.runners.seeding import seed_for, seed_host
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
@@ -91,7 +91,7 @@ def _together(
 
 
 class SeededDataset(Dataset):
-    """Seeds every generator from (seed, epoch, index) before a sample is made.
+    """Seeds the host's generators from (seed, epoch, index) before a sample is made.
 
     Augmentation is then the same in the main process and in any number of workers, and after a resume.
     """
@@ -103,7 +103,7 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        seed_everything(seed_for(self.seed, "sample", self.epoch, index))
+        seed_host(seed_for(self.seed, "sample", self.epoch, index))
         return self.dataset[index]
 
     def set_epoch(self, epoch: int) -> None:

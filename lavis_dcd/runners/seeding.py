@@ -18,9 +18,17 @@ def seed_for(*parts: int | str) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (the CPU and every CUDA device)."""
+    seed_host(seed)
+    # torch.manual_seed would keep the call, traceback and all, for a device that may never come: memory that grows
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
+def seed_host(seed: int) -> None:
+    """Seed Python, NumPy and torch's CPU generator: all that a sample draws from, and cheap enough for each."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def rng_state() -> dict[str, Any]:

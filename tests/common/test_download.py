@@ -154,3 +154,11 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(server, tmp_path):
 def test_is_url():
     assert download.is_url("https://a/b") and download.is_url("http://a")
     assert not download.is_url("a/b.pth") and not download.is_url("/a") and not download.is_url("asset:x")
+
+
+def test_files_of_the_hub_do_not_take_each_others_place(cache):
+    of = "https://huggingface.co/{}/resolve/main/pytorch_model.bin"
+    paths = [download.cached_path(of.format(name)) for name in ("openai/clip", "some/other")]
+    names = ("openai--clip--pytorch_model.bin", "some--other--pytorch_model.bin")
+    assert paths == [cache / "checkpoints" / name for name in names]
+    assert download.cached_path("https://a.b/c/d/resolve.ckpt?download=1") == cache / "checkpoints" / "resolve.ckpt"

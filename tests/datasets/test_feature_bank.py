@@ -190,13 +190,15 @@ def test_an_evaluation_set_answers_from_the_bank_for_matchers_with_the_same_enco
     assert stranger.pictures == 2
 
 
-def test_half_precision_is_kept_and_float32_is_given() -> None:
+def test_half_precision_is_kept_and_float32_is_evaluated() -> None:
     matcher = Toy()
     bank = build_feature_bank(matcher, {"train": Training()})
     assert bank.tensors["image_tokens"].dtype == torch.float16
     images = bank.images([0])
-    assert images.tokens.dtype == torch.float32
-    assert torch.allclose(images.tokens, matcher.encode_images(picture("a")[None]).tokens, atol=2e-3)
+    assert images.tokens.dtype == torch.float16
+    assert torch.allclose(images.tokens.float(), matcher.encode_images(picture("a")[None]).tokens, atol=2e-3)
+    bank = build_feature_bank(matcher, {"val": Evaluation()})
+    assert BankedEvaluationSet(Evaluation(), bank, "val").banked_features(matcher)[0].tokens.dtype == torch.float32
 
 
 def test_a_bank_on_disk_serves_the_next_run_and_no_other(tmp_path, caplog) -> None:
