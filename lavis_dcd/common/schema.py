@@ -27,7 +27,8 @@ def parse(cls: type[T], mapping: Any, path: str = "model") -> T:
     """Build `cls` from a mapping (a dict, a `DictConfig`, or None for an empty one).
 
     Supports nested and optional dataclasses, `Optional`, unions, `Literal`, enums, `Path`, `list[...]`,
-    `tuple[...]`, `dict[..., ...]` and `Any`. A class may check its values in `__post_init__` by raising
+    `tuple[...]`, `dict[..., ...]` and `Any`. An optional section may also be `true` (all its defaults) or `false`.
+    A class may check its values in `__post_init__` by raising
     `ValueError` or `UserError`.
 
     Raises:
@@ -124,6 +125,8 @@ def _union(hint: Any, value: Any, path: str, found: list[str]) -> Any:
     if value is None and len(arms) < len(typing.get_args(hint)):
         return None
     if len(arms) == 1:
+        if isinstance(value, bool) and dataclasses.is_dataclass(arms[0]):  # an optional section, on or off
+            return _dataclass(arms[0], {}, path, found) if value else None
         return _value(arms[0], value, path, found)
     # An arm of the value's very type goes first, so that "3" stays text in `int | str`.
     for arm in sorted(arms, key=lambda arm: arm is not type(value)):

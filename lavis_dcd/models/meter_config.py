@@ -93,7 +93,7 @@ class MeterConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
-    joint_head: JointHeadConfig | None = None
+    joint_head: JointHeadConfig | None = None  # true: with its defaults
     fusion_score: bool = True  # False: the score is the joint head's alone (a dual encoder)
     loss: RetrievalLossConfig = field(default_factory=RetrievalLossConfig)
     match_memory_mb: float = 1024.0  # activations of one chunk of ``match`` without gradients, MiB

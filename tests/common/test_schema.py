@@ -132,3 +132,21 @@ def test_an_instance_passes_through():
 def test_no_value_raises_anything_but_faults(value):
     for name in ("head", "layers", "extra", "size", "count", "amp", "path", "colour"):
         assert isinstance(faults(Model, {name: value}, "m"), list)
+
+
+@dataclass
+class Options:
+    depth: int = 2
+
+
+@dataclass
+class Switched:
+    options: Options | None = None
+    head: Head | None = None
+
+
+def test_an_optional_section_may_be_switched_on_and_off():
+    assert parse(Switched, {"options": True}).options == Options()
+    assert parse(Switched, {"options": False}).options is None
+    # on, it needs what has no default
+    assert faults(Switched, {"head": True}, "model") == ["model.head.width: missing; expected int"]
