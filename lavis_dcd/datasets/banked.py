@@ -53,8 +53,8 @@ class PictureRows(_Delegating):
 class BankedTrainingSet(Dataset):
     """A training set, perhaps in wrappers that draw captions, whose batches carry features, not pictures.
 
-    A batch is the set's own, with ``image`` an ``ImageFeatures`` (one row per sample, as precise as it is kept) and ``text_features`` a
-    ``TextFeatures`` of ``text_input``, then of ``candidate_text`` where there is one.
+    A batch is the set's own, with ``image`` an ``ImageFeatures`` (one row per sample, as precise as it is kept) and
+    ``text_features`` a ``TextFeatures`` of ``text_input``, then of ``candidate_text`` where there is one.
 
     Args:
         dataset: a LAVIS retrieval training set, a ``ConcatDataset`` of them, or a wrapper with ``.dataset``.

@@ -10,33 +10,27 @@ from typing import Any, ClassVar
 
 import torch
 from lavis.common.registry import registry
-from lavis.models.base_model import BaseModel
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from lavis_dcd.common import assets
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import packaged_folder
-from lavis_dcd.common.schema import parse
-from lavis_dcd.matching.contract import Matcher, pair_chunks
+from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import F, ImageFeatures, TextFeatures
 from lavis_dcd.models import dual_encoder_weights, weights
 from lavis_dcd.models.batch import BatchFeatures, info_nce, sample_features
 from lavis_dcd.models.dual_encoder_config import DualEncoderConfig
-from lavis_dcd.models.lavis_evaluation import LavisEvaluation
 from lavis_dcd.models.pooling import EmbeddingHead
-from lavis_dcd.models.tower_signature import towers_signature
+from lavis_dcd.models.retriever import TwoTowers, model_types
 from lavis_dcd.models.towers import TextTower, build_vision_tower
 
 log = logging.getLogger(__name__)
 
-_TYPES = ("base", "small", "tiny")
 _VECTORS_PER_PAIR = 3  # of both sides, and their product
 
 
 @registry.register_model("dual_encoder")
-class DualEncoder(LavisEvaluation, BaseModel, Matcher):
+class DualEncoder(TwoTowers):
     """Scores a pair by the scaled cosine of its two vectors; nothing of it works once per pair but a product.
 
     Features are the towers' own tokens, image ``[B, N, vision width]`` and text ``[B, L, text width]`` with mask:
@@ -46,13 +40,9 @@ class DualEncoder(LavisEvaluation, BaseModel, Matcher):
 
     family: ClassVar[str] = "dual"
     has_joint_space = True
-    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
-        name: str(packaged_folder("configs") / "models" / f"dual_encoder_{name}.yaml") for name in _TYPES
-    }
-
-    def __init__(self, config: DualEncoderConfig):
-        super().__init__()
-        self._build(config)
+    config_class = DualEncoderConfig
+    files = dual_encoder_weights
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types("dual_encoder", "base", "small", "tiny")
 
     def _build(self, config: DualEncoderConfig) -> None:
         self.config = config
@@ -78,56 +68,7 @@ class DualEncoder(LavisEvaluation, BaseModel, Matcher):
                 f"{self.config.vision.backbone} are a map without a class token; choose mean or attention"
             )
 
-    # -- building and loading ------------------------------------------------------------------------------------
-
-    @classmethod
-    def config_schema(cls) -> type:
-        """The dataclass that a ``model:`` section of this arch must fit."""
-        return DualEncoderConfig
-
-    @classmethod
-    def from_config(cls, cfg: DictConfig | Mapping[str, Any] | None = None) -> DualEncoder:
-        """Built from a ``model:`` section, weights loaded when it names some.
-
-        Raises:
-            UserError: unknown keys, wrong types, sizes that cannot work, weights that do not fit.
-        """
-        config = parse(DualEncoderConfig, cfg or {}, "model")
-        source = config.finetuned if config.load_finetuned and config.finetuned else config.pretrained
-        if not source:
-            log.info("dual_encoder: no checkpoint named; what no tower weights fill starts at random")
-            return cls(config)
-        path = weights.locate(source, config.checkpoint_sha256)
-        saved = weights.read(path, DualEncoderConfig)
-        model = cls(dual_encoder_weights.built_from(saved, config))
-        dual_encoder_weights.load_into(model, saved, path).log(path)
-        return model
-
-    def load_checkpoint(self, url_or_filename: str) -> weights.LoadReport:
-        """Weights of a dual encoder's file, which says what it is built from; the model is rebuilt to that first.
-
-        Raises:
-            UserError: a file that is missing, cannot be fetched, holds more than tensors, is another model's or
-                leaves a weight at random.
-        """
-        path = weights.locate(url_or_filename, self.config.checkpoint_sha256)
-        saved = weights.read(path, DualEncoderConfig)
-        rebuilt = dual_encoder_weights.built_from(saved, self.config)
-        if rebuilt is not self.config:
-            log.info("%s: rebuilding dual_encoder to the file's own configuration", path)
-            device, training = self.device, self.training
-            self._modules.clear()
-            self._parameters.clear()
-            self._build(rebuilt)
-            self.to(device).train(training)
-        report = dual_encoder_weights.load_into(self, saved, path)
-        report.log(path)
-        return report
-
-    def checkpoint(self) -> dict[str, Any]:
-        """What a file of this model holds, frozen towers included: tensors and plain containers."""
-        config = dual_encoder_weights.portable(self.config)
-        return {"model": self.state_dict(), "arch": "dual_encoder", "config": config}
+    # -- starting from a teacher ---------------------------------------------------------------------------------
 
     def init_from_teacher(
         self, teacher: nn.Module, layers: list[int] | None = None, share_encoders: bool = True
@@ -182,32 +123,8 @@ class DualEncoder(LavisEvaluation, BaseModel, Matcher):
 
     # -- the matching contract -----------------------------------------------------------------------------------
 
-    def encoder_modules(self) -> list[nn.Module]:
-        return [self.vision_tower, self.text_tower]
-
-    def encoder_signature(self) -> str | None:
-        return towers_signature(self.vision_tower, self.text_tower)
-
     def fusion_parameters(self) -> int:
         return 0
-
-    def train(self, mode: bool = True) -> DualEncoder:
-        """Train mode, frozen towers excepted: dropout in a tower that does not learn is noise."""
-        super().train(mode)
-        for tower in self.encoder_modules():
-            if not any(p.requires_grad for p in tower.parameters()):
-                tower.eval()
-        return self
-
-    def encode_images(self, images: Tensor) -> ImageFeatures:
-        return ImageFeatures(self.vision_tower(images))
-
-    def encode_texts(self, texts: list[str]) -> TextFeatures:
-        return self.encode_token_ids(*self.text_tower.tokenize(texts))
-
-    def encode_token_ids(self, ids: Tensor, mask: Tensor) -> TextFeatures:
-        """Features of tokenised texts: int64 ids ``[B, L]``, bool mask ``[B, L]``."""
-        return TextFeatures(self.text_tower(ids, mask), mask.bool())
 
     def embed_images(self, images: ImageFeatures) -> Tensor:
         return self.image_head(images)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lavis_dcd.models import weights
 from lavis_dcd.models.dual_encoder_config import DualEncoderConfig
 from lavis_dcd.models.meter_config import TextConfig
 from lavis_dcd.models.meter_weights import adapt_positions
@@ -21,6 +22,11 @@ _NO_MODULES = {
     "head": ("dropout", "hidden_dropout", "token_dropout", "temperature"),
 }
 _POSITIONS = "vision_tower.vit.embeddings.position_embedding.weight"
+
+
+def read(path: Path) -> SavedWeights[DualEncoderConfig]:
+    """Tensors and configuration; raises as :func:`lavis_dcd.models.weights.read`."""
+    return weights.read(path, DualEncoderConfig)
 
 
 def portable(config: DualEncoderConfig) -> dict[str, Any]:

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from lavis.common.registry import registry
-from lavis.models.base_model import BaseModel
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_dcd.common import assets
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import packaged_folder
-from lavis_dcd.common.schema import parse
-from lavis_dcd.matching.contract import Matcher, pair_chunks
+from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
 from lavis_dcd.models import meter_weights
 from lavis_dcd.models.batch import sample_features
-from lavis_dcd.models.lavis_evaluation import LavisEvaluation
 from lavis_dcd.models.meter_config import MeterConfig
 from lavis_dcd.models.meter_fusion import JointHead, Pooler, additive_mask, fusion_layers, start_from_text
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
-from lavis_dcd.models.tower_signature import towers_signature
+from lavis_dcd.models.retriever import TwoTowers, model_types
 from lavis_dcd.models.towers import TextTower, build_vision_tower
 
 MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more captions
-_TYPES = ("coco", "flickr", "pretrain_288", "student_coco", "student_flickr", "quickstart")
 
 
 @registry.register_model("meter_retrieval")
-class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
+class MeterRetrieval(TwoTowers):
     """Scores a pair by a co-attention stack over CLIP-ViT (or timm) and RoBERTa (or BERT) tokens.
 
     Features are the towers' own tokens: image ``[B, N, vision width]``, text ``[B, L, text width]`` with mask.
@@ -41,13 +34,11 @@ class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
     The official arithmetic: METER's ``meter_module.py`` (infer) and ``objectives.py`` (compute_irtr).
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
-        name: str(packaged_folder("configs") / "models" / f"meter_retrieval_{name}.yaml") for name in _TYPES
-    }
-
-    def __init__(self, config: MeterConfig):
-        super().__init__()
-        self._build(config)
+    config_class = MeterConfig
+    files = meter_weights
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types(
+        "meter_retrieval", "coco", "flickr", "pretrain_288", "student_coco", "student_flickr", "quickstart"
+    )
 
     def _build(self, config: MeterConfig) -> None:
         self.config = config
@@ -98,59 +89,7 @@ class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
             nn.init.normal_(self.image_cls, std=0.02)
             nn.init.normal_(self.image_positions, std=0.02)
 
-    # -- building and loading ------------------------------------------------------------------------------------
-
-    @classmethod
-    def config_schema(cls) -> type:
-        """The dataclass that a ``model:`` section of this arch must fit."""
-        return MeterConfig
-
-    @classmethod
-    def from_config(cls, cfg: DictConfig | Mapping[str, Any] | None = None) -> MeterRetrieval:
-        """Built from a ``model:`` section, weights loaded when it names some.
-
-        Raises:
-            UserError: unknown keys, wrong types, sizes that cannot work, weights that do not fit.
-        """
-        config = parse(MeterConfig, cfg or {}, "model")
-        source = config.finetuned if config.load_finetuned and config.finetuned else config.pretrained
-        if not source:
-            logging.info("meter_retrieval: no checkpoint named; what no tower weights fill starts at random")
-            return cls(config)
-        path = meter_weights.locate(source, config.checkpoint_sha256)
-        saved = meter_weights.read(path)
-        model = cls(meter_weights.built_from(saved, config))
-        meter_weights.load_into(model, saved, path).log(path)
-        return model
-
-    def load_checkpoint(self, url_or_filename: str) -> meter_weights.LoadReport:
-        """Weights of an official Lightning file, of a file with DCD's ``stu_*`` tensors, or of one of ours.
-
-        One of ours says what it is built from; when that differs from this model (a thinned student loaded over
-        its teacher's type, say), the model is rebuilt to it first.
-
-        Raises:
-            UserError: a file that is missing, cannot be fetched, holds more than tensors, or leaves an inference
-                weight at random.
-        """
-        path = meter_weights.locate(url_or_filename, self.config.checkpoint_sha256)
-        saved = meter_weights.read(path)
-        rebuilt = meter_weights.built_from(saved, self.config)
-        if rebuilt is not self.config:
-            logging.info("%s: rebuilding meter_retrieval to the file's own configuration", path)
-            device, training = self.device, self.training
-            self._modules.clear()
-            self._parameters.clear()
-            self._build(rebuilt)
-            self.to(device).train(training)
-        report = meter_weights.load_into(self, saved, path)
-        report.log(path)
-        return report
-
-    def checkpoint(self) -> dict[str, Any]:
-        """What a file of this model holds: tensors and plain containers."""
-        config = meter_weights.portable(self.config)
-        return {"model": self.state_dict(), "arch": "meter_retrieval", "config": config}
+    # -- starting from a teacher ---------------------------------------------------------------------------------
 
     def init_from_teacher(self, teacher: nn.Module, layers: list[int], share_encoders: bool = False) -> None:
         """Start from a METER teacher ("succession"): its fusion layers ``layers``, projections, poolers and heads.
@@ -166,30 +105,6 @@ class MeterRetrieval(LavisEvaluation, BaseModel, Matcher):
             self.vision_tower, self.text_tower = teacher.vision_tower, teacher.text_tower
 
     # -- the matching contract -----------------------------------------------------------------------------------
-
-    def encoder_modules(self) -> list[nn.Module]:
-        return [self.vision_tower, self.text_tower]
-
-    def encoder_signature(self) -> str | None:
-        return towers_signature(self.vision_tower, self.text_tower)
-
-    def train(self, mode: bool = True) -> MeterRetrieval:
-        """Train mode, frozen towers excepted: dropout in a tower that does not learn is noise."""
-        super().train(mode)
-        for tower in self.encoder_modules():
-            if not any(p.requires_grad for p in tower.parameters()):
-                tower.eval()
-        return self
-
-    def encode_images(self, images: Tensor) -> ImageFeatures:
-        return ImageFeatures(self.vision_tower(images))
-
-    def encode_texts(self, texts: list[str]) -> TextFeatures:
-        return self.encode_token_ids(*self.text_tower.tokenize(texts))
-
-    def encode_token_ids(self, ids: Tensor, mask: Tensor) -> TextFeatures:
-        """Features of tokenised texts: int64 ids ``[B, L]``, bool mask ``[B, L]``."""
-        return TextFeatures(self.text_tower(ids, mask), mask.bool())
 
     def embed_images(self, images: ImageFeatures) -> Tensor:
         return self._joint().embed_images(images)

@@ -166,7 +166,7 @@ class TextTower(nn.Module):
             UserError: when it is neither on disk nor can be fetched, or has more ids than the tower has embeddings.
         """
         if self._tokenizer is None:
-            self._tokenizer = _load_tokenizer(self.name)
+            self._tokenizer = load_tokenizer(self.name)
             if len(self._tokenizer) > self.model.config.vocab_size:
                 raise UserError(
                     f"model.text.name: the tokenizer {self.name} has {len(self._tokenizer)} entries, the text tower "
@@ -253,7 +253,8 @@ def _text_sizes(config: TextConfig) -> PretrainedConfig:
     return AutoConfig.for_model(kind, **options)
 
 
-def _load_tokenizer(name: str):
+def load_tokenizer(name: str):
+    """A tokenizer of ``transformers`` by hub name or folder, or BERT's from a ``vocab.txt``."""
     from transformers import AutoTokenizer, BertTokenizerFast
 
     if name.endswith(".txt"):

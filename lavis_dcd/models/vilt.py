@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from lavis.common.registry import registry
-from lavis.models.base_model import BaseModel
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from transformers import ViltModel
 
 from lavis_dcd.common import assets
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import packaged_folder
-from lavis_dcd.common.schema import parse
-from lavis_dcd.matching.contract import Matcher, pair_chunks
+from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
-from lavis_dcd.models import vilt_weights, weights
+from lavis_dcd.models import vilt_weights
 from lavis_dcd.models.batch import sample_features
-from lavis_dcd.models.lavis_evaluation import LavisEvaluation
 from lavis_dcd.models.meter_fusion import additive_mask
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
-from lavis_dcd.models.towers import _load_tokenizer as load_tokenizer
+from lavis_dcd.models.retriever import Retriever, model_types
+from lavis_dcd.models.towers import load_tokenizer
 from lavis_dcd.models.vilt_config import ViltConfig, transformers_config
 
 MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more tokens
-_TYPES = ("coco", "flickr", "student_coco", "student_flickr", "tiny")
 _TEXT, _IMAGE = 0, 1  # rows of the modality embedding
 
 
 @registry.register_model("vilt_retrieval")
-class ViltRetrieval(LavisEvaluation, BaseModel, Matcher):
+class ViltRetrieval(Retriever):
     """Scores a pair by the whole of ``transformers``' ViLT over the text's and the picture's tokens.
 
     Features are the embeddings that enter the first block, modality included: image ``[B, 1 + patches, width]``,
@@ -48,14 +42,12 @@ class ViltRetrieval(LavisEvaluation, BaseModel, Matcher):
     ``objectives.py`` (compute_irtr).
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
-        name: str(packaged_folder("configs") / "models" / f"vilt_retrieval_{name}.yaml") for name in _TYPES
-    }
+    config_class = ViltConfig
+    files = vilt_weights
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types(
+        "vilt_retrieval", "coco", "flickr", "student_coco", "student_flickr", "tiny"
+    )
     joint_head = None  # what the retrieval loss asks: there is no joint space
-
-    def __init__(self, config: ViltConfig):
-        super().__init__()
-        self._build(config)
 
     def _build(self, config: ViltConfig) -> None:
         self.config = config
@@ -70,58 +62,7 @@ class ViltRetrieval(LavisEvaluation, BaseModel, Matcher):
         self.retrieval_loss = RetrievalLoss(config.loss)
         self._tokenizer = None
 
-    # -- building and loading ------------------------------------------------------------------------------------
-
-    @classmethod
-    def config_schema(cls) -> type:
-        """The dataclass that a ``model:`` section of this arch must fit."""
-        return ViltConfig
-
-    @classmethod
-    def from_config(cls, cfg: DictConfig | Mapping[str, Any] | None = None) -> ViltRetrieval:
-        """Built from a ``model:`` section, weights loaded when it names some.
-
-        Raises:
-            UserError: unknown keys, wrong types, sizes that cannot work, weights that do not fit.
-        """
-        config = parse(ViltConfig, cfg or {}, "model")
-        source = config.finetuned if config.load_finetuned and config.finetuned else config.pretrained
-        if not source:
-            logging.info("vilt_retrieval: no checkpoint named; all weights start at random")
-            return cls(config)
-        path = weights.locate(source, config.checkpoint_sha256)
-        saved = vilt_weights.read(path)
-        model = cls(vilt_weights.built_from(saved, config))
-        vilt_weights.load_into(model, saved, path).log(path)
-        return model
-
-    def load_checkpoint(self, url_or_filename: str) -> weights.LoadReport:
-        """Weights of an official Lightning file, of the hub's (file or folder), or of one of ours.
-
-        One of ours says what it is built from; when that differs from this model (a thinned student loaded over
-        its teacher's type, say), the model is rebuilt to it first.
-
-        Raises:
-            UserError: a file that is missing, cannot be fetched, holds more than tensors, or leaves an inference
-                weight at random.
-        """
-        path = weights.locate(url_or_filename, self.config.checkpoint_sha256)
-        saved = vilt_weights.read(path)
-        rebuilt = vilt_weights.built_from(saved, self.config)
-        if rebuilt is not self.config:
-            logging.info("%s: rebuilding vilt_retrieval to the file's own configuration", path)
-            device, training = self.device, self.training
-            self._modules.clear()
-            self._build(rebuilt)
-            self.to(device).train(training)
-        report = vilt_weights.load_into(self, saved, path)
-        report.log(path)
-        return report
-
-    def checkpoint(self) -> dict[str, Any]:
-        """What a file of this model holds: tensors and plain containers."""
-        config = vilt_weights.portable(self.config)
-        return {"model": self.state_dict(), "arch": "vilt_retrieval", "config": config}
+    # -- starting from a teacher ---------------------------------------------------------------------------------
 
     def init_from_teacher(self, teacher: nn.Module, layers: list[int], share_encoders: bool = False) -> None:
         """Start from a ViLT teacher ("succession"): its blocks ``layers``, embeddings, pooler and rank head.
@@ -140,13 +81,6 @@ class ViltRetrieval(LavisEvaluation, BaseModel, Matcher):
 
     def encoder_modules(self) -> list[nn.Module]:
         return [self.vilt.embeddings]
-
-    def train(self, mode: bool = True) -> ViltRetrieval:
-        """Train mode, frozen embeddings excepted: dropout in what does not learn is noise."""
-        super().train(mode)
-        if self.encoders_frozen():
-            self.vilt.embeddings.eval()
-        return self
 
     @property
     def tokenizer(self):

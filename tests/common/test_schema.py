@@ -149,4 +149,4 @@ def test_an_optional_section_may_be_switched_on_and_off():
     assert parse(Switched, {"options": True}).options == Options()
     assert parse(Switched, {"options": False}).options is None
     # on, it needs what has no default
-    assert faults(Switched, {"head": True}, "model") == ["model.head.width: missing; expected int"]
+    assert faults(Switched, {"head": True}, "model") == ["model.head.width: missing; expected an integer"]
