@@ -77,13 +77,18 @@ class Retriever(LavisEvaluation, BaseModel, Matcher):
         config = parse(cls.config_class, cfg or {}, "model")
         source = config.finetuned if config.load_finetuned and config.finetuned else config.pretrained
         if not source:
-            log.info("%s: no checkpoint named; what no tower's weights fill starts at random", cls.arch())
+            log.info("%s: no checkpoint named; at random until one is loaded: %s", cls.arch(), cls.random_parts(config))
             return cls(config)
         path = weights.locate(source, config.checkpoint_sha256)
         saved = cls.files.read(path)
         model = cls(cls.files.built_from(saved, config))
         cls.files.load_into(model, saved, path).log(path)
         return model
+
+    @classmethod
+    def random_parts(cls, config: Any) -> str:
+        """In words, what has no weights of its own."""
+        return "all of it"
 
     def load_checkpoint(self, url_or_filename: str) -> weights.LoadReport:
         """Weights of a file in any of the layouts that this arch reads.
@@ -124,6 +129,11 @@ class Retriever(LavisEvaluation, BaseModel, Matcher):
 
 class TwoTowers(Retriever):
     """A retriever whose features are the tokens of ``vision_tower`` and ``text_tower``."""
+
+    @classmethod
+    def random_parts(cls, config: Any) -> str:
+        named = {"the vision tower": config.vision.weights, "the text tower": config.text.load_weights}
+        return ", ".join([*(name for name, found in named.items() if not found), "what works on top of the towers"])
 
     def encoder_modules(self) -> list[nn.Module]:
         return [self.vision_tower, self.text_tower]

@@ -97,8 +97,6 @@ class TimmVisionTower(nn.Module):
         self.name, self.grid, self.image_size = name, config.grid, config.image_size
         if config.weights:
             self._load(Path(config.weights))
-        else:
-            logging.warning("vision backbone %s starts from random weights (model.vision.weights is not set)", name)
         if hasattr(self.backbone, "classifier") or hasattr(self.backbone, "fc") or hasattr(self.backbone, "head"):
             self.backbone.reset_classifier(0)
         self.num_tokens, self.width = self._probe()
