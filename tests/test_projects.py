@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
 GOLDEN = Path(__file__).parent / "golden"
@@ -133,6 +134,19 @@ def test_the_paper_recipes_on_a_dozen_pictures(job, rows, retrieval_files, golde
     model = {"teacher": golden_meter, "candidates": {"image_to_text": {"count": 10}}}
     folder = job(name, {"model": model, "datasets": {builder: {**PROCESSORS, "build_info": retrieval_files}}})
     _assert_distilled(folder, rows(folder))
+
+
+def test_a_student_with_a_joint_head_of_its_own(job, rows, retrieval_files, golden_meter):
+    model = {"teacher": golden_meter, "candidates": {"image_to_text": {"count": 10}}}
+    data = {"coco_retrieval": {**PROCESSORS, "build_info": retrieval_files}}
+    folder = job("meter_coco_joint_head", {"model": model, "datasets": data, "run": {"k_test": 2}})
+    found = rows(folder)
+    assert list(found) == ["teacher", "student before training", "student"]
+    assert torch.load(folder / "student.pth", weights_only=True)["config"]["joint_head"]["dim"] == 256
+    assert {row["how"] for row in found.values()} == {"shortlist k=2 (student)"}
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    # in-batch InfoNCE of four captions at a random start
+    assert all(0.1 < line["student_loss"] < 5 for line in steps if line["kind"] == "train")
 
 
 # -- COCO's official captions ------------------------------------------------------------------------------------

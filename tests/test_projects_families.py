@@ -149,6 +149,7 @@ FILES = {
     "vilt_flickr30k": ("vilt_irtr_f30k.ckpt", "flickr30k_train.json"),
     "albef_coco_to_dual_encoder": ("albef_coco_retrieval_lavis.pt", "coco_karpathy_train.json"),
     "blip_coco_to_dual_encoder": ("blip_coco_retrieval.pth", "coco_karpathy_train.json"),
+    "blip2_coco_to_dual_encoder": ("blip2_finetune_coco.pth", "coco_karpathy_train.json"),
     "clip_coco_to_dual_encoder": ("ViT-L-14.pt", "coco_karpathy_train.json"),
 }
 
@@ -211,7 +212,7 @@ def test_the_papers_vilt_recipes(job, rows, retrieval_files, vocabulary, monkeyp
         assert batch["image"].shape == (4, 3, 96, 96)
 
 
-@pytest.mark.parametrize("teacher", [albef, blip, clip])
+@pytest.mark.parametrize("teacher", [albef, blip, blip2, clip])
 def test_dual_encoders_from_lavis_own_retrievers(job, rows, retrieval_files, vocabulary, trained, teacher):
     name = f"{teacher.__name__}_coco_to_dual_encoder"
     section = trained(teacher(vocabulary))

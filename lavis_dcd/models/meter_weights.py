@@ -163,8 +163,11 @@ def load_into(model: nn.Module, saved: SavedWeights, path: Path) -> LoadReport:
 def succeed(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
     """Copy a METER teacher's fusion layers ``layers`` and all else of the same name into ``student``.
 
+    A joint head that the teacher lacks stays as it is: the student's own.
+
     Raises:
         UserError: another architecture, a layer that is not there, other sizes.
     """
     stacks = r"cross_modal_(?:image|text)_layers"
-    weights.succeed(student, teacher, layers, stacks, "towers, fusion width and joint head")
+    weights.succeed(student, teacher, layers, stacks, "towers, fusion width and joint head",
+                    optional=("joint_head",))  # fmt: skip

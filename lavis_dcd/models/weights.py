@@ -129,13 +129,16 @@ def fill(model: nn.Module, named: Mapping[str, Tensor], report: LoadReport, path
     return report
 
 
-def succeed(student: nn.Module, teacher: nn.Module, layers: list[int], stacks: str, hint: str) -> None:
+def succeed(
+    student: nn.Module, teacher: nn.Module, layers: list[int], stacks: str, hint: str, optional: tuple[str, ...] = ()
+) -> None:
     """Copy a teacher's fusion layers ``layers`` and all else of the same name into ``student``.
 
     Args:
         student, teacher: of one class, with ``config.fusion.layers``.
         stacks: regular expression of the layer stacks' names, before the layer's number; without groups.
         hint: what both must have in common, for messages.
+        optional: parts that the student may have anew where the teacher has none.
 
     Raises:
         UserError: another architecture, a layer that is not there, other sizes.
@@ -155,6 +158,10 @@ def succeed(student: nn.Module, teacher: nn.Module, layers: list[int], stacks: s
     for name, own in student.state_dict().items():
         match = re.match(rf"({stacks})\.(\d+)\.(.+)$", name)
         donor = f"{match[1]}.{layers[int(match[2])]}.{match[3]}" if match else name
+        part = name.partition(".")[0]
+        if part in optional and getattr(teacher, part, None) is None:
+            renamed[name] = own
+            continue
         if donor not in source or source[donor].shape != own.shape:
             raise UserError(f"model.student: {name} has no counterpart of its shape in the teacher; give both the "
                             f"same {hint}")  # fmt: skip
