@@ -117,6 +117,13 @@ class MeterRetrieval(TwoTowers):
             raise UserError("this meter_retrieval has no joint space: set model.joint_head (and train it)")
         return self.joint_head
 
+    def fusion_parameters(self) -> int:
+        if not self.config.fusion_score:
+            return 0
+        per_pair = (self.cross_modal_text_layers, self.cross_modal_image_layers, self.cross_modal_text_pooler,
+                    self.cross_modal_image_pooler, self.rank_output)  # fmt: skip
+        return sum(p.numel() for part in per_pair for p in part.parameters())
+
     def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         scores = self.fusion_scores(images, texts, pairs) if self.config.fusion_score else 0.0
         if self.joint_head is not None:
