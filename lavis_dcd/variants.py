@@ -123,12 +123,10 @@ def summarise(home: Path, title: str, variants: Sequence[Variant], config: Mappi
         rows.append(_mean_row(name, learners))
     write_config(home, config)
     write_results(home, title, {first["split"]: rows}, first["gallery"], first["machine"])
-    logger.info("results on %s, means of %d seeds:\n%s", first["split"], _seeds(variants), format_table(rows))
+    seeds = len({v.seed for v in variants})
+    of_seeds = f"means of {seeds} seeds" if seeds > 1 else "one seed"
+    logger.info("results on %s, %s:\n%s", first["split"], of_seeds, format_table(rows))
     return write_report(home)
-
-
-def _seeds(variants: Sequence[Variant]) -> int:
-    return len({v.seed for v in variants})
 
 
 def _mean_row(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
