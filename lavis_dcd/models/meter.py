@@ -67,9 +67,11 @@ class MeterRetrieval(TwoTowers):
         if not (config.fusion_score or joint):
             raise UserError("model.fusion_score is false and there is no joint_head: nothing would score a pair")
         if config.fusion.init_from_text:
-            start_from_text(
-                self.cross_modal_text_layers, self.cross_modal_image_layers, self.text_tower.model.encoder.layer
-            )
+            blocks = getattr(getattr(self.text_tower.model, "encoder", None), "layer", None)
+            if blocks is None:
+                raise UserError("model.fusion.init_from_text: needs a text tower of BERT's kind (bert, roberta), not "
+                                f"{config.text.family}; leave it out")  # fmt: skip
+            start_from_text(self.cross_modal_text_layers, self.cross_modal_image_layers, blocks)
         for tower, frozen in ((self.vision_tower, config.vision.freeze), (self.text_tower, config.text.freeze)):
             if frozen:
                 tower.requires_grad_(False)

@@ -216,3 +216,12 @@ def test_fusion_parameters_are_what_works_once_per_pair():
     assert model.fusion_parameters() == expected > 0
     alone = MeterRetrieval.from_config(tiny_section(joint_head=True, fusion_score=False, finetuned=None))
     assert alone.fusion_parameters() == 0
+
+
+def test_a_fusion_starts_from_text_blocks_of_berts_kind_only():
+    sizes = {"vocab_size": 40, "dim": 32, "n_layers": 6, "n_heads": 2, "hidden_dim": 64}
+    section = tiny_section(finetuned=None)
+    section["text"] = {"family": "distilbert", "config": sizes}
+    section["fusion"]["init_from_text"] = True
+    with pytest.raises(UserError, match=r"model\.fusion\.init_from_text: needs a text tower of BERT's kind"):
+        MeterRetrieval.from_config(section)
