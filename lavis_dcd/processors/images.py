@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lavis.common.registry import registry
-from lavis.processors.base_processor import BaseProcessor
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
-from lavis_dcd.common.schema import parse
+from lavis_dcd.processors.augmentation import AugmentationConfig, PictureProcessor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,49 +46,19 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
-class TrainImageConfig(ImageConfig):
-    """Keys of `dcd_image_train`: those of `dcd_image_eval` and the augmentation.
-
-    Args:
-        augment: "none"; "flip" mirrors every second picture (wrong where captions say left and right);
-            "randaugment" is torchvision's RandAugment, before the resizing.
-        randaugment_ops, randaugment_magnitude: its operations per picture and their strength (0-30).
-    """
-
-    augment: Literal["none", "flip", "randaugment"] = "none"
-    randaugment_ops: int = 2
-    randaugment_magnitude: int = 9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.randaugment_ops < 1:
-            raise ValueError(f"randaugment_ops: {self.randaugment_ops} is not positive")
-        if not 0 <= self.randaugment_magnitude <= 30:
-            raise ValueError(f"randaugment_magnitude: {self.randaugment_magnitude} is not between 0 and 30")
+class TrainImageConfig(AugmentationConfig, ImageConfig):
+    """Keys of `dcd_image_train`: those of `dcd_image_eval` and the augmentation's."""
 
 
-class _ImageProcessor(BaseProcessor):
-    config_class: type[ImageConfig]
-
+class _ImageProcessor(PictureProcessor):
     def __init__(self, config: ImageConfig) -> None:
-        super().__init__()
-        self.transform = transforms.Compose([*self._augmentation(config), *_to_tensor(config)])
-
-    def _augmentation(self, config: ImageConfig) -> list[Callable]:
-        return []
+        super().__init__(config)
+        augmentation = config.transforms() if isinstance(config, AugmentationConfig) else []
+        self.transform = transforms.Compose([*augmentation, *_to_tensor(config)])
 
     def __call__(self, item: Image.Image) -> torch.Tensor:
         """PIL picture -> FloatTensor [3, image_size, image_size]."""
         return self.transform(item)
-
-    @classmethod
-    def from_config(cls, cfg: Any = None) -> _ImageProcessor:
-        """Build from a `vis_processor` section.
-
-        Raises:
-            UserError: one line per unknown key or wrong value.
-        """
-        return cls(parse(cls.config_class, cfg, "vis_processor"))
 
 
 @registry.register_processor("dcd_image_eval")
@@ -104,15 +73,6 @@ class DcdImageTrainProcessor(_ImageProcessor):
     """Augment, resize, to tensor, normalise. Keys: `TrainImageConfig`."""
 
     config_class = TrainImageConfig
-
-    def _augmentation(self, config: TrainImageConfig) -> list[Callable]:
-        if config.augment == "flip":
-            return [transforms.RandomHorizontalFlip()]
-        if config.augment == "randaugment":
-            interpolation = InterpolationMode.BILINEAR
-            return [transforms.RandAugment(config.randaugment_ops, config.randaugment_magnitude,
-                                           interpolation=interpolation)]
-        return []
 
 
 def _to_tensor(config: ImageConfig) -> list[Callable]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from lavis.common.registry import registry
-from lavis.processors.base_processor import BaseProcessor
 from PIL import Image
 from torch.nn import functional as nnf
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode, normalize, resize, to_tensor
 
-from lavis_dcd.common.schema import parse
+from lavis_dcd.processors.augmentation import AugmentationConfig, PictureProcessor
 
 # ViLT's; with them no pixel of 8 bits becomes 0, which is how the model tells padding
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -61,25 +58,8 @@ class ViltImageConfig:
 
 
 @dataclass(frozen=True)
-class TrainViltImageConfig(ViltImageConfig):
-    """Keys of `vilt_image_train`: those of `vilt_image_eval` and the augmentation.
-
-    Args:
-        augment: "none"; "flip" mirrors every second picture (wrong where captions say left and right);
-            "randaugment" is torchvision's RandAugment, before the resizing.
-        randaugment_ops, randaugment_magnitude: its operations per picture and their strength (0-30).
-    """
-
-    augment: Literal["none", "flip", "randaugment"] = "none"
-    randaugment_ops: int = 2
-    randaugment_magnitude: int = 9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.randaugment_ops < 1:
-            raise ValueError(f"randaugment_ops: {self.randaugment_ops} is not positive")
-        if not 0 <= self.randaugment_magnitude <= 30:
-            raise ValueError(f"randaugment_magnitude: {self.randaugment_magnitude} is not between 0 and 30")
+class TrainViltImageConfig(AugmentationConfig, ViltImageConfig):
+    """Keys of `vilt_image_train`: those of `vilt_image_eval` and the augmentation's."""
 
 
 def fitted_size(width: int, height: int, shorter: int, longer: int, multiple: int) -> tuple[int, int]:
@@ -101,16 +81,12 @@ def fitted_size(width: int, height: int, shorter: int, longer: int, multiple: in
     return max(multiple, rounded[0]), max(multiple, rounded[1])
 
 
-class _ViltImageProcessor(BaseProcessor):
-    config_class: type[ViltImageConfig]
-
+class _ViltImageProcessor(PictureProcessor):
     def __init__(self, config: ViltImageConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
-        self.transform = transforms.Compose(self._augmentation(config))
-
-    def _augmentation(self, config: ViltImageConfig) -> list[Callable]:
-        return []
+        augmentation = config.transforms() if isinstance(config, AugmentationConfig) else []
+        self.transform = transforms.Compose(augmentation)
 
     def __call__(self, item: Image.Image) -> torch.Tensor:
         """PIL picture -> FloatTensor [3, H, W]; with `pad`, H = W = `canvas`, zeros right of and below the picture."""
@@ -121,15 +97,6 @@ class _ViltImageProcessor(BaseProcessor):
         if not config.pad:
             return made
         return nnf.pad(made, (0, config.canvas - size[1], 0, config.canvas - size[0]))
-
-    @classmethod
-    def from_config(cls, cfg: Any = None) -> _ViltImageProcessor:
-        """Build from a `vis_processor` section.
-
-        Raises:
-            UserError: one line per unknown key or wrong value.
-        """
-        return cls(parse(cls.config_class, cfg, "vis_processor"))
 
 
 @registry.register_processor("vilt_image_eval")
@@ -144,12 +111,3 @@ class ViltImageTrainProcessor(_ViltImageProcessor):
     """Augment, resize, to tensor, normalise, pad. Keys: `TrainViltImageConfig`."""
 
     config_class = TrainViltImageConfig
-
-    def _augmentation(self, config: TrainViltImageConfig) -> list[Callable]:
-        if config.augment == "flip":
-            return [transforms.RandomHorizontalFlip()]
-        if config.augment == "randaugment":
-            interpolation = InterpolationMode.BILINEAR
-            return [transforms.RandAugment(config.randaugment_ops, config.randaugment_magnitude,
-                                           interpolation=interpolation)]
-        return []
