@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.hashing import update_with_tensors
 from lavis_dcd.datasets.bank_rows import Rows, read_rows
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import encode_captions, encode_pictures, reported
@@ -135,9 +136,7 @@ def weights_fingerprint(modules: Iterable[nn.Module]) -> str:
     """A hash of the modules' tensors, the same wherever they lie."""
     digest = hashlib.sha256()
     for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        update_with_tensors(digest, module.state_dict().items())
     return digest.hexdigest()
 
 

@@ -55,8 +55,7 @@ def score_exhaustive(
         for rows, columns in reported(blocks, len(blocks), "blocks of pairs scored", progress):
             here = ready(images[rows.start : rows.stop], device)
             there = ready(texts[columns.to(texts.device)].trimmed(), device)
-            block = matcher.match_all(here, there) if dual else _match_block(matcher, here, there)
-            scores[rows.start : rows.stop, columns] = block.float().cpu()
+            scores[rows.start : rows.stop, columns] = matcher.match_all(here, there).float().cpu()
     return finite(scores)
 
 
@@ -244,12 +243,6 @@ def _match_pairs(
             pairs = torch.stack([image_of_pair, text_of_pair], dim=1).to(device)
             scores.append(matcher.match(here, there, pairs).float().cpu())
     return finite(torch.cat(scores))
-
-
-def _match_block(matcher: Matcher, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-    """Scores ``[I, T]`` of all pairs of a block."""
-    pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(texts))).to(images.device)
-    return matcher.match(images, texts, pairs).view(len(images), len(texts))
 
 
 def _top_columns(scores: Tensor, k: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavis_dcd.common.hashing import update_with_tensors
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.ensemble import combine
 from lavis_dcd.matching.contract import Matcher
@@ -58,9 +59,7 @@ class Teachers:
         if len(self.matchers) > 1:
             digest.update(repr(self.weights).encode())
         for matcher in self.matchers:
-            for name, tensor in sorted(matcher.state_dict().items()):
-                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            update_with_tensors(digest, sorted(matcher.state_dict().items()))
         return digest.hexdigest()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from torch import nn
 
 from lavis_dcd.models import weights
 from lavis_dcd.models.dual_encoder_config import DualEncoderConfig
-from lavis_dcd.models.meter_config import TextConfig
 from lavis_dcd.models.meter_weights import adapt_positions
-from lavis_dcd.models.weights import LoadReport, SavedWeights, fill, same_modules
+from lavis_dcd.models.weights import LoadReport, SavedWeights, fill
 
 _ARCHITECTURE = ("vision", "text", "head")
 _NO_MODULES = {
@@ -40,17 +38,8 @@ def portable(config: DualEncoderConfig) -> dict[str, Any]:
 
 
 def built_from(saved: SavedWeights[DualEncoderConfig], own: DualEncoderConfig) -> DualEncoderConfig:
-    """What a model must be built from to take ``saved``: ``own``, unless the file says that it holds other modules.
-
-    In that case the file's modules, with ``own``'s training switches (loss, freezing, memory) and tokenizer.
-    """
-    if saved.config is None or same_modules(portable(saved.config), portable(own), _ARCHITECTURE, _NO_MODULES):
-        return own
-    merged = dataclasses.replace(own, **{k: copy.deepcopy(getattr(saved.config, k)) for k in _ARCHITECTURE})
-    merged.vision.freeze, merged.text.freeze = own.vision.freeze, own.text.freeze
-    if own.text.name != TextConfig().name:
-        merged.text.name = own.text.name  # the file may name a folder of another machine
-    return merged
+    """See :func:`lavis_dcd.models.weights.built_from`."""
+    return weights.built_from(saved, own, portable, _ARCHITECTURE, _NO_MODULES)
 
 
 def load_into(model: nn.Module, saved: SavedWeights[DualEncoderConfig], path: Path) -> LoadReport:

@@ -3,7 +3,6 @@ but tensors and plain containers."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -16,9 +15,8 @@ from torch.nn import functional as nnf
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.models import weights
-from lavis_dcd.models.meter_config import MeterConfig, TextConfig
-from lavis_dcd.models.weights import LoadReport, SavedWeights, fill, rank_head_from_matching, same_modules
-from lavis_dcd.models.weights import locate as locate
+from lavis_dcd.models.meter_config import MeterConfig
+from lavis_dcd.models.weights import LoadReport, SavedWeights, fill, rank_head_from_matching
 
 # what inference never reads: CLIP's text half, RoBERTa's pooler, the pre-training heads
 _UNUSED = re.compile(
@@ -51,17 +49,8 @@ def portable(config: MeterConfig) -> dict[str, Any]:
 
 
 def built_from(saved: SavedWeights, own: MeterConfig) -> MeterConfig:
-    """What a model must be built from to take ``saved``: ``own``, unless the file says that it holds other modules.
-
-    In that case the file's modules, with ``own``'s training switches (loss, freezing, memory) and tokenizer.
-    """
-    if saved.config is None or same_modules(portable(saved.config), portable(own), _ARCHITECTURE, _NO_MODULES):
-        return own
-    merged = dataclasses.replace(own, **{k: copy.deepcopy(getattr(saved.config, k)) for k in _ARCHITECTURE})
-    merged.vision.freeze, merged.text.freeze = own.vision.freeze, own.text.freeze
-    if own.text.name != TextConfig().name:
-        merged.text.name = own.text.name  # the file may name a folder of another machine
-    return merged
+    """See :func:`lavis_dcd.models.weights.built_from`."""
+    return weights.built_from(saved, own, portable, _ARCHITECTURE, _NO_MODULES)
 
 
 def to_own_names(tensors: Mapping[str, Tensor], part: str, fusion_depth: int) -> tuple[dict[str, Tensor], list[str]]:

@@ -6,10 +6,10 @@ import hashlib
 import json
 from typing import Any
 
-import torch
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.hashing import update_with_tensors
 
 # buffers that no frozen tower's output depends on
 _INERT = ("position_ids", "num_batches_tracked")
@@ -42,9 +42,7 @@ def _weights_digest(tower: nn.Module) -> str:
     if known is not None and known[0] == state:
         return known[1]
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    update_with_tensors(digest, tensors.items())
     tower.__dict__["_known_weights"] = (state, digest.hexdigest())
     return digest.hexdigest()
 

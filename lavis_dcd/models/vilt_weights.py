@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -14,8 +13,8 @@ from torch.nn import functional as nnf
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.models import weights
-from lavis_dcd.models.vilt_config import ViltConfig, ViltTextConfig
-from lavis_dcd.models.weights import LoadReport, SavedWeights, fill, rank_head_from_matching, same_modules
+from lavis_dcd.models.vilt_config import ViltConfig
+from lavis_dcd.models.weights import LoadReport, SavedWeights, fill, rank_head_from_matching
 
 _POSITIONS = "vilt.embeddings.position_embeddings"
 _SECTIONS = ("image", "text", "fusion")
@@ -53,16 +52,8 @@ def portable(config: ViltConfig) -> dict[str, Any]:
 
 
 def built_from(saved: SavedWeights[ViltConfig], own: ViltConfig) -> ViltConfig:
-    """What a model must be built from to take ``saved``: ``own``, unless the file says that it holds other modules.
-
-    In that case the file's modules, with ``own``'s training switches (loss, freezing, memory) and tokenizer.
-    """
-    if saved.config is None or same_modules(portable(saved.config), portable(own), _SECTIONS, _NO_MODULES):
-        return own
-    merged = dataclasses.replace(own, **{k: copy.deepcopy(getattr(saved.config, k)) for k in _SECTIONS})
-    if own.text.name != ViltTextConfig().name:
-        merged.text.name = own.text.name  # the file may name a folder of another machine
-    return merged
+    """See :func:`lavis_dcd.models.weights.built_from`."""
+    return weights.built_from(saved, own, portable, _SECTIONS, _NO_MODULES)
 
 
 def to_own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -167,6 +169,33 @@ def succeed(
                             f"same {hint}")  # fmt: skip
         renamed[name] = source[donor].detach().clone()
     student.load_state_dict(renamed)
+
+
+def built_from(
+    saved: SavedWeights[C],
+    own: C,
+    portable: Callable[[C], dict[str, Any]],
+    sections: tuple[str, ...],
+    no_modules: Mapping[str, tuple[str, ...]],
+) -> C:
+    """What a model must be built from to take ``saved``: ``own``, unless the file says that it holds other modules.
+
+    In that case the file's modules, with ``own``'s training switches (loss, freezing, memory) and tokenizer.
+
+    Args:
+        portable: a configuration as it goes into a file.
+        sections: the keys of the configuration that say the modules, ``text`` among them.
+        no_modules: by section, the keys that shape no module.
+    """
+    if saved.config is None or same_modules(portable(saved.config), portable(own), sections, no_modules):
+        return own
+    merged = dataclasses.replace(own, **{k: copy.deepcopy(getattr(saved.config, k)) for k in sections})
+    for name in sections:
+        if hasattr(getattr(merged, name), "freeze"):
+            getattr(merged, name).freeze = getattr(own, name).freeze
+    if own.text.name != type(own.text)().name:
+        merged.text.name = own.text.name  # the file may name a folder of another machine
+    return merged
 
 
 def same_modules(

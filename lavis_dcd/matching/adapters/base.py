@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lavis_dcd.common import assets
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.hashing import update_with_tensors
 from lavis_dcd.common.schema import parse
 from lavis_dcd.matching.adapters.vocabulary import local_vocabulary
 from lavis_dcd.matching.contract import Matcher, pair_chunks
@@ -244,9 +245,7 @@ class Adapter(nn.Module, Matcher):
             digest = hashlib.sha256(type(self).__qualname__.encode())
             digest.update(json.dumps(self.encoder_settings(), sort_keys=True, default=str).encode())
             digest.update("".join(map(repr, modules)).encode())
-            for name, tensor in tensors:
-                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            update_with_tensors(digest, tensors)
             self._signature = (state, digest.hexdigest())
         return self._signature[1]
 
