@@ -16,28 +16,13 @@ from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import unknown_key
 from lavis_dcd.config import model_defaults
 from lavis_dcd.matching.adapters.registry import adapter_for
+from lavis_dcd.models.dcd_config import DISTILLER_KEYS, SuccessionConfig
 from lavis_dcd.runners.config import RunConfig
 
 _MODEL_KEYS = {"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"}
 _DATASET_KEYS = {"data_type", "data_dir", "type", "build_info", "vis_processor", "text_processor"}
 _SPLITS = {"train", "val", "test"}
 _KINDS = ("vis_processor", "text_processor")
-# keys of a teacher's or student's section that the distiller reads, not its model
-_OF_DISTILLER = {
-    "teacher": ("preprocess",),
-    "teachers": ("preprocess", "weight"),
-    "student": ("preprocess", "init_from_teacher"),
-}
-
-
-@dataclass
-class _Succession:
-    layers: list[int] | None = None
-    towers: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.layers and not self.towers:
-            raise ValueError("give layers: [...] (of the teacher's fusion) or towers: true")
 
 
 @dataclass
@@ -127,7 +112,7 @@ def _inner_faults(section: DictConfig, path: str) -> list[str]:
 
 def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> list[str]:
     start = student.init_from_teacher
-    if found := schema_faults(_Succession, start, path):
+    if found := schema_faults(SuccessionConfig, start, path):
         return found
     first = next((part for name, part in inner_models(section).items() if name != "student"), {})
     arch = first.get("arch")
@@ -187,7 +172,7 @@ def inner_models(section: DictConfig) -> dict[str, DictConfig]:
         given["student"] = student
     found: dict[str, DictConfig] = {}
     for name, inner in given.items():
-        ours = _OF_DISTILLER[name.partition(".")[0]]
+        ours = DISTILLER_KEYS[name.partition(".")[0]]
         plain = OmegaConf.masked_copy(inner, [key for key in inner if key not in ours])
         if name == "student" and "init_from_teacher" in inner and "arch" not in plain:
             plain = OmegaConf.merge({"arch": first.get("arch")}, plain)

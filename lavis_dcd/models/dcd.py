@@ -121,7 +121,8 @@ class DynamicContrastiveDistillation(BaseModel):
 
     def views(self) -> dict[str, dict[str, Any]]:
         """The ``model:`` sections of :meth:`view_matchers`, whose ``preprocess`` says what they read."""
-        return {name: self._sections()[name] for name in self.view_matchers()}
+        sections = self._sections()
+        return {name: sections[name] for name in self.view_matchers()}
 
     def _sections(self) -> dict[str, dict[str, Any]]:
         sections = [section for _, section in self.config.teacher_sections]

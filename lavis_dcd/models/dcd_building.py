@@ -11,18 +11,18 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.schema import parse
 from lavis_dcd.distillation.candidates import DIRECTIONS, PoolStrategy, build_pool
 from lavis_dcd.distillation.objective import config_faults
 from lavis_dcd.distillation.selection import SELECTION_STRATEGIES
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.building import build_matcher, full_section
-from lavis_dcd.models.dcd_config import CandidatesConfig, DcdConfig
+from lavis_dcd.models.dcd_config import DISTILLER_KEYS, CandidatesConfig, DcdConfig, SuccessionConfig
 from lavis_dcd.models.dcd_teachers import Teachers
 
 log = logging.getLogger(__name__)
 
-# keys of a teacher's or student's section that are not its model's
-_OURS = ("preprocess", "weight", "init_from_teacher")
+_OURS = {key for keys in DISTILLER_KEYS.values() for key in keys}
 
 
 def build_teachers(config: DcdConfig) -> Teachers:
@@ -55,11 +55,10 @@ def build_student(config: DcdConfig, teacher: Matcher) -> Matcher:
             )
         return student
     share = config.share_encoders is not False
-    if start.get("towers"):
+    succession = parse(SuccessionConfig, start, "model.student.init_from_teacher")
+    if succession.towers:
         return _on_towers(teacher, section, share)
-    if not start.get("layers"):
-        raise UserError("model.student.init_from_teacher: say layers: [..] (of its fusion) or towers: true")
-    layers = list(start["layers"])
+    layers = succession.layers
     student = build_matcher(_thinned_section(teacher, section, layers), "model.student")
     if not hasattr(student, "init_from_teacher"):
         raise UserError(f"model.student.init_from_teacher: {type(student).__name__} cannot start from a teacher's "

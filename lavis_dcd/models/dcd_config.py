@@ -36,6 +36,30 @@ class SelectionConfig:
     margin: float | None = None  # drop candidates that the teacher scores above the match by more than this
 
 
+# keys of a teacher's or student's section that the distiller reads, not its model
+DISTILLER_KEYS = {
+    "teacher": ("preprocess",),
+    "teachers": ("preprocess", "weight"),
+    "student": ("preprocess", "init_from_teacher"),
+}
+
+
+@dataclass
+class SuccessionConfig:
+    """``student.init_from_teacher``: layers of the teacher's fusion, or its towers.
+
+    Raises:
+        ValueError: neither is given.
+    """
+
+    layers: list[int] | None = None
+    towers: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers and not self.towers:
+            raise ValueError("give layers: [...] (of the teacher's fusion) or towers: true")
+
+
 @dataclass
 class DcdConfig:
     """Everything ``dcd`` is built from. ``teacher`` and ``student`` are ``model:`` sections of any matcher."""
