@@ -164,13 +164,17 @@ class Adapter(nn.Module, Matcher):
         except (RuntimeError, OSError, LookupError, ValueError) as error:
             raise UserError(f"{where}: {source} cannot be loaded into {kind}: {_one_line(error)}") from error
         missing = list(getattr(message, "missing_keys", ()))
+        self._refuse_random(missing, source, where)
+        return missing
+
+    def _refuse_random(self, missing: list[str], source: str, where: str) -> None:
+        """Raises a ``UserError`` where a file without ``missing`` leaves weights of a score at random."""
         needed = [key for key in missing if self.is_inference_weight(key)]
         if needed:
             raise UserError(
                 f"{where}: {source} leaves {len(needed)} weights that scoring needs at random, first {needed[0]}; "
-                f"name a retrieval checkpoint of {kind} in these sizes"
+                f"name a retrieval checkpoint of {type(self.model).__name__} in these sizes"
             )
-        return missing
 
     def is_inference_weight(self, name: str) -> bool:
         """Whether scoring uses the wrapped model's weight ``name``."""

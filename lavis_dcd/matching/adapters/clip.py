@@ -95,10 +95,7 @@ class ClipAdapter(Adapter):
         except (RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{where}: {source} cannot be loaded into this CLIP: {reason}") from error
-        needed = [key for key in missing if self.is_inference_weight(key)]
-        if needed:
-            raise UserError(f"{where}: {source} leaves {len(needed)} weights that scoring needs at random, first "
-                            f"{needed[0]}; name a checkpoint of this CLIP")  # fmt: skip
+        self._refuse_random(missing, source, where)
         # the wrong GELU costs recall in silence; a file of ours says with which its weights were trained
         config = saved.get("config")
         trained = config.get("quick_gelu") if isinstance(config, Mapping) else None
