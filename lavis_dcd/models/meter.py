@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from lavis_dcd.common import assets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.contract import pair_chunks
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.shortcuts import Shortcuts
 from lavis_dcd.models import meter_weights
 from lavis_dcd.models.batch import sample_features
 from lavis_dcd.models.meter_config import MeterConfig
 from lavis_dcd.models.meter_fusion import JointHead, Pooler, additive_mask, fusion_layers, start_from_text
+from lavis_dcd.models.meter_stack import CoAttentionStack, Items
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
 from lavis_dcd.models.retriever import TwoTowers, model_types
 from lavis_dcd.models.towers import TextTower, build_vision_tower
 
 MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more captions
+PAIRS_TO_GROUP = 16  # pairs per picture from which on a chunk is likely to hold one picture only
 
 
 @registry.register_model("meter_retrieval")
@@ -54,6 +57,8 @@ class MeterRetrieval(TwoTowers):
         self.token_type_embeddings = nn.Embedding(2, width)
         self.cross_modal_text_layers = fusion_layers(config.fusion)
         self.cross_modal_image_layers = fusion_layers(config.fusion)
+        self.shortcuts = Shortcuts() if config.fusion.shortcuts else Shortcuts.none()
+        self._stack: tuple[Any, CoAttentionStack] | None = None
         self.cross_modal_text_pooler = Pooler(width)
         self.cross_modal_image_pooler = Pooler(width)
         self.rank_output = nn.Linear(2 * width, 1)
@@ -143,29 +148,32 @@ class MeterRetrieval(TwoTowers):
         image_rows, image_index = pairs[:, 0].unique(return_inverse=True)
         text_rows, text_index = pairs[:, 1].unique(return_inverse=True)
         images, texts = images[image_rows], texts[text_rows].trimmed()
-        image_hidden, text_hidden = self._project_images(images), self._project_texts(texts)
         mask = texts.full_mask()
-        # pairs in the order of their captions' lengths: a chunk pays for its own longest caption only
-        lengths = mask.sum(dim=1)[text_index]
-        order = lengths.argsort(stable=True)
+        stack = self.stack()
+        items = stack.prepare(self._project_images(images), self._project_texts(texts), mask)
+        order = _order(image_index, mask.sum(dim=1)[text_index])
         local = torch.stack([image_index, text_index], dim=1)[order]
-        size = min(MATCH_CHUNK, max(32, len(local) // 4 + 1))
         scores = []
-        for chunk in pair_chunks(local, self._bytes_per_pair(image_hidden, text_hidden), self.config.match_memory_mb):
-            for part in chunk.split(size):
-                image, text = part[:, 0], part[:, 1]
-                longest = last_used(mask[text])
-                # index_select, not indexing: its gradient is an index_add, many times faster on a CPU
-                image_tokens = image_hidden.index_select(0, image)
-                text_tokens = text_hidden[:, :longest].index_select(0, text)
-                cls = self.fuse(image_tokens, text_tokens, mask[text, :longest])[2]
-                scores.append(self.rank_output(cls)[:, 0].float())
-        if not scores:
-            return image_hidden.new_zeros(0)
-        return torch.cat(scores)[order.argsort()]
+        for chunk in self._chunks(local, items):
+            cls = self._pooled(*stack.run(items, chunk[:, 0], chunk[:, 1]))
+            scores.append(self.rank_output(cls)[:, 0].float())
+        return torch.cat(scores)[order.argsort()] if scores else items.images.new_zeros(0, dtype=torch.float32)
+
+    def _chunks(self, pairs: Tensor, items: Items) -> Iterator[Tensor]:
+        size = min(MATCH_CHUNK, max(32, len(pairs) // 4 + 1))
+        for chunk in pair_chunks(pairs, self._bytes_per_pair(items), self.config.match_memory_mb):
+            yield from (part for part in chunk.split(size) if len(part))
+
+    def stack(self) -> CoAttentionStack:
+        """The fusion layers as ``shortcuts`` has them run; made anew when that, or the layers, are others."""
+        key = (self.shortcuts, *(id(layer) for layer in self.cross_modal_text_layers))
+        if self._stack is None or self._stack[0] != key:
+            fusion, sides = self.config.fusion, (self.cross_modal_text_layers, self.cross_modal_image_layers)
+            self._stack = (key, CoAttentionStack(*sides, self.shortcuts, fusion.grad_checkpoint, fusion.compile))
+        return self._stack[1]
 
     def fuse(self, image_hidden: Tensor, text_hidden: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The co-attention stack on projected tokens, one row per pair.
+        """The co-attention stack on projected tokens, one row per pair, layer by layer in full: the reference path.
 
         Returns:
             text features ``[P, L, D]``, image features ``[P, N, D]`` and class features ``[P, 2 D]``.
@@ -177,8 +185,11 @@ class MeterRetrieval(TwoTowers):
                 image_hidden, encoder_hidden_states=text_hidden, encoder_attention_mask=mask
             )[0]
             text_hidden = text_out
+        return text_hidden, image_hidden, self._pooled(text_hidden, image_hidden)
+
+    def _pooled(self, text_hidden: Tensor, image_hidden: Tensor) -> Tensor:
         pooled = (self.cross_modal_text_pooler(text_hidden), self.cross_modal_image_pooler(image_hidden))
-        return text_hidden, image_hidden, torch.cat(pooled, dim=-1)
+        return torch.cat(pooled, dim=-1)
 
     def _project_images(self, images: ImageFeatures) -> Tensor:
         weight = self.cross_modal_image_transform.weight
@@ -192,13 +203,14 @@ class MeterRetrieval(TwoTowers):
         weight = self.cross_modal_text_transform.weight
         return self.cross_modal_text_transform(texts.tokens.to(weight.dtype)) + self.token_type_embeddings.weight[0]
 
-    def _bytes_per_pair(self, image_hidden: Tensor, text_hidden: Tensor) -> int:
-        tokens = image_hidden.shape[1] + text_hidden.shape[1]
-        fusion = self.config.fusion
-        # per token: the hidden states in flight (about 8 widths) and the feed-forward's two copies; per head: scores
-        per_token = fusion.width * (8 + 2 * fusion.mlp_ratio)
-        scores = 3 * fusion.heads * max(image_hidden.shape[1], text_hidden.shape[1]) ** 2
-        return image_hidden.element_size() * (tokens * per_token + scores)
+    def _bytes_per_pair(self, items: Items) -> int:
+        """Activations of a pair in a layer, by the tensors that live together: about 8 hidden states and the
+        feed-forward's two per token; the weights of one attention where they are not spared."""
+        fusion, image_tokens = self.config.fusion, items.images.shape[1]
+        numbers = (image_tokens + items.texts.shape[1]) * fusion.width * (8 + 2 * fusion.mlp_ratio)
+        if not self.shortcuts.sdpa:
+            numbers += 3 * fusion.heads * image_tokens**2
+        return items.images.element_size() * numbers
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -220,3 +232,12 @@ class MeterRetrieval(TwoTowers):
         """
         batch = sample_features(self, samples)
         return self.retrieval_loss(self, batch, float(samples.get("progress", 1.0)))
+
+
+def _order(image_index: Tensor, lengths: Tensor) -> Tensor:
+    """The order in which pairs are matched: of like caption lengths, so that a chunk pays for its own longest only;
+    where few pictures have many pairs each, picture by picture, which are then read without copies."""
+    pictures = int(image_index.max()) + 1 if len(image_index) else 0
+    if len(image_index) <= PAIRS_TO_GROUP * pictures:
+        return lengths.argsort(stable=True)
+    return (image_index * (int(lengths.max()) + 1) + lengths).argsort(stable=True)

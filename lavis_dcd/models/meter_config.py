@@ -50,6 +50,9 @@ class FusionConfig:
     heads: int = 12
     mlp_ratio: int = 4
     dropout: float = 0.1
+    shortcuts: bool = True  # the exact ones of matching.shortcuts; false: every layer in full for every pair
+    grad_checkpoint: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
+    compile: bool = False  # torch.compile the layers: minutes at the first batches, then perhaps faster
     init_from_text: bool = False  # start from the text tower's upper layers; new cross-attention begins at zero
 
 
