@@ -1,4 +1,4 @@
-"""What the two doors share: flags, checks, logging, and one line per fault instead of a traceback."""
+"""What the doors share: flags, checks, logging, and one line per fault instead of a traceback."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-def parse_args(program: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """`cfg_path`, `options` and `plugins` of a command line; argparse exits with status 2 on others."""
+def job_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Reads `cfg_path`, `options` and `plugins` off a command line, and what a door adds."""
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument(
         "--cfg-path",
@@ -40,12 +40,12 @@ def parse_args(program: str, description: str, argv: Sequence[str] | None) -> ar
         metavar="MODULE",
         help="modules to import, which register further models, tasks, builders, processors or runners",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def run_door(program: str, description: str, argv: Sequence[str] | None, evaluate: bool) -> int:
     """Run a job and return the exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    args = parse_args(program, description, argv)
+    args = job_parser(program, description).parse_args(argv)
     return guarded(lambda: _run(args, evaluate))
 
 
@@ -65,10 +65,15 @@ def guarded(work: Callable[[], None]) -> int:
 def _run(args: argparse.Namespace, evaluate: bool) -> None:
     from lavis_dcd.job import run_job
 
+    ready_process()
+    run_job(args.cfg_path, args.options, args.plugins, evaluate)
+
+
+def ready_process() -> None:
+    """What a door does before anything else."""
     set_up_logging()
     # loader workers are forked after the tokenizer has run; it would warn at each of them
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    run_job(args.cfg_path, args.options, args.plugins, evaluate)
 
 
 def set_up_logging() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lavis_dcd.common.errors import UserError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lavis_dcd.config import JobConfig
+    from lavis_dcd.runners.config import RunConfig
+    from lavis_dcd.runners.devices import Place
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,17 @@ def _run_comparison(own: DictConfig, comparison: DictConfig, path: Path, options
 
 
 def _run_ours(config: JobConfig) -> None:
+    with on_its_place(config) as (_, place):
+        _build_and_run(config, place.share(time.strftime("%Y%m%d-%H%M%S")))
+
+
+@contextmanager
+def on_its_place(config: JobConfig) -> Iterator[tuple[RunConfig, Place]]:
+    """The checked `run:` section and this process's place, files fetched, seeds set; torchrun's group is left behind.
+
+    Raises:
+        UserError: a section that makes no sense, a device that is not there, a download that fails.
+    """
     import torch.distributed as dist
 
     from lavis_dcd.common.schema import parse
@@ -93,9 +107,9 @@ def _run_ours(config: JobConfig) -> None:
     try:
         if place.is_main:
             fetch_missing(config.config)
-        job_id = place.share(time.strftime("%Y%m%d-%H%M%S"))
+        place.share(None)
         seed_everything(run.seed)
-        _build_and_run(config, job_id)
+        yield run, place
         if not joined_before:
             leave_group()
     finally:

@@ -55,7 +55,7 @@ class RandomCaptions(Dataset):
         texts = [leaf.text_processor(row["caption"]) for leaf, row in (self._rows[i] for i in rows)]
         return {
             **self.dataset[index],
-            "candidate_text": _by_view(texts),
+            "candidate_text": by_view(texts),
             "candidate_image_id": torch.from_numpy(self._ids[rows]),
         }
 
@@ -75,20 +75,21 @@ class RandomCaptions(Dataset):
         drawn = ("candidate_text", "candidate_image_id")
         collate = getattr(self.dataset, "collater", default_collate)
         batch = collate([{k: v for k, v in s.items() if k not in drawn} for s in samples])
-        texts = _by_view([s["candidate_text"] for s in samples])
+        texts = by_view([s["candidate_text"] for s in samples])
         batch["candidate_text"] = (
-            {view: _flat(rows) for view, rows in texts.items()} if isinstance(texts, Mapping) else _flat(texts)
+            {view: flat(rows) for view, rows in texts.items()} if isinstance(texts, Mapping) else flat(texts)
         )
         batch["candidate_image_id"] = torch.stack([s["candidate_image_id"] for s in samples])
         return batch
 
 
-def _by_view(texts: list[Any]) -> Any:
+def by_view(texts: list[Any]) -> Any:
     """A list of values as it is; of mappings, the mapping of lists."""
     if not texts or not isinstance(texts[0], Mapping):
         return texts
     return {view: [text[view] for text in texts] for view in texts[0]}
 
 
-def _flat(rows: list[list[str]]) -> list[str]:
+def flat(rows: list[list[str]]) -> list[str]:
+    """The strings of all rows, one row after the other."""
     return [text for row in rows for text in row]

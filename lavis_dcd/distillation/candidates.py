@@ -27,16 +27,19 @@ class BatchContext:
         image_ids: Long [I], the image id of each distinct image row.
         text_image_ids: Long [T], the image id that each distinct text row belongs to.
         match_pairs: Long [Q, 2], (image row, text row) of each sample: one query per sample.
-        extra_texts: Long [Q, C] or None, text rows of captions drawn at random for each sample's image.
+        extra_texts: Long [Q, C] or None, text rows of captions that come with each sample: drawn at random for its
+            image, or out of a score bank.
+        extra_images: Long [Q, C] or None, image rows of pictures that come with each sample, out of a score bank.
 
     Raises:
-        ValueError: where a tensor has another shape, or extra_texts another number of rows than match_pairs.
+        ValueError: where a tensor has another shape, or an extra_ tensor another number of rows than match_pairs.
     """
 
     image_ids: LongTensor
     text_image_ids: LongTensor
     match_pairs: LongTensor
     extra_texts: LongTensor | None = None
+    extra_images: LongTensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_ids", "text_image_ids"):
@@ -46,12 +49,13 @@ class BatchContext:
                 )
         if self.match_pairs.dim() != 2 or self.match_pairs.shape[1] != 2:
             raise ValueError(f"match_pairs must be [Q, 2], got shape {tuple(self.match_pairs.shape)}")
-        extra = self.extra_texts
-        if extra is not None and (extra.dim() != 2 or len(extra) != len(self.match_pairs)):
-            raise ValueError(
-                f"extra_texts must be [Q, C] with match_pairs' Q = {len(self.match_pairs)}, "
-                f"got shape {tuple(extra.shape)}"
-            )
+        for name in ("extra_texts", "extra_images"):
+            extra = getattr(self, name)
+            if extra is not None and (extra.dim() != 2 or len(extra) != len(self.match_pairs)):
+                raise ValueError(
+                    f"{name} must be [Q, C] with match_pairs' Q = {len(self.match_pairs)}, "
+                    f"got shape {tuple(extra.shape)}"
+                )
 
 
 @dataclass
@@ -165,6 +169,28 @@ class RandomFromDataset:
         if context.extra_texts is None:
             raise ValueError("the 'random' pool needs extra_texts: captions drawn at random for each image")
         return assemble(context, context.extra_texts, self.direction)
+
+
+@register_pool("bank")
+class FromBank:
+    """The candidates that come with each sample out of a score bank (`extra_texts`, `extra_images`)."""
+
+    def __init__(self, direction: str = IMAGE_TO_TEXT) -> None:
+        check_direction(direction)
+        self.direction = direction
+
+    def build(self, context: BatchContext) -> CandidatePool:
+        """Pool [Q, 1+C] in the bank's order; what shows the query's own image, and repeats, are masked.
+
+        Raises:
+            ValueError: when the context has no candidates of this direction.
+        """
+        to_text = self.direction == IMAGE_TO_TEXT
+        extra = context.extra_texts if to_text else context.extra_images
+        if extra is None:
+            name = "extra_texts" if to_text else "extra_images"
+            raise ValueError(f"the 'bank' pool needs {name}: candidates out of a score bank for each sample")
+        return assemble(context, extra, self.direction)
 
 
 def assemble(context: BatchContext, candidates: Tensor, direction: str) -> CandidatePool:

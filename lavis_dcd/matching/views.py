@@ -1,7 +1,7 @@
 """One batch, several matchers: each reads the pictures and captions as its own processors make them.
 
-Where matchers differ in their inputs, ``image``, ``text_input`` and ``candidate_text`` of the samples are mappings
-from a view's name to what that matcher reads; elsewhere they are plain and serve everybody.
+Where matchers differ in their inputs, ``image``, ``text_input``, ``candidate_text`` and ``candidate_image`` of the
+samples are mappings from a view's name to what that matcher reads; elsewhere they are plain and serve everybody.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MAIN_VIEW = "student"
-VIEWED = ("image", "text_input", "candidate_text")
+VIEWED = ("image", "text_input", "candidate_text", "candidate_image")
 
 
 def view_of(samples: Mapping[str, Any], name: str = MAIN_VIEW) -> dict[str, Any]:

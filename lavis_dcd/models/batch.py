@@ -22,7 +22,8 @@ class BatchFeatures:
     """A training batch, every distinct picture and caption encoded once.
 
     ``image_ids [I]`` and ``text_image_ids [T]`` int64: the picture each row is of. ``match_pairs [Q, 2]``: the
-    (image row, text row) of each sample. ``extra_texts [Q, C]``: rows of captions drawn from the data set, or None.
+    (image row, text row) of each sample. ``extra_texts [Q, C]`` and ``extra_images [Q, C]``: rows of captions drawn
+    from the data set, and of captions and pictures out of a score bank, or None.
     """
 
     images: ImageFeatures
@@ -31,6 +32,7 @@ class BatchFeatures:
     text_image_ids: Tensor
     match_pairs: Tensor
     extra_texts: Tensor | None = None
+    extra_images: Tensor | None = None
 
     def context(self) -> BatchContext:
         """The same without the features, as the candidate pools read it."""
@@ -39,6 +41,7 @@ class BatchFeatures:
             text_image_ids=self.text_image_ids,
             match_pairs=self.match_pairs,
             extra_texts=self.extra_texts,
+            extra_images=self.extra_images,
         )
 
 
@@ -50,32 +53,36 @@ def sample_features(matcher: Matcher, samples: Mapping[str, Any], view: str = MA
     Args:
         matcher: whose encoders to run, when the samples do not carry features already.
         samples: as LAVIS's ``RetrievalDataset`` collates them; ``candidate_text`` (B*C captions) and
-            ``candidate_image_id [B, C]`` add captions drawn from the data set.
+            ``candidate_image_id [B, C]`` add captions, ``candidate_image`` (B*C pictures, or further rows of an
+            ``image`` that is ``ImageFeatures``) and ``candidate_picture_id [B, C]`` pictures.
         view: which view of the pictures and captions the matcher reads, where there are several.
 
     Raises:
         UserError: the samples carry features for other encoders than this view's.
     """
     image_id = torch.as_tensor(samples["image_id"]).cpu().tolist()
-    owners = list(image_id)
-    if drawn := bool(samples.get("candidate_text")):
+    owners, pictures = list(image_id), list(image_id)
+    if texts_drawn := bool(samples.get("candidate_text")):
         owners += torch.as_tensor(samples["candidate_image_id"]).flatten().tolist()
-    image_first, image_rows = _distinct(image_id)
+    if pictures_drawn := samples.get("candidate_picture_id") is not None:
+        pictures += torch.as_tensor(samples["candidate_picture_id"]).flatten().tolist()
+    image_first, image_rows = _distinct(pictures)
     text_first, text_rows = _distinct(list(zip(_texts(view_of(samples)), owners, strict=True)))
     own = view_of(samples, view)
     if view != MAIN_VIEW and own.get("text_features") is not None:
         raise UserError("run.cache_features: the kept features serve the student's encoders; set it to off")
-    image_features = _encoded_images(matcher, own["image"], image_first)
+    image_features = _encoded_images(matcher, own, image_first)
     text_features = _encoded_texts(matcher, own, text_first)
     device, size = image_features.device, len(image_id)
-    rows = torch.tensor(text_rows, device=device)
+    rows, seen = torch.tensor(text_rows, device=device), torch.tensor(image_rows, device=device)
     return BatchFeatures(
         images=image_features,
         texts=text_features,
-        image_ids=torch.tensor([image_id[i] for i in image_first], device=device),
+        image_ids=torch.tensor([pictures[i] for i in image_first], device=device),
         text_image_ids=torch.tensor([owners[i] for i in text_first], device=device),
-        match_pairs=torch.stack([torch.tensor(image_rows, device=device), rows[:size]], dim=1),
-        extra_texts=rows[size:].view(size, -1) if drawn else None,
+        match_pairs=torch.stack([seen[:size], rows[:size]], dim=1),
+        extra_texts=rows[size:].view(size, -1) if texts_drawn else None,
+        extra_images=seen[size:].view(size, -1) if pictures_drawn else None,
     )
 
 
@@ -83,11 +90,16 @@ def _texts(samples: Mapping[str, Any]) -> list[str]:
     return [*samples["text_input"], *(samples.get("candidate_text") or ())]
 
 
-def _encoded_images(matcher: Matcher, images: Any, first: list[int]) -> ImageFeatures:
+def _encoded_images(matcher: Matcher, samples: Mapping[str, Any], first: list[int]) -> ImageFeatures:
+    images, more = samples["image"], samples.get("candidate_image")
     if isinstance(images, ImageFeatures):
         # kept features come as they are kept; picked first, then widened: half the memory to move
         return images[first].float()
-    return matcher.encode_images(images[first])
+    size = len(images)
+    picked = images[[i for i in first if i < size]]
+    further = [i - size for i in first if i >= size]
+    # the first occurrences stand in ascending order
+    return matcher.encode_images(torch.cat([picked, more[further]]) if further else picked)
 
 
 def _encoded_texts(matcher: Matcher, samples: Mapping[str, Any], first: list[int]) -> TextFeatures:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import parse
+from lavis_dcd.datasets.score_bank import ScoreBank
 from lavis_dcd.distillation.budget import within_budget
 from lavis_dcd.distillation.candidates import CandidatePool
+from lavis_dcd.distillation.diagnostics import diagnostics
 from lavis_dcd.distillation.families import resolve
 from lavis_dcd.distillation.objective import build_objective
 from lavis_dcd.distillation.selection import SELECTION_STRATEGIES, Selection, release_selection, select
@@ -24,7 +26,9 @@ from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.views import MAIN_VIEW, view_of
 from lavis_dcd.models.batch import BatchFeatures, info_nce, sample_features
+from lavis_dcd.models.dcd_bank import BankedTeachers
 from lavis_dcd.models.dcd_building import (
+    build_from_bank,
     build_pools,
     build_student,
     build_teachers,
@@ -47,7 +51,7 @@ class DynamicContrastiveDistillation(BaseModel):
     held outside the module tree: not in ``state_dict()``, the optimizer or DDP, and always in evaluation mode.
 
     Args:
-        teacher: a matcher, or the teachers.
+        teacher: a matcher, the teachers, or what stands for teachers whose scores a bank has.
         student: learns.
         config: the whole section; ``loss`` may leave terms to the families ("auto").
 
@@ -59,12 +63,13 @@ class DynamicContrastiveDistillation(BaseModel):
         "default": str(packaged_folder("configs") / "models" / "dcd_default.yaml")
     }
 
-    def __init__(self, teacher: Matcher | Teachers, student: Matcher, config: DcdConfig):
+    def __init__(self, teacher: Matcher | Teachers | BankedTeachers, student: Matcher, config: DcdConfig):
         super().__init__()
         self.config = config
         self.student = student
         # a plain attribute would register the teachers as sub-modules
-        self.__dict__["teachers"] = teacher if isinstance(teacher, Teachers) else Teachers([teacher])
+        several = isinstance(teacher, Teachers | BankedTeachers)
+        self.__dict__["teachers"] = teacher if several else Teachers([teacher])
         if faults := method_faults(config):
             raise UserError(faults)
         check_student(student)
@@ -95,6 +100,8 @@ class DynamicContrastiveDistillation(BaseModel):
             UserError: sections that do not fit their models, or a student that cannot start from this teacher.
         """
         config = parse(DcdConfig, cfg, "model")
+        if config.candidates.from_bank:
+            return cls(*build_from_bank(config), config)
         teachers = build_teachers(config)
         return cls(teachers, build_student(config, teachers.matchers[0]), config)
 
@@ -106,7 +113,7 @@ class DynamicContrastiveDistillation(BaseModel):
         return self.teachers.one()
 
     def matchers(self) -> dict[str, Matcher | Ensemble]:
-        return {"teacher": self.teacher, "student": self.student}
+        return {**self.teachers.evaluated(), "student": self.student}
 
     def view_matchers(self) -> dict[str, Matcher]:
         """Who reads pictures and captions of their own, by view: teachers with other encoders than the student's, and
@@ -125,8 +132,9 @@ class DynamicContrastiveDistillation(BaseModel):
         return {name: sections[name] for name in self.view_matchers()}
 
     def _sections(self) -> dict[str, dict[str, Any]]:
-        sections = [section for _, section in self.config.teacher_sections]
-        return {**dict(zip(self.teachers.named(), sections, strict=True)), MAIN_VIEW: self.config.student}
+        # no teacher is named where a bank has its scores
+        of_teachers = zip(self.teachers.named(), self.config.teacher_sections, strict=False)
+        return {**{name: section for name, (_, section) in of_teachers}, MAIN_VIEW: self.config.student}
 
     def exported(self) -> nn.Module:
         """What the final file holds."""
@@ -135,8 +143,18 @@ class DynamicContrastiveDistillation(BaseModel):
     @property
     def random_captions_per_image(self) -> int:
         """Captions that the training set must draw per picture (0: none)."""
-        pool = self.config.candidates.image_to_text
-        return pool.count if pool is not None and pool.source == "random" else 0
+        candidates = self.config.candidates
+        drawn = candidates.sources().get("image_to_text") == "random"
+        return candidates.image_to_text.count if drawn else 0
+
+    @property
+    def needs_score_bank(self) -> bool:
+        """Whether the training set must bring candidates and scores out of a score bank."""
+        return self.config.candidates.from_bank
+
+    def use_score_bank(self, bank: ScoreBank) -> None:
+        """The bank that the samples' scores come from, for :meth:`teacher_fingerprint`."""
+        self.teachers.use(bank)
 
     def head_parameter_names(self) -> set[str]:
         names = getattr(self.student, "head_parameter_names", set)()
@@ -148,7 +166,7 @@ class DynamicContrastiveDistillation(BaseModel):
         return bool(getattr(self.student, "find_unused_parameters", False))
 
     def teacher_fingerprint(self) -> str:
-        """SHA-256 over the teachers' tensors."""
+        """SHA-256 over the teachers' tensors, or over what the score bank with their scores was made from."""
         return self.teachers.fingerprint()
 
     def _apply(self, fn, recurse: bool = True):
@@ -168,7 +186,8 @@ class DynamicContrastiveDistillation(BaseModel):
 
         Args:
             samples: LAVIS ``RetrievalDataset`` samples, with ``candidate_text`` / ``candidate_image_id [B, C]``
-                when candidates are drawn from the data set; by view where matchers differ in their inputs.
+                when candidates are drawn from the data set, and with what ``datasets.bank_candidates`` adds when they
+                come from a score bank; by view where matchers differ in their inputs.
 
         Returns:
             0-dim tensors: ``loss``, ``distill_loss``, ``contrastive_loss``, where they have a weight
@@ -190,7 +209,7 @@ class DynamicContrastiveDistillation(BaseModel):
                              ("student_loss", self.loss_config.student_weight)):  # fmt: skip
             if name in losses:
                 losses["loss"] = losses["loss"] + weight * losses[name]
-        return {**losses, **_diagnostics(selections, student_scores)}
+        return {**losses, **diagnostics(selections, student_scores)}
 
     def _further_losses(
         self, samples: Mapping[str, Any], batch: BatchFeatures, all_pairs: Tensor | None
@@ -233,6 +252,8 @@ class DynamicContrastiveDistillation(BaseModel):
 
     def _select(self, pool: CandidatePool, teacher_scores: Tensor | None) -> Selection:
         how = self.config.selection
+        if self.teachers.selects:
+            return select(pool, teacher_scores, None)
         if self.config.loss.reference == "release":
             return release_selection(pool, teacher_scores, how.hard_negatives)
         return select(pool, teacher_scores, how.hard_negatives, strategy=how.strategy, margin=how.margin)
@@ -248,24 +269,3 @@ class DynamicContrastiveDistillation(BaseModel):
             return match_recomputed(self.student.match, images, texts, pairs, self.config.student_chunk_pairs)
 
         return match_tables(match, batch, tables)
-
-
-@torch.no_grad()
-def _diagnostics(selections: list[Selection], student_scores: list[Tensor]) -> dict[str, Tensor]:
-    """Means over the queries that have a negative: scores of the match and of the hardest negative, misrankings."""
-    tables = {"student": student_scores}
-    if all(s.teacher_scores is not None for s in selections):
-        tables["teacher"] = [s.teacher_scores for s in selections]
-    result = {}
-    for name, of_directions in tables.items():
-        matches, hardest = [], []
-        # direction by direction: their tables may differ in width
-        for selection, scores in zip(selections, of_directions, strict=True):
-            keep = selection.valid[:, 1:].any(dim=1)
-            matches.append(scores[keep, 0])
-            hardest.append(scores.masked_fill(~selection.valid, -torch.inf)[keep, 1:].amax(dim=1))
-        match, rival = torch.cat(matches), torch.cat(hardest)
-        result[f"{name}_match_score"] = match.mean()
-        result[f"{name}_hardest_score"] = rival.mean()
-        result[f"{name}_misranked"] = (rival >= match).float().mean()
-    return result

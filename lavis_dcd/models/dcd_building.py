@@ -12,11 +12,12 @@ from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
-from lavis_dcd.distillation.candidates import DIRECTIONS, PoolStrategy, build_pool
+from lavis_dcd.distillation.candidates import PoolStrategy, build_pool
 from lavis_dcd.distillation.objective import config_faults
 from lavis_dcd.distillation.selection import SELECTION_STRATEGIES
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.building import build_matcher, full_section
+from lavis_dcd.models.dcd_bank import BankedTeachers, bank_faults
 from lavis_dcd.models.dcd_config import DISTILLER_KEYS, CandidatesConfig, DcdConfig, SuccessionConfig
 from lavis_dcd.models.dcd_teachers import Teachers
 
@@ -38,8 +39,28 @@ def build_teachers(config: DcdConfig) -> Teachers:
     return Teachers(matchers, [float(section.get("weight", 1.0)) for _, section in sections])
 
 
-def build_student(config: DcdConfig, teacher: Matcher) -> Matcher:
+def build_from_bank(config: DcdConfig) -> tuple[BankedTeachers, Matcher]:
+    """The stand-in for teachers whose scores a bank has, and the student.
+
+    The first teacher is built only where the student starts from it, and is gone afterwards; of its parts those stay
+    that the student shares.
+
+    Raises:
+        UserError: as :func:`build_teachers` and :func:`build_student`.
+    """
+    teachers, first = BankedTeachers.of(config), None
+    if config.student.get("init_from_teacher") is not None:
+        path, section = config.teacher_sections[0]
+        # freezes it, as every teacher
+        first = Teachers([build_matcher(model_section(section), path)]).one()
+    return teachers, build_student(config, first)
+
+
+def build_student(config: DcdConfig, teacher: Matcher | None) -> Matcher:
     """The student, started from the (first) teacher where ``init_from_teacher`` says so.
+
+    Args:
+        teacher: None where no teacher is built, and the student does not start from one.
 
     Raises:
         UserError: a student that cannot start from this teacher, or share its encoders as the job demands.
@@ -48,7 +69,7 @@ def build_student(config: DcdConfig, teacher: Matcher) -> Matcher:
     section = model_section(config.student)
     if start is None:
         student = build_matcher(section, "model.student")
-        if config.share_encoders and not student.shares_encoders_with(teacher):
+        if config.share_encoders and (teacher is None or not student.shares_encoders_with(teacher)):
             raise UserError(
                 "model.share_encoders: true, but the student has encoders of its own; let it start from the teacher "
                 "(student.init_from_teacher) or leave share_encoders out"
@@ -134,6 +155,7 @@ def method_faults(config: DcdConfig) -> list[str]:
         faults.append(f"model.candidates.teacher_budget: {budget}, at least 2 pairs per query are needed (null: all)")
     if config.loss.reference == "release" and (how.hard_negatives is None or budget is not None):
         faults.append("model.loss.reference: release knows no selection.hard_negatives: null and no teacher_budget")
+    faults += bank_faults(config)
     try:
         build_pools(config.candidates)
     except UserError as error:
@@ -147,17 +169,18 @@ def build_pools(config: CandidatesConfig) -> list[PoolStrategy]:
     Raises:
         UserError: no direction, an unknown source, a ``count`` that does not belong to it.
     """
-    sections = {d: getattr(config, d) for d in DIRECTIONS if getattr(config, d) is not None}
-    if not sections:
+    sources = config.sources()
+    if not sources:
         raise UserError("model.candidates: both directions are null, nothing would be distilled")
     pools, faults = [], []
-    for direction, section in sections.items():
+    for direction, source in sources.items():
         try:
-            pools.append(build_pool(section.source, direction))
+            pools.append(build_pool(source, direction))
         except ValueError as error:
             faults.append(f"model.candidates.{direction}.source: {error}")
-        if (section.source == "random") != bool(section.count):
-            faults.append(f"model.candidates.{direction}.count: {section.count}; the source random needs the number of "
+        count = getattr(config, direction).count
+        if (source == "random") != bool(count):
+            faults.append(f"model.candidates.{direction}.count: {count}; the source random needs the number of "
                           "captions to draw per picture, and no other source takes one")  # fmt: skip
     if faults:
         raise UserError(faults)

@@ -7,13 +7,28 @@ from typing import Any
 
 from lavis_dcd.distillation.objective import LossConfig
 
+IN_BATCH, BANK = "in_batch", "bank"
+
 
 @dataclass
 class PoolConfig:
     """Where the candidates of one direction come from."""
 
-    source: str = "in_batch"  # in_batch: all other items of the batch | random: drawn from the data set
+    # in_batch: all other items of the batch | random: drawn from the data set | bank: mined before the training, with
+    # the teacher's scores; null: as candidates.source says
+    source: str | None = None
     count: int | None = None  # random: captions drawn per picture (the release: 63 Flickr30K, 15 COCO)
+
+
+@dataclass
+class BankConfig:
+    """A score bank: where it lies and how ``python -m lavis_dcd mine`` fills it."""
+
+    path: str | None = None  # the bank's folder; null: in the cache, by teacher and data
+    by: str = "joint"  # whose cheap scores make the shortlist: joint (the teacher's joint space) | student | none
+    shortlist: int = 48  # most promising candidates per query, by the cheap scores
+    random: int = 15  # candidates drawn at random per query beside them
+    keep: int = 63  # highest teacher scores kept per query
 
 
 @dataclass
@@ -25,6 +40,22 @@ class CandidatesConfig:
     # pairs that the teacher scores per batch and direction: each query's most promising by a dual student's current
     # scores, random ones for other students; null: all of the pool
     teacher_budget: int | None = None
+    source: str | None = None  # of both directions, where they name none; null: in_batch
+    bank: BankConfig = field(default_factory=BankConfig)
+
+    def sources(self) -> dict[str, str]:
+        """The source of each direction that is trained: a direction's own, else the common one, else in_batch."""
+        sections = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+        return {
+            direction: section.source or self.source or IN_BATCH
+            for direction, section in sections.items()
+            if section is not None
+        }
+
+    @property
+    def from_bank(self) -> bool:
+        """Whether candidates and their teacher scores come from a score bank, so that no teacher runs."""
+        return BANK in self.sources().values()
 
 
 @dataclass

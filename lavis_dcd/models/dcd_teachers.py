@@ -38,6 +38,13 @@ class Teachers:
             matcher.requires_grad_(False)
             matcher.eval()
 
+    # whether the samples bring the hard samples, chosen already
+    selects = False
+
+    def evaluated(self) -> dict[str, Matcher | Ensemble]:
+        """By name, what is evaluated beside the student."""
+        return {"teacher": self.one()}
+
     def one(self) -> Matcher | Ensemble:
         """What is evaluated as "teacher"."""
         return self.matchers[0] if len(self.matchers) == 1 else self._ensemble

@@ -173,3 +173,32 @@ def test_errors_name_what_is_wrong():
         BatchContext(ids, ids, torch.zeros(2, 2), torch.zeros(3, 4))
     with pytest.raises(ValueError, match="one shape"):
         CandidatePool(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3), IMAGE_TO_TEXT)
+
+
+def test_bank_pools_mask_own_image_and_repeats():
+    context = make_context()
+    texts = build_pool("bank", IMAGE_TO_TEXT).build(context)
+    assert texts.text_rows.tolist() == [[0, 4, 5], [1, 2, 2], [2, 4, 0], [3, 3, 1]]
+    assert negatives(texts, texts.text_rows) == [[4], [2], [4, 0], [1]]
+    # samples 0 and 1 are captions of image row 0, so that row is no negative of theirs
+    context.extra_images = torch.tensor([[1, 2], [0, 2], [2, 2], [1, 0]])
+    images = build_pool("bank", TEXT_TO_IMAGE).build(context)
+    assert images.direction == TEXT_TO_IMAGE
+    assert images.image_rows.tolist() == [[0, 1, 2], [0, 0, 2], [1, 2, 2], [2, 1, 0]]
+    assert images.text_rows.tolist() == [[0] * 3, [1] * 3, [2] * 3, [3] * 3]
+    assert negatives(images, images.image_rows) == [[1, 2], [2], [2], [1, 0]]
+
+
+def test_bank_pools_need_their_candidates():
+    context = make_context()
+    with pytest.raises(ValueError, match="extra_images"):
+        build_pool("bank", TEXT_TO_IMAGE).build(context)
+    context.extra_texts = None
+    with pytest.raises(ValueError, match="extra_texts"):
+        build_pool("bank", IMAGE_TO_TEXT).build(context)
+
+
+def test_extra_images_belong_to_the_samples():
+    context = make_context()
+    with pytest.raises(ValueError, match=r"extra_images must be \[Q, C\] with match_pairs' Q = 4"):
+        BatchContext(context.image_ids, context.text_image_ids, context.match_pairs, extra_images=torch.zeros(3, 2))

@@ -1,0 +1,43 @@
+"""`python -m lavis_dcd COMMAND`: what belongs to no door of LAVIS."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name: the module whose main(argv) runs it, and what it does
+COMMANDS = {
+    "mine": ("lavis_dcd.mine", "let the teacher of a distillation job score candidates once, into a score bank"),
+}
+EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status; without one, list them."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args:
+        sys.stderr.write(usage())
+        return EXIT_USAGE
+    name, *rest = args
+    if name in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0
+    if name not in COMMANDS:
+        sys.stderr.write(f"error: {name!r} is no command\n{usage()}")
+        return EXIT_USAGE
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {words}" for name, (_, words) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m lavis_dcd COMMAND ... (python -m lavis_dcd COMMAND --help tells more)", "", *lines,
+         "", "training and evaluation have doors of their own: python -m lavis.train, python -m lavis.evaluate", ""]
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

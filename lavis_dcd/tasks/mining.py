@@ -1,0 +1,248 @@
+"""Mining a score bank: the teachers score a pool of candidates of every query once, both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.datasets.bank_identity import identity_of, teacher_views
+from lavis_dcd.datasets.bank_rows import is_evaluation_set
+from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.score_bank import META, BankIdentity, ScoreBank
+from lavis_dcd.datasets.views import View
+from lavis_dcd.distillation.candidates import DIRECTIONS
+from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.models.dcd_bank import bank_faults
+from lavis_dcd.models.dcd_building import build_student, build_teachers
+from lavis_dcd.models.dcd_config import DcdConfig
+from lavis_dcd.models.dcd_teachers import Teachers
+from lavis_dcd.models.preprocess import build_view
+from lavis_dcd.tasks.evaluation import Protocol
+from lavis_dcd.tasks.mining_merge import merge
+from lavis_dcd.tasks.mining_plan import Plan, WorkFolder
+from lavis_dcd.tasks.mining_pools import Pairing, shortlists, with_random
+from lavis_dcd.tasks.mining_progress import Progress
+from lavis_dcd.tasks.mining_reading import Reader, ReadSet, pairing_of
+from lavis_dcd.tasks.mining_scores import Means, PairScorer, embed_all
+from lavis_dcd.tasks.mining_table import report
+
+log = logging.getLogger(__name__)
+
+_PARTS = {"teacher": "the teacher or its weights", "data": "the data", "transforms": "the teacher's processors"}
+
+
+class Miner:
+    """One mining, in this process or in several of torchrun.
+
+    Args:
+        config: the ``model:`` section of a distillation.
+        folder: the bank's.
+        datasets: by split, "train" among them, as the runner has them.
+        run: the ``run:`` section.
+        place: this process's device and rank (``runners.devices.Place``).
+        command: the line that trains from the bank, for the table.
+    """
+
+    def __init__(
+        self, config: DcdConfig, folder: Path, datasets: Mapping[str, Any], run: Any, place: Any, command: str = ""
+    ) -> None:
+        if faults := mining_faults(config):
+            raise UserError(faults)
+        self.config, self.bank, self.folder, self.command = config, config.candidates.bank, Path(folder), command
+        self.datasets, self.run, self.place = datasets, run, place
+        protocol = Protocol.of_run(run)
+        self.means = Means(protocol.batch_size, protocol.num_workers, protocol.amp, protocol.memory_mb)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it is mined: what a bank keeps beside its identity."""
+        wanted = {name: getattr(self.bank, name) for name in ("by", "shortlist", "random", "keep")}
+        return {**wanted, "seed": self.run.seed, "amp": self.means.amp}
+
+    def mine(self, overwrite: bool = False) -> None:
+        """Leaves the bank, ``table.txt`` and ``table.json`` in its folder; at once where the bank is there.
+
+        Args:
+            overwrite: whatever bank is there.
+
+        Raises:
+            UserError: there is a bank of another teacher, data or settings; no joint space to make a shortlist from.
+            KeyboardInterrupt: Ctrl-C; finished shards are kept, and the same call goes on from them.
+        """
+        identity, there = None, False
+        if self.place.is_main:
+            identity = identity_of(self.config, self.datasets)
+            there = not overwrite and self._is_there(identity)
+        identity, there = self.place.share((identity, there))
+        if there:
+            log.info(
+                "the score bank in %s is complete and up to date, nothing to mine; its table: %s; train from it: %s",
+                self.folder, self.folder / "table.txt", self.command,
+            )  # fmt: skip
+            return
+        teachers = build_teachers(self.config)
+        readers = self._readers(teachers)
+        pairing = pairing_of(self.datasets["train"])
+        work = WorkFolder(
+            self.folder / "work", {"identity": dataclasses.asdict(identity), "settings": self.settings}
+        )
+        plan = self._plan(work, pairing, teachers, readers)
+        try:
+            self._score(work, plan, pairing, readers)
+        except KeyboardInterrupt:
+            log.warning("interrupted: finished shards are kept in %s, the same command goes on from them", work.folder)
+            raise
+        self._wait()
+        if self.place.is_main:
+            self._finish(work, plan, pairing, teachers, identity)
+
+    def _is_there(self, identity: BankIdentity) -> bool:
+        if not (self.folder / META).is_file():
+            return False
+        kept = ScoreBank.load(self.folder)
+        differ = [words for name, words in _PARTS.items() if getattr(kept.identity, name) != getattr(identity, name)]
+        differ += [
+            f"{name} {kept.settings.get(name)!r}, now {value!r}"
+            for name, value in self.settings.items()
+            if kept.settings.get(name) != value
+        ]
+        if differ:
+            raise UserError(
+                f"model.candidates.bank: {self.folder} holds a bank that was mined differently ({'; '.join(differ)}); "
+                "mine into another folder with model.candidates.bank.path=FOLDER, or replace it with --overwrite"
+            )
+        return True
+
+    def _readers(self, teachers: Teachers) -> list[Reader]:
+        views = teacher_views(self.config, self.datasets)
+        readers = [Reader(self._ready(m), view) for m, view in zip(teachers.matchers, views, strict=True)]
+        for number, reader in enumerate(readers):
+            log.info("teacher%s reads %s", f" {number}" if len(readers) > 1 else "", _words_of(reader.view))
+        return readers
+
+    def _ready(self, matcher: Matcher) -> Matcher:
+        return matcher.to(self.place.device).eval()  # type: ignore[attr-defined]
+
+    # -- which pairs ---------------------------------------------------------------------------------------------
+
+    def _plan(self, work: WorkFolder, pairing: Pairing, teachers: Teachers, readers: list[Reader]) -> Plan:
+        """Made by the main process, read by the others."""
+        plan = None
+        if self.place.is_main:
+            plan = work.open_plan()
+            if plan is None:
+                plan = work.begin(Plan.of(pairing, self._pools(pairing, teachers, readers)))
+        self.place.share(None)
+        return plan or work.read_plan()
+
+    def _pools(self, pairing: Pairing, teachers: Teachers, readers: list[Reader]) -> dict[str, torch.Tensor]:
+        if self.bank.shortlist:
+            maker = self._maker(teachers, readers)
+            read = ReadSet(self.datasets["train"], [maker])
+            embeds = embed_all(read, 0, maker, pairing, self.means)
+            chosen = shortlists(pairing, maker.matcher, *embeds, self.bank.shortlist)
+        else:
+            chosen = {d: torch.empty(pairing.queries(d), 0, dtype=torch.int32) for d in DIRECTIONS}
+        return {d: with_random(pairing, d, chosen[d], self.bank.random, self.run.seed) for d in DIRECTIONS}
+
+    def _maker(self, teachers: Teachers, readers: list[Reader]) -> Reader:
+        """Whose joint space makes the shortlist; of several teachers the first that has one.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.bank.by == "student":
+            student = build_student(self.config, teachers.matchers[0])
+            readers = [Reader(self._ready(student), self._student_view())]
+        able = next((reader for reader in readers if reader.matcher.has_joint_space), None)
+        if able is None:
+            names = " and ".join(dict.fromkeys(type(reader.matcher).__name__ for reader in readers))
+            who = "the student" if self.bank.by == "student" else "the teacher"
+            raise UserError(
+                f"model.candidates.bank.by: {self.bank.by}, but {who} ({names}) has no joint space to make a shortlist "
+                "from; draw all candidates at random (model.candidates.bank.by=none model.candidates.bank.shortlist=0, "
+                "perhaps with a larger .random), let another matcher choose "
+                "(model.candidates.bank.by=student or joint), or take a teacher that has one (for METER: joint_head)"
+            )
+        log.info("shortlist: by the joint space of %s", type(able.matcher).__name__)
+        return able
+
+    def _student_view(self) -> View:
+        """As in training, without random changes: its section's processors, else the data set's."""
+        given = self.config.student.get("preprocess")
+        view = build_view({"preprocess": given}, "model.student") if given else View()
+        sets = [dataset for dataset in self.datasets.values() if is_evaluation_set(dataset)]
+        own = sets[0] if sets else next(iter(leaf_sets(self.datasets["train"], "").values()))
+        return View(vis_eval=view.vis_eval or own.vis_processor, text_eval=view.text_eval or own.text_processor)
+
+    # -- their scores --------------------------------------------------------------------------------------------
+
+    def _score(self, work: WorkFolder, plan: Plan, pairing: Pairing, readers: list[Reader]) -> None:
+        """This process's share of the shards, without those that are there."""
+        mine = range(self.place.rank, plan.shards, self.place.world_size)
+        todo = [shard for shard in mine if not work.is_done(shard)]
+        self._announce(plan, pairing, len(mine) - len(todo))
+        if not todo:
+            return
+        read = ReadSet(self.datasets["train"], readers)
+        scorer = PairScorer(read, readers, pairing, self.means)
+        pictures = [pairing.row_of_image[torch.unique(plan.shard(s) // pairing.texts)].tolist() for s in todo]
+        where = " by this process" if self.place.world_size > 1 else ""
+        with Progress(sum(plan.pairs_in(shard) for shard in todo), where) as progress:
+            for shard, batch in zip(todo, read.batches(pictures, self.means.num_workers), strict=True):
+                work.keep(shard, scorer.scores(plan.shard(shard), batch))
+                progress.add(plan.pairs_in(shard))
+            log.info("scored %s", progress.summary())
+
+    def _announce(self, plan: Plan, pairing: Pairing, done: int) -> None:
+        width = ", ".join(f"{pool.shape[1]} {direction}" for direction, pool in plan.pools.items())
+        log.info(
+            "mining %s rows (%s pictures, %s captions): candidates per query %s; %s distinct pairs in %s shards",
+            f"{len(pairing.image_of_row):,}", f"{pairing.images:,}", f"{pairing.texts:,}", width,
+            f"{len(plan.keys):,}", f"{plan.shards:,}",
+        )  # fmt: skip
+        if done:
+            where = " of this process" if self.place.world_size > 1 else ""
+            log.info("%d shards%s are there from an earlier start", done, where)
+
+    def _wait(self) -> None:
+        if self.place.world_size > 1:
+            dist.barrier()
+
+    def _finish(
+        self, work: WorkFolder, plan: Plan, pairing: Pairing, teachers: Teachers, identity: BankIdentity
+    ) -> None:
+        scores = work.scores(plan, len(teachers.matchers))
+        tables = merge(pairing, plan, scores, teachers.weights, self.bank.keep)
+        found = report(tables, self.command)
+        ScoreBank(identity, self.settings, tables).save(self.folder)
+        found.save(self.folder)
+        work.remove()
+        log.info("score bank: %s\n\n%s\n", self.folder, "\n".join(found.lines()))
+
+
+def mining_faults(config: DcdConfig) -> list[str]:
+    """What cannot be mined, or could not be trained from afterwards, one line each."""
+    bank, kept, where = config.candidates.bank, config.selection.hard_negatives, "model.candidates.bank"
+    found = bank_faults(config)
+    if bank.by == "none" and bank.shortlist > 0:
+        found.append(f"{where}.shortlist: {bank.shortlist}, but nobody makes one ({where}.by: none); set it to 0")
+    if bank.shortlist == bank.random == 0:
+        found.append(f"{where}: shortlist and random are both 0, there would be no candidates")
+    if kept is not None and kept > bank.keep and not config.candidates.from_bank:
+        found.append(f"{where}.keep: {bank.keep} is less than model.selection.hard_negatives: {kept}; raise it")
+    return found
+
+
+def _words_of(view: View) -> str:
+    def said(use: str, processor: Any) -> str:
+        return view.words.get(use, f"the data set's evaluation processor ({type(processor).__name__})")
+
+    return f"pictures through {said('vis_eval', view.vis_eval)}, captions through {said('text_eval', view.text_eval)}"
