@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, default_collate
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.bank_rows import Rows, read_rows
-from lavis_dcd.datasets.feature_bank import FeatureBank
+from lavis_dcd.datasets.bank_rows import read_rows
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+
+if TYPE_CHECKING:
+    from lavis_dcd.datasets.feature_bank import FeatureBank
 
 
 class _Delegating(Dataset):
@@ -33,12 +35,11 @@ class _Delegating(Dataset):
 
 
 class PictureRows(_Delegating):
-    """A training set whose ``image`` is the picture's row in the bank."""
+    """A training set whose ``image`` is the picture's row in the bank; ``rows`` has those of all items."""
 
-    def __init__(self, source: Any, rows: Rows, bank: FeatureBank) -> None:
+    def __init__(self, source: Any, captions: list[str], rows: list[int]) -> None:
         super().__init__(source)
-        self.rows = [bank.picture_rows[key] for key in rows.pictures]
-        self.captions = rows.captions
+        self.captions, self.rows = captions, rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.source.annotation[index]
@@ -54,14 +55,15 @@ class BankedTrainingSet(Dataset):
     """A training set, perhaps in wrappers that draw captions, whose batches carry features, not pictures.
 
     A batch is the set's own, with ``image`` an ``ImageFeatures`` (one row per sample, as precise as it is kept) and
-    ``text_features`` a ``TextFeatures`` of ``text_input``, then of ``candidate_text`` where there is one.
+    ``text_features`` a ``TextFeatures`` of ``text_input``, then of ``candidate_text`` where there is one. A batch's
+    ``candidate_image`` (int64 ``[B * K]``, rows of pictures in the bank) becomes further rows of ``image``.
 
     Args:
         dataset: a LAVIS retrieval training set, a ``ConcatDataset`` of them, or a wrapper with ``.dataset``.
         name: of the set when the bank was built.
 
     Raises:
-        KeyError: a picture that the bank does not hold.
+        KeyError: a set that the bank was not built from.
     """
 
     def __init__(self, dataset: Any, bank: FeatureBank, name: str = "train") -> None:
@@ -76,8 +78,11 @@ class BankedTrainingSet(Dataset):
     def collater(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = getattr(self.dataset, "collater", default_collate)(items)
         captions = [*batch["text_input"], *batch.get("candidate_text", ())]
-        images = self.bank.images(torch.as_tensor(batch["image"]))
-        return {**batch, "image": images, "text_features": self.bank.texts(captions)}
+        rows = torch.as_tensor(batch["image"])
+        more = batch.pop("candidate_image", None)
+        if more is not None:
+            rows = torch.cat([rows, torch.as_tensor(more).flatten()])
+        return {**batch, "image": self.bank.images(rows), "text_features": self.bank.texts(captions)}
 
     def set_epoch(self, epoch: int) -> None:
         """Passed on to wrappers that draw anew each epoch."""
@@ -96,7 +101,7 @@ class BankedEvaluationSet(_Delegating):
 
     def __init__(self, source: Any, bank: FeatureBank, name: str) -> None:
         super().__init__(source)
-        self.bank, self.bank_rows = bank, read_rows(source, name)
+        self.bank, self.name_in_bank = bank, name
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[index]
@@ -105,8 +110,8 @@ class BankedEvaluationSet(_Delegating):
         """Float32 features of all pictures and captions, in order; ``None`` for other encoders than the bank's."""
         if not self.bank.serves(matcher):
             return None
-        rows = [self.bank.picture_rows[key] for key in self.bank_rows.pictures]
-        return self.bank.images(rows).float(), self.bank.texts(self.bank_rows.captions).float()
+        rows = self.bank.picture_rows[self.name_in_bank]
+        return self.bank.images(rows).float(), self.bank.texts(self.source.text).float()
 
 
 def leaf_sets(dataset: Any, name: str) -> dict[str, Any]:
@@ -141,4 +146,4 @@ def _as_rows(dataset: Any, bank: FeatureBank, name: str) -> Any:
         wrapper = copy.copy(dataset)
         wrapper.dataset = _as_rows(dataset.dataset, bank, name)
         return wrapper
-    return PictureRows(dataset, read_rows(dataset, name), bank)
+    return PictureRows(dataset, read_rows(dataset, name).captions, bank.picture_rows[name])

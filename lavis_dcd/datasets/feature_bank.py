@@ -4,51 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.hashing import update_with_tensors
-from lavis_dcd.datasets.bank_rows import Rows, read_rows
+from lavis_dcd.datasets.bank_contents import BankContents
+from lavis_dcd.datasets.feature_store import (
+    RowStore,
+    Shard,
+    ShardWriter,
+    finish,
+    is_finished,
+    one_writer,
+    open_store,
+)
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import encode_captions, encode_pictures, reported
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures, padded
+from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
 
 log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Features)
+
 
 
 @dataclass
 class FeatureBank:
-    """Features by picture and by caption.
-
-    Texts are kept without padding: the tokens of all captions in one row, each caption a slice of it.
+    """Features by picture and by caption, none with padding.
 
     Args:
-        matcher: whose encoders made the features.
-        tensors: ``image_tokens [N, n, D]``, ``text_tokens [S, D]``, ``text_starts`` and ``text_lengths [M]``
-            int64; optionally ``image_mask [N, n]``, ``image_embeds [N, E]``, ``text_embeds [M, E]``.
-        picture_rows: row of each picture, by its key.
-        caption_rows: row of each caption, by its text.
+        matcher: whose encoders made the features; ``None`` in loader processes, which need none.
+        image_store, text_store: the features.
+        picture_rows: by data set, the row in ``image_store`` of each of its rows' pictures.
+        caption_rows: row in ``text_store`` of each caption, by its text.
     """
 
-    matcher: Matcher
-    tensors: dict[str, Tensor]
-    picture_rows: dict[str, int]
+    matcher: Matcher | None
+    image_store: RowStore
+    text_store: RowStore
+    picture_rows: dict[str, list[int]]
     caption_rows: dict[str, int]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "matcher": None}
 
     def images(self, rows: Tensor | Sequence[int]) -> ImageFeatures:
         """Features of the pictures ``rows`` (see ``picture_rows``) as they are kept, one row each."""
-        rows = torch.as_tensor(rows)
-        mask = self.tensors.get("image_mask")
-        picked = (self.tensors["image_tokens"][rows], None if mask is None else mask[rows])
-        return ImageFeatures(*picked, self._embeds("image_embeds", rows)).trimmed()
+        return self.image_store.gather(rows, ImageFeatures)
 
     def texts(self, captions: Sequence[str]) -> TextFeatures:
         """Features of ``captions`` as they are kept, padded to the longest of them.
@@ -56,24 +66,16 @@ class FeatureBank:
         Raises:
             KeyError: a caption that was in none of the sets the bank was built from.
         """
-        rows = torch.tensor([self.caption_rows[caption] for caption in captions])
-        lengths = self.tensors["text_lengths"][rows]
-        columns = torch.arange(int(lengths.max()))
-        mask = columns < lengths[:, None]
-        where = (self.tensors["text_starts"][rows][:, None] + columns).masked_fill(~mask, 0)
-        tokens = self.tensors["text_tokens"][where].masked_fill(~mask[..., None], 0)
-        return TextFeatures(tokens, mask, self._embeds("text_embeds", rows))
+        found = self.text_store.gather([self.caption_rows[caption] for caption in captions], TextFeatures)
+        return TextFeatures(found.tokens, found.full_mask(), found.embeds)
 
     def serves(self, matcher: Matcher) -> bool:
         """Whether ``matcher`` would make the same features."""
-        return matcher is self.matcher or matcher.shares_encoders_with(self.matcher)
+        return self.matcher is not None and (matcher is self.matcher or matcher.shares_encoders_with(self.matcher))
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
-
-    def _embeds(self, name: str, rows: Tensor) -> Tensor | None:
-        return self.tensors[name][rows] if name in self.tensors else None
+        return self.image_store.nbytes + self.text_store.nbytes
 
 
 def build_feature_bank(
@@ -89,18 +91,19 @@ def build_feature_bank(
 ) -> FeatureBank:
     """Encodes every distinct picture and caption of ``datasets`` once.
 
-    The pictures go through each set's own processor, which must be deterministic: give training sets the
-    evaluation processor first (``set_processors``).
+    The pictures go through each set's own processor, which must be deterministic. A picture of two sets whose
+    processors differ has a row for each.
 
     Args:
         datasets: training and evaluation sets of LAVIS's retrieval shapes, by name.
         dtype: how the features are kept.
-        folder: where the bank is kept and looked for, in a file named by a hash of everything that shapes it;
-            ``None`` keeps it in memory only.
+        folder: where banks are kept and looked for, each in a folder named by a hash of everything that shapes it:
+            files of about 64 MB, read without loading them. An interrupted build goes on at the file it was in.
+            ``None`` keeps the bank in memory only.
         fingerprint: of the encoders' weights (see :func:`weights_fingerprint`).
 
     Raises:
-        UserError: the encoders learn, a set has another shape, or features do not fit ``dtype``.
+        UserError: the encoders learn, a set has another shape, features do not fit ``dtype``, or the disk is too small.
     """
     if not matcher.encoders_frozen():
         raise UserError(
@@ -108,28 +111,20 @@ def build_feature_bank(
             "kept; freeze them (vision.freeze and text.freeze, freeze_embeddings, or freeze: [encoders], as the model "
             "has it) or set run.cache_features=off"
         )
-    rows = {name: read_rows(dataset, name) for name, dataset in datasets.items()}
-    pictures: dict[str, tuple[str, int]] = {}
-    for name, row in rows.items():
-        for index, key in enumerate(row.pictures):
-            pictures.setdefault(key, (name, index))
-    captions = sorted({caption for row in rows.values() for caption in row.captions})
-    picture_rows = {key: row for row, key in enumerate(pictures)}
-    caption_rows = {caption: row for row, caption in enumerate(captions)}
-    path = None
-    if folder is not None:
-        path = Path(folder) / f"{_key(datasets, rows, captions, fingerprint, dtype, amp)}.safetensors"
-        if path.is_file():
-            log.info("features of %d pictures and %d captions: %s", len(pictures), len(captions), path)
-            return FeatureBank(matcher, load_file(str(path)), picture_rows, caption_rows)
-    source = _Pictures(datasets, list(pictures.values()))
-    loader = DataLoader(source, batch_size=batch_size, num_workers=num_workers)
-    tensors = _encode_all_pictures(matcher, loader, len(source), dtype, amp)
-    tensors |= _encode_all_captions(matcher, captions, 4 * batch_size, dtype, amp)
-    _check_finite(tensors, dtype)
-    if path is not None:
-        _save(tensors, path)
-    return FeatureBank(matcher, tensors, picture_rows, caption_rows)
+    wanted = BankContents.of(datasets)
+    build = _Build(matcher, datasets, wanted, batch_size, dtype, num_workers, amp)
+    if folder is None:
+        stores = build.run(None)
+    else:
+        path = Path(folder) / wanted.key(datasets, fingerprint, dtype, amp)
+        if not is_finished(path):
+            with one_writer(path):
+                if not is_finished(path):
+                    build.run(path)
+        stores = open_store(path, "images"), open_store(path, "texts")
+        log.info("features of %s: %s", wanted, path)
+    caption_rows = {caption: row for row, caption in enumerate(wanted.captions)}
+    return FeatureBank(matcher, *stores, wanted.picture_rows, caption_rows)
 
 
 def weights_fingerprint(modules: Iterable[nn.Module]) -> str:
@@ -143,7 +138,7 @@ def weights_fingerprint(modules: Iterable[nn.Module]) -> str:
 class _Pictures(Dataset):
     """The pictures at (set name, index), through their sets' processors."""
 
-    def __init__(self, datasets: Mapping[str, Dataset], places: list[tuple[str, int]]) -> None:
+    def __init__(self, datasets: Mapping[str, Dataset], places: Sequence[tuple[str, int]]) -> None:
         self.datasets, self.places = datasets, places
 
     def __len__(self) -> int:
@@ -154,88 +149,100 @@ class _Pictures(Dataset):
         return self.datasets[name][row]["image"]
 
 
-def _encode_all_pictures(
-    matcher: Matcher, loader: DataLoader, count: int, dtype: torch.dtype, amp: str
-) -> dict[str, Tensor]:
-    """The bank's image tensors, filled in place: one copy of the features at any time."""
-    kept: dict[str, Tensor] = {}
-    start = 0
-    for batch in reported(loader, len(loader), "batches of pictures encoded", True):
-        features = encode_pictures(matcher, [batch], amp=amp).to("cpu", dtype)
-        named = {"tokens": features.tokens, "mask": features.mask, "embeds": features.embeds}
-        for name, part in ((f"image_{name}", part) for name, part in named.items() if part is not None):
-            if name not in kept:
-                kept[name] = torch.empty(count, *part.shape[1:], dtype=part.dtype)
-            if name != "image_embeds" and part.shape[1] != kept[name].shape[1]:  # pictures of other sizes
-                longest = max(part.shape[1], kept[name].shape[1])
-                kept[name], part = padded(kept[name], longest), padded(part, longest)
-            kept[name][start : start + len(part)] = part
-        if not start:
-            log.info("features of %d pictures: %.0f MB", count, sum(t.nbytes for t in kept.values()) / 1e6)
-        start += len(features)
-    return kept
+@dataclass
+class _Build:
+    """The encoders at work; arguments as those of :func:`build_feature_bank`."""
 
+    matcher: Matcher
+    datasets: Mapping[str, Dataset]
+    wanted: BankContents
+    batch_size: int
+    dtype: torch.dtype
+    num_workers: int
+    amp: str
 
-def _encode_all_captions(
-    matcher: Matcher, captions: list[str], batch_size: int, dtype: torch.dtype, amp: str
-) -> dict[str, Tensor]:
-    """The bank's text tensors: the real tokens only."""
-    tokens, lengths, embeds = [], [], []
-    starts = range(0, len(captions), batch_size)
-    for start in reported(starts, len(starts), "batches of captions encoded", True):
-        features = encode_captions(matcher, captions[start : start + batch_size], batch_size, amp=amp)
-        features = features.to("cpu", dtype)
-        mask = features.mask
-        if mask is None:
-            mask = torch.ones(features.tokens.shape[:2], dtype=torch.bool)
-        if (mask.int().diff(dim=1) > 0).any():
+    def run(self, folder: Path | None) -> tuple[RowStore, RowStore]:
+        """The stores of pictures and captions; on disk, from where an interrupted build was."""
+        images, texts = ShardWriter(folder, "images"), ShardWriter(folder, "texts")
+        if images.rows or texts.rows:
+            log.info("an interrupted build goes on after %d pictures, %d captions", images.rows, texts.rows)
+        first_texts, all_texts = _peeked(self._texts(texts.rows))
+        first_images, all_images = _peeked(self._images(images.rows))
+        rest = len(self.wanted.places) - images.rows, len(self.wanted.captions) - texts.rows
+        self._announce(folder, _size(first_images, rest[0]), _size(first_texts, rest[1]))
+        for writer, parts in ((images, all_images), (texts, all_texts)):
+            for part in parts:
+                writer.add(part)
+        stores = images.store(), texts.store()
+        if folder is not None:
+            facts = {"pictures": len(stores[0]), "captions": len(stores[1]), "dtype": str(self.dtype)}
+            finish(folder, {**facts, "matcher": type(self.matcher).__name__})
+        return stores
+
+    def _announce(self, folder: Path | None, images: float, texts: float) -> None:
+        """Tells what will be written.
+
+        Raises:
+            UserError: the disk has no room for it.
+        """
+        kind, need = str(self.dtype).removeprefix("torch."), images + texts
+        parts = f"pictures {_words(images)}, captions {_words(texts)}"
+        said = f"features of {self.wanted}: {_words(need)} as {kind} ({parts})"
+        if folder is None:
+            log.info("%s in memory", said)
+            return
+        there = next(parent for parent in folder.absolute().parents if parent.is_dir())
+        free = shutil.disk_usage(there).free
+        if need > free:
+            smaller = "" if self.dtype != torch.float32 else "halve it with run.cache_dtype=float16, "
             raise UserError(
-                f"run.cache_features: {type(matcher).__name__} pads its texts on the left, which the cache "
-                "cannot keep; set run.cache_features=off"
+                f"run.cache_features: the features of {self.wanted} need about {_words(need)} of disk, and {there} has "
+                f"{_words(free)} free; make room, choose another place with LAVIS_CACHE, {smaller}or set "
+                "run.cache_features=off"
             )
-        tokens.append(features.tokens[mask])
-        lengths.append(mask.sum(dim=1))
-        if features.embeds is not None:
-            embeds.append(features.embeds)
-    length = torch.cat(lengths)
-    starts_of_captions = length.cumsum(0) - length
-    kept = {"text_tokens": torch.cat(tokens), "text_lengths": length, "text_starts": starts_of_captions}
-    log.info("features of %d captions: %.0f MB", len(captions), kept["text_tokens"].nbytes / 1e6)
-    return kept | ({"text_embeds": torch.cat(embeds)} if embeds else {})
+        log.info("%s to be written to %s (%s free)", said, folder, _words(free))
+
+    def _images(self, start: int) -> Iterator[ImageFeatures]:
+        source = _Pictures(self.datasets, self.wanted.places[start:])
+        loader = DataLoader(source, batch_size=self.batch_size, num_workers=self.num_workers)
+        for batch in reported(loader, len(loader), "batches of pictures encoded", True):
+            yield self._kept(encode_pictures(self.matcher, [batch], amp=self.amp))
+
+    def _texts(self, start: int) -> Iterator[TextFeatures]:
+        captions, size = self.wanted.captions, 4 * self.batch_size
+        starts = range(start, len(captions), size)
+        for first in reported(starts, len(starts), "batches of captions encoded", True):
+            yield self._kept(encode_captions(self.matcher, captions[first : first + size], size, amp=self.amp))
+
+    def _kept(self, features: F) -> F:
+        kept = features.to("cpu", self.dtype)
+        real = kept.tokens if kept.mask is None else kept.tokens[kept.mask]
+        for tensor in (real, kept.embeds):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"run.cache_features: {type(features).__name__} do not fit {self.dtype}; set run.cache_dtype="
+                    "bfloat16 or float32, or run.cache_features=off"
+                )
+        return kept
 
 
-def _key(
-    datasets: Mapping[str, Dataset],
-    rows: Mapping[str, Rows],
-    captions: list[str],
-    fingerprint: str,
-    dtype: torch.dtype,
-    amp: str,
-) -> str:
-    """A hash of the encoders, the pictures (with their files' sizes and times), processors and captions."""
-    digest = hashlib.sha256(repr((fingerprint, str(dtype), amp, captions)).encode())
-    for name, row in rows.items():
-        first = datasets[name][0]["image"]  # shows a changed processor, whatever it is
-        digest.update(first.float().contiguous().numpy().tobytes())
-        for key in dict.fromkeys(row.pictures):
-            stat = os.stat(key) if os.path.isfile(key) else None
-            digest.update(repr((key, stat and (stat.st_size, stat.st_mtime_ns))).encode())
-    return digest.hexdigest()[:32]
+def _peeked(items: Iterable[F]) -> tuple[F | None, Iterator[F]]:
+    """The first item (``None`` where there is none), and all of them."""
+    iterator = iter(items)
+    first = next(iterator, None)
+
+    def all_items() -> Iterator[F]:
+        if first is not None:
+            yield first
+        yield from iterator
+
+    return first, all_items()
 
 
-def _check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not all(torch.isfinite(part).all() for part in tensor.split(1024)):
-            raise UserError(f"run.cache_features: {name} do not fit {dtype}; set run.cache_features=off")
+def _size(first: Features | None, rows: int) -> float:
+    """Bytes of ``rows`` rows like the first ones: exact where all are of one length, else estimated from these."""
+    return 0.0 if first is None else Shard.of(first).nbytes / len(first) * rows
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    size = sum(t.nbytes for t in tensors.values())
-    log.info("keeping %.0f MB of features in %s", size / 1e6, path)
-    try:
-        save_file(tensors, str(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _words(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -63,6 +63,16 @@ def scoring_mode(matcher: Matcher, amp: str = "off") -> Iterator[torch.device]:
             module.training = flag
 
 
+@contextmanager
+def autocast_to(device: torch.device, amp: str) -> Iterator[None]:
+    """Autocast to "bf16" or "fp16"; with "off", whatever surrounds it stays as it is."""
+    if amp == "off":
+        yield
+        return
+    with torch.autocast(device.type, AMP_TYPES[amp]):
+        yield
+
+
 def device_of(matcher: Matcher) -> torch.device:
     """The device of the matcher's first parameter or buffer; the CPU when it has none."""
     if isinstance(matcher, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from lavis_dcd.distillation.objective import build_objective
 from lavis_dcd.distillation.selection import SELECTION_STRATEGIES, Selection, release_selection, select
 from lavis_dcd.matching.chunked import match_recomputed
 from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.matching.encoding import autocast_to, device_of
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.views import MAIN_VIEW, view_of
 from lavis_dcd.models.batch import BatchFeatures, info_nce, sample_features
@@ -30,6 +32,7 @@ from lavis_dcd.models.dcd_bank import BankedTeachers
 from lavis_dcd.models.dcd_building import (
     build_from_bank,
     build_pools,
+    build_prescreen,
     build_student,
     build_teachers,
     check_student,
@@ -69,11 +72,12 @@ class DynamicContrastiveDistillation(BaseModel):
         self.student = student
         # a plain attribute would register the teachers as sub-modules
         several = isinstance(teacher, Teachers | BankedTeachers)
-        self.__dict__["teachers"] = teacher if several else Teachers([teacher])
+        self.__dict__["teachers"] = teacher if several else Teachers([teacher], amp=config.frozen_amp)
         if faults := method_faults(config):
             raise UserError(faults)
         check_student(student)
         self.pools = build_pools(config.candidates)
+        self.prescreen = build_prescreen(config, self.teachers, student)
         self.loss_config = resolve(config.loss, self.teachers.family, student.family)
         try:
             self.objective = build_objective(self.loss_config)
@@ -193,9 +197,9 @@ class DynamicContrastiveDistillation(BaseModel):
             0-dim tensors: ``loss``, ``distill_loss``, ``contrastive_loss``, where they have a weight
             ``in_batch_loss`` and ``student_loss``, and, detached, the diagnostics.
         """
-        batch = sample_features(self.student, samples)
+        batch = self._features(samples)
         all_pairs = self.student.match_all(batch.images, batch.texts) if self.student.family == "dual" else None
-        pools = self._candidates(batch, all_pairs)
+        pools, found = self._prescreened(samples, batch, self._candidates(batch, all_pairs))
         teacher_scores = self._teacher_scores(samples, batch, pools)
         selections = [self._select(p, t) for p, t in zip(pools, teacher_scores, strict=True)]
         student_scores = self._student_scores(batch, selections, all_pairs)
@@ -209,7 +213,7 @@ class DynamicContrastiveDistillation(BaseModel):
                              ("student_loss", self.loss_config.student_weight)):  # fmt: skip
             if name in losses:
                 losses["loss"] = losses["loss"] + weight * losses[name]
-        return {**losses, **diagnostics(selections, student_scores)}
+        return {**losses, **diagnostics(selections, student_scores), **found}
 
     def _further_losses(
         self, samples: Mapping[str, Any], batch: BatchFeatures, all_pairs: Tensor | None
@@ -223,6 +227,13 @@ class DynamicContrastiveDistillation(BaseModel):
             found["student_loss"] = self.student.own_loss(view_of(samples))
         return found
 
+    def _features(self, samples: Mapping[str, Any]) -> BatchFeatures:
+        if self.config.frozen_amp == "off" or not self.student.encoders_frozen():
+            return sample_features(self.student, samples)
+        with autocast_to(device_of(self.student), self.config.frozen_amp):
+            batch = sample_features(self.student, samples)
+        return dataclasses.replace(batch, images=batch.images.float(), texts=batch.texts.float())
+
     def _candidates(self, batch: BatchFeatures, all_pairs: Tensor | None) -> list[CandidatePool]:
         """The pools, cut to what the teacher may score; a dual student's current scores say what is promising."""
         pools = [pool.build(batch.context()) for pool in self.pools]
@@ -234,6 +245,19 @@ class DynamicContrastiveDistillation(BaseModel):
             within_budget(pool, None if cheap is None else cheap[pool.image_rows, pool.text_rows], budget)
             for pool in pools
         ]
+
+    def _prescreened(
+        self, samples: Mapping[str, Any], batch: BatchFeatures, pools: list[CandidatePool]
+    ) -> tuple[list[CandidatePool], dict[str, Tensor]]:
+        """The pools as ``selection.prescreen`` cuts them and, where it is due, what share of the hardest it kept."""
+        if self.prescreen is None:
+            return pools, {}
+        kept = self.prescreen.cut(batch, pools)
+        if not self.prescreen.due(samples):
+            return kept, {}
+        everything = self.teachers.scores(samples, batch, self.student, pools)
+        share = self.prescreen.found(pools, kept, everything, self.config.selection.hard_negatives)
+        return kept, {"prescreen_found": share}
 
     def _teacher_scores(
         self, samples: Mapping[str, Any], batch: BatchFeatures, pools: list[CandidatePool]

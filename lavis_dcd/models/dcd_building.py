@@ -19,6 +19,7 @@ from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.building import build_matcher, full_section
 from lavis_dcd.models.dcd_bank import BankedTeachers, bank_faults
 from lavis_dcd.models.dcd_config import DISTILLER_KEYS, CandidatesConfig, DcdConfig, SuccessionConfig
+from lavis_dcd.models.dcd_prescreen import Prescreen
 from lavis_dcd.models.dcd_teachers import Teachers
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def build_teachers(config: DcdConfig) -> Teachers:
         raise UserError("model: give either teacher: (one section) or teachers: (a list of sections)")
     sections = config.teacher_sections
     matchers = [build_matcher(model_section(section), path) for path, section in sections]
-    return Teachers(matchers, [float(section.get("weight", 1.0)) for _, section in sections])
+    return Teachers(matchers, [float(section.get("weight", 1.0)) for _, section in sections], config.frozen_amp)
 
 
 def build_from_bank(config: DcdConfig) -> tuple[BankedTeachers, Matcher]:
@@ -155,7 +156,7 @@ def method_faults(config: DcdConfig) -> list[str]:
         faults.append(f"model.candidates.teacher_budget: {budget}, at least 2 pairs per query are needed (null: all)")
     if config.loss.reference == "release" and (how.hard_negatives is None or budget is not None):
         faults.append("model.loss.reference: release knows no selection.hard_negatives: null and no teacher_budget")
-    faults += bank_faults(config)
+    faults += bank_faults(config) + prescreen_faults(config)
     try:
         build_pools(config.candidates)
     except UserError as error:
@@ -185,3 +186,43 @@ def build_pools(config: CandidatesConfig) -> list[PoolStrategy]:
     if faults:
         raise UserError(faults)
     return pools
+
+
+def prescreen_faults(config: DcdConfig) -> list[str]:
+    """What is wrong with ``selection.prescreen``, one line per fault."""
+    wanted, where = config.selection.prescreen, "model.selection.prescreen"
+    if wanted is None:
+        return []
+    faults = []
+    hardest = config.selection.hard_negatives
+    if hardest is None or wanted.keep < hardest:
+        faults.append(f"{where}.keep: {wanted.keep}, but selection.hard_negatives is {hardest}: the teacher would have "
+                      "nothing to choose; keep more of them, or leave prescreen out")  # fmt: skip
+    if wanted.check_every < 0:
+        faults.append(f"{where}.check_every: {wanted.check_every} must not be negative (0: never)")
+    for given, name in ((config.candidates.from_bank, "candidates.source: bank, which was mined before"),
+                        (config.candidates.teacher_budget is not None, "candidates.teacher_budget, which also cuts"),
+                        (config.loss.reference == "release", "loss.reference: release")):  # fmt: skip
+        if given:
+            faults.append(f"{where}: does not go with {name}; take one of them out")
+    return faults
+
+
+def build_prescreen(config: DcdConfig, teachers: Any, student: Matcher) -> Prescreen | None:
+    """The prescreen of a job, if it asks for one.
+
+    Raises:
+        UserError: ``by: joint`` where neither the student nor a teacher that shares its encoders has a joint space.
+    """
+    wanted = config.selection.prescreen
+    if wanted is None:
+        return None
+    sharing = [m for m in teachers.named().values() if m.shares_encoders_with(student)]
+    joint = next((matcher for matcher in [*sharing, student] if matcher.has_joint_space), None)
+    if wanted.by == "joint" and joint is None:
+        raise UserError("model.selection.prescreen.by: joint, but neither the student nor a teacher that shares its "
+                        "encoders has a joint space; take by: student, or random")  # fmt: skip
+    log.info("selection.prescreen: the teacher scores the %d most promising candidates of a query, by %s; not exact: "
+             "prescreen_found tells which share of its hardest %d are among them", wanted.keep, wanted.by,
+             config.selection.hard_negatives)  # fmt: skip
+    return Prescreen(wanted, {"student": student, **({} if joint is None else {"joint": joint})})

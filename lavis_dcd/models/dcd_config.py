@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lavis_dcd.distillation.objective import LossConfig
 
@@ -59,12 +59,23 @@ class CandidatesConfig:
 
 
 @dataclass
+class PrescreenConfig:
+    """A cheap look that leaves the teacher fewer candidates to score. Not exact: it may miss hard ones."""
+
+    by: Literal["student", "joint", "random"] = "joint"  # joint: the teacher's joint space where it has one and reads
+    # the student's features, else the student's own
+    keep: int = 16  # candidates per query that the teacher scores, the match beside them
+    check_every: int = 50  # steps between those in which the teacher scores all, for prescreen_found; 0: never
+
+
+@dataclass
 class SelectionConfig:
     """Which candidates reach the student."""
 
     hard_negatives: int | None = 7  # null: all of the pool
     strategy: str = "hardest"  # hardest: by teacher score | random
     margin: float | None = None  # drop candidates that the teacher scores above the match by more than this
+    prescreen: PrescreenConfig | None = None  # null: the teacher scores every candidate
 
 
 # keys of a teacher's or student's section that the distiller reads, not its model
@@ -108,6 +119,8 @@ class DcdConfig:
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    # autocast for what does not learn, the teachers and frozen encoders: off | bf16; student and loss stay in float32
+    frozen_amp: Literal["off", "bf16"] = "off"
     student_chunk_pairs: int | None = None  # recompute the student in chunks of so many pairs: less memory, same loss
 
     @property

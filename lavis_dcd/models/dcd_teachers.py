@@ -13,6 +13,7 @@ from lavis_dcd.common.hashing import update_with_tensors
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.ensemble import combine
 from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.matching.encoding import autocast_to
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.matching.views import has_view
@@ -27,10 +28,13 @@ class Teachers:
     Args:
         matchers: one or more.
         weights: of each one's standardised scores; equal by default.
+        amp: "off", or the precision in which they encode and score ("bf16").
     """
 
-    def __init__(self, matchers: Sequence[Matcher], weights: Sequence[float] | None = None) -> None:
-        self.matchers = list(matchers)
+    def __init__(
+        self, matchers: Sequence[Matcher], weights: Sequence[float] | None = None, amp: str = "off"
+    ) -> None:
+        self.matchers, self._amp = list(matchers), amp
         self.weights = list(weights or [1.0] * len(self.matchers))
         # keeps the weights' checks, and stands for all of them in evaluations
         self._ensemble = Ensemble(self.matchers, self.weights)
@@ -102,10 +106,11 @@ class Teachers:
         for view, matcher in self.named().items():
             own = has_view(samples, view)
             batch = next((found for other, found in common if not own and matcher.shares_encoders_with(other)), None)
-            if batch is None:
-                batch = sample_features(matcher, samples, view)
-                common += [] if own else [(matcher, batch)]
-            of_teachers.append(score_tables(matcher, batch, tables))
+            with autocast_to(seen.images.device, self._amp):
+                if batch is None:
+                    batch = sample_features(matcher, samples, view)
+                    common += [] if own else [(matcher, batch)]
+                of_teachers.append(score_tables(matcher, batch, tables))
         return [
             combine([tables_of[i] for tables_of in of_teachers], tables[i][2], self.weights)
             for i in range(len(tables))

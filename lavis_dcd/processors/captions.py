@@ -39,6 +39,8 @@ class DcdCaptionProcessor(BaseProcessor):
     def __init__(self, config: CaptionConfig | None = None) -> None:
         super().__init__()
         self.config = config or CaptionConfig()
+        # an unused function of the base class, which loader processes could not be sent
+        del self.transform
 
     def __call__(self, item: str) -> str:
         """The caption with single spaces, shortened, lowered and prompted as configured."""

@@ -51,6 +51,9 @@ class TrainImageConfig(AugmentationConfig, ImageConfig):
 
 
 class _ImageProcessor(PictureProcessor):
+    # Reads fully decoded pictures: of JPEGs decoded at half scale or less, results differ by up to 11 of 255 (0.5 on
+    # average; 20 photographs of 896 px, to 384 px).
+
     def __init__(self, config: ImageConfig) -> None:
         super().__init__(config)
         augmentation = config.transforms() if isinstance(config, AugmentationConfig) else []

@@ -72,6 +72,7 @@ class RunConfig:
 
     # Data
     cache_features: Literal["off", "memory", "disk"] = "off"
+    cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # how precisely features are kept
     verify: Literal["fast", "full", "off"] = "fast"
 
     # Checkpoints and logs

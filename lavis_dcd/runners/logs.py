@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
+from lavis_dcd.runners.devices import Place
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DATA_WAIT = "data_wait"  # the name of DataClock's share in logs
 
 
 class Window:
@@ -40,6 +48,27 @@ class Window:
         """The mean of each scalar over the steps that had it."""
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
+    def finite_means(self, place: Place, step: int, folder: Path) -> dict[str, float]:
+        """The means over all processes, "loss" first.
+
+        Args:
+            step, folder: the optimizer step and the run folder, for the error's words.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        found = dict(sorted(self.means().items(), key=lambda item: (item[0] != "loss", item[0])))
+        if not found:
+            return {}
+        values = torch.stack([value.to(place.device) for value in found.values()])
+        means = dict(zip(found, place.mean(values).tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            raise UserError(
+                f"run: the loss is {means['loss']} by step {step}; try a lower run.init_lr, run.grad_clip, or "
+                f"run.amp=off (run folder: {folder})"
+            )
+        return means
+
     def clear(self) -> None:
         """Start a new window."""
         self._sums, self._counts = {}, {}
@@ -55,6 +84,43 @@ class Window:
         """Continue the window of a checkpoint."""
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
         self._counts = dict(state["counts"])
+
+
+class DataClock:
+    """How much of this process's training time goes by waiting for batches.
+
+    It is no part of a checkpoint: after a resume it starts at nothing, and no result depends on it.
+    """
+
+    def __init__(self) -> None:
+        self._waited = self._whole = 0.0
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """`batches`, the time until each of them noted."""
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - begin
+            yield batch
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step, its batches included."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._whole += time.perf_counter() - begin
+
+    def share(self) -> float:
+        """The part of the steps since the last call that was waiting, 0 to 1, to four digits."""
+        share = self._waited / self._whole if self._whole else 0.0
+        self._waited = self._whole = 0.0
+        return round(min(share, 1.0), 4)
 
 
 class MetricsLog:

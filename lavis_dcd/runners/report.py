@@ -15,6 +15,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.runners.charts import Series, line_chart
 from lavis_dcd.runners.headline import headline, tiles
+from lavis_dcd.runners.logs import DATA_WAIT
 from lavis_dcd.runners.report_table import Row, body, format_table, used_columns
 
 __all__ = ["RunFiles", "chart_sections", "format_table", "write_report"]
@@ -100,7 +101,7 @@ def write_report(run_dir: str | Path) -> Path:
         fold_columns=used_columns(folds),
         sections=chart_sections(run),
         gallery=_gallery(run.results.get("gallery", [])),
-        machine=run.results.get("machine", {}),
+        machine={**run.results.get("machine", {}), **_waiting(run)},
         config=run.config,
     )
     path = Path(run_dir) / "report.html"
@@ -157,7 +158,7 @@ def _validation(run: RunFiles) -> list[tuple[str, str]]:
 
 def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
     """What else the model reported, scores and misrankings of teacher and student side by side."""
-    known = {"kind", "step", "epoch", "lr", *_losses(run)}
+    known = {"kind", "step", "epoch", "lr", DATA_WAIT, *_losses(run)}
     keys = list(
         dict.fromkeys(k for line in run.train for k, v in line.items() if k not in known and _is_number(v))
     )
@@ -176,6 +177,14 @@ def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
         )
         for title, of_group in groups.items()
     ]
+
+
+def _waiting(run: RunFiles) -> dict[str, str]:
+    """What part of the training time went by waiting for batches, in words."""
+    shares = [line[DATA_WAIT] for line in run.train if _is_number(line.get(DATA_WAIT))]
+    if not shares:
+        return {}
+    return {"waiting for data": f"{100 * sum(shares) / len(shares):.1f} % of the time of the training steps"}
 
 
 def _gallery(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from lavis_dcd.runners.devices import find_place, wrap_for_training
 from lavis_dcd.runners.folder import export_model, write_config
 from lavis_dcd.runners.interrupt import InterruptGuard
 from lavis_dcd.runners.judge import Judge
-from lavis_dcd.runners.logs import MetricsLog, Window, log_file, progress
+from lavis_dcd.runners.logs import DATA_WAIT, DataClock, MetricsLog, Window, log_file, progress
 from lavis_dcd.runners.report import write_report
 from lavis_dcd.runners.resume import Position, find_start
 from lavis_dcd.runners.sampler import TrainLoader
@@ -73,7 +73,7 @@ class Trainer:
             torch.set_num_threads(run.num_threads)
         self.model = model.to(self.place.device)
         self.position = Position(world_size=self.place.world_size)
-        self._window = Window()
+        self._window, self._clock = Window(), DataClock()
         self._guard = InterruptGuard()
         self._judge: Judge | None = None
         # Hashing a large teacher takes seconds, and it does not change.
@@ -235,7 +235,7 @@ class Trainer:
         if last <= first:
             return
         self.model.train()
-        batches = self._loader.epoch(position.epoch, first * run.accum_grad_iters)
+        batches = self._clock.timed(self._loader.epoch(position.epoch, first * run.accum_grad_iters))
         label = f"epoch {position.epoch + 1}/{run.max_epoch}"
         with self._guard as guard, progress(self.steps_per_epoch, first, label, self.place.is_main) as bar:
             for number in range(first, last):
@@ -262,7 +262,8 @@ class Trainer:
             "progress": position.global_step / self.total_steps,
         }
         lr = self._stepper.lr
-        self._window.add(self._stepper.step(batches, size, position.global_step, extra))
+        with self._clock.step():
+            self._window.add(self._stepper.step(batches, size, position.global_step, extra))
         position.global_step += 1
         position.step_in_epoch = number + 1
         if position.global_step % run.log_freq == 0 or position.global_step == self.total_steps:
@@ -271,23 +272,13 @@ class Trainer:
     def _log_window(self, lr: float) -> None:
         means, step = self._finite_means(), self.position.global_step
         self._window.clear()
-        epoch = step / self.steps_per_epoch
-        self.metrics.write("train", step, epoch, {"lr": lr, **means})
-        shown = " ".join(f"{name} {value:.4g}" for name, value in means.items())
+        epoch, waited = step / self.steps_per_epoch, self._clock.share()
+        self.metrics.write("train", step, epoch, {"lr": lr, **means, DATA_WAIT: waited})
+        shown = " ".join(f"{name} {value:.4g}" for name, value in {**means, DATA_WAIT: waited}.items())
         logger.info("epoch %.2f step %d/%d lr %.3g %s", epoch, step, self.total_steps, lr, shown)
 
     def _finite_means(self) -> dict[str, float]:
-        found = dict(sorted(self._window.means().items(), key=lambda item: (item[0] != "loss", item[0])))
-        if not found:
-            return {}
-        values = torch.stack([value.to(self.place.device) for value in found.values()])
-        means = dict(zip(found, self.place.mean(values).tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"run: the loss is {means['loss']} by step {self.position.global_step}; try a lower "
-                f"run.init_lr, run.grad_clip, or run.amp=off (run folder: {self.output_dir})"
-            )
-        return means
+        return self._window.finite_means(self.place, self.position.global_step, self.output_dir)
 
     def _finish(self, export: bool = True) -> dict[str, Any]:
         judge = self._judge

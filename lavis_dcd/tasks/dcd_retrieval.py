@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lavis.common.registry import registry
@@ -11,10 +12,8 @@ from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import cache_root
 from lavis_dcd.datasets.bank_rows import is_evaluation_set
-from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet, leaf_sets
-from lavis_dcd.datasets.feature_bank import build_feature_bank, weights_fingerprint
+from lavis_dcd.datasets.banked import BankedTrainingSet
 from lavis_dcd.datasets.pictures import load_picture
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
@@ -25,7 +24,9 @@ from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.building import build_matcher
 from lavis_dcd.models.preprocess import MatcherViews
 from lavis_dcd.tasks.evaluation import Evaluation, Protocol, evaluate
-from lavis_dcd.tasks.gallery import gallery_items
+from lavis_dcd.tasks.gallery import PICTURE_SIDE, gallery_items
+from lavis_dcd.tasks.kept_features import with_kept_features
+from lavis_dcd.tasks.kept_scores import KeptScores
 from lavis_dcd.tasks.pair_checks import caption_faults, learning_faults, shortlist_faults
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class DcdRetrievalTask(BaseTask):
         self._matchers: dict[str, Matcher] = {}
         self._kept = _KeptEvaluations()
         self._views = MatcherViews()
+        self._scores: KeptScores | None = None
 
     @classmethod
     def setup_task(cls, cfg: Any = None, **_: Any) -> DcdRetrievalTask:
@@ -60,11 +62,15 @@ class DcdRetrievalTask(BaseTask):
         """The job's model; one of LAVIS's own that has an adapter comes as a matcher.
 
         Raises:
-            UserError: a section that does not fit its model.
+            UserError: a section that does not fit its model; a score bank that the job needs and that is not there.
         """
         if adapter_for(cfg.model_cfg.arch) is not None:
             return build_matcher(cfg.model_cfg, "model")
-        return super().build_model(cfg)
+        self._scores = KeptScores.of_job(cfg)
+        model = super().build_model(cfg)
+        if self._scores is not None:
+            model.use_score_bank(self._scores.bank)
+        return model
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """The job's data sets by builder and split, their pictures verified as ``run.verify`` says.
@@ -96,10 +102,12 @@ class DcdRetrievalTask(BaseTask):
         (``model.views()``); evaluation sets stay as they are, see :meth:`dataset_for`.
 
         Raises:
-            UserError: matchers and data that cannot work together; the encoders learn, or the model's matchers do not
-                share them; processors that cannot be built.
+            UserError: matchers and data that cannot work together; a stale score bank; the encoders learn, or the
+                model's matchers do not share them; processors that cannot be built.
         """
         self._adopt(model, run)
+        if self._scores is not None and not _option(run, "evaluate", False):
+            self._scores.check(datasets)
         self._check_pair(datasets)
         mode = _option(run, "cache_features", "off")
         if mode == "off":
@@ -108,33 +116,7 @@ class DcdRetrievalTask(BaseTask):
                 split: dataset if is_evaluation_set(dataset) or not views else with_views(dataset, views)
                 for split, dataset in datasets.items()
             }
-        matcher = self._one_with_shared_encoders()
-        if self._views.by_name:
-            raise UserError(
-                f"run.cache_features: the {', '.join(self._views.by_name)} would read kept features of pictures that "
-                "went through the data set's processors, not its own preprocess; take that out, or set it to off"
-            )
-        if _option(run, "evaluate", False):  # nothing will be trained on
-            datasets = {split: dataset for split, dataset in datasets.items() if is_evaluation_set(dataset)}
-        leaves = [leaf_sets(dataset, split) for split, dataset in datasets.items()]
-        flat = {name: leaf for of_split in leaves for name, leaf in of_split.items()}
-        _use_evaluation_processors(flat)
-        protocol = Protocol.of_run(run)
-        bank = build_feature_bank(
-            matcher,
-            flat,
-            protocol.batch_size,
-            folder=cache_root() / "dcd_features" if mode == "disk" else None,
-            fingerprint=weights_fingerprint(matcher.encoder_modules()) if mode == "disk" else "",
-            num_workers=protocol.num_workers,
-            amp=protocol.amp,
-        )
-        return {
-            split: BankedEvaluationSet(dataset, bank, split)
-            if is_evaluation_set(dataset)
-            else BankedTrainingSet(dataset, bank, split)
-            for split, dataset in datasets.items()
-        }
+        return with_kept_features(datasets, self._matchers, self._views.by_name, run)
 
     def _adopt(self, model: nn.Module, run: Any) -> None:
         self.run, self._matchers = run, matchers_of(model)
@@ -157,26 +139,23 @@ class DcdRetrievalTask(BaseTask):
         """The evaluation set as this matcher reads it: through its own processors where it has some."""
         return self._views.dataset_for(matcher, dataset)
 
-    def _one_with_shared_encoders(self) -> Matcher:
-        learner = self._matchers.get("student") or next(iter(self._matchers.values()))
-        for name, other in self._matchers.items():
-            if other is not learner and not other.shares_encoders_with(learner):
-                raise UserError(
-                    f"run.cache_features: the {name} has encoders of its own, and kept features serve "
-                    "one pair of encoders only; set run.cache_features=off, or let the student share the teacher's "
-                    "(model.share_encoders=true)"
-                )
-        return learner
-
     def wrap_training_set(self, dataset: Any, model: nn.Module) -> Any:
-        """The training set with the drawn captions that the model wants (``random_captions_per_image``)."""
-        count = getattr(model, "random_captions_per_image", 0)
-        if not count:
+        """The training set with the candidates that the model wants: captions drawn at random
+        (``random_captions_per_image``), or hard ones out of a score bank.
+
+        Raises:
+            UserError: the model trains from a score bank that :meth:`build_model` has not loaded, or of other rows.
+        """
+        count, seed = getattr(model, "random_captions_per_image", 0), int(_option(self.run, "seed", 0))
+        if getattr(model, "needs_score_bank", False):
+            if self._scores is None:
+                raise UserError("model.candidates: the score bank is not loaded; build the model with this task")
+            wrap = partial(self._scores.around, seed=seed)
+        elif count:
+            wrap = partial(RandomCaptions, count=count, seed=seed)
+        else:
             return dataset
-        seed = int(_option(self.run, "seed", 0))
-        if isinstance(dataset, BankedTrainingSet):
-            return dataset.wrapped(lambda rows: RandomCaptions(rows, count, seed))
-        return RandomCaptions(dataset, count, seed)
+        return dataset.wrapped(wrap) if isinstance(dataset, BankedTrainingSet) else wrap(dataset)
 
     def train_step(self, model: nn.Module, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The model's output: ``loss``, its parts, diagnostics."""
@@ -229,7 +208,7 @@ class DcdRetrievalTask(BaseTask):
             for name, matcher in matchers.items()
         }
         source = getattr(dataset, "source", dataset)
-        return gallery_items(found, dataset, lambda row: load_picture(source, row), count, seed)
+        return gallery_items(found, dataset, lambda row: load_picture(source, row, PICTURE_SIDE), count, seed)
 
     def evaluation(self, model: nn.Module, data_loader: Any, **_: Any) -> dict[str, Any]:
         """LAVIS's own runners call this: the figures of the learner on the loader's data set."""
@@ -266,20 +245,6 @@ class _KeptEvaluations:
 def _weights_state(matcher: Matcher) -> list[tuple[int, int]]:
     """Which tensors hold the weights, and how often each was written in place."""
     return [(t.data_ptr(), t._version) for t in matcher.state_dict(keep_vars=True).values()]
-
-
-def _use_evaluation_processors(datasets: Mapping[str, Any]) -> None:
-    """Kept features need pictures that are always the same: training sets read them as evaluation does."""
-    evaluation = [d for d in datasets.values() if is_evaluation_set(d)]
-    if not evaluation:
-        raise UserError(
-            "run.cache_features: needs an evaluation split, whose processor the training pictures go "
-            "through; name one in the data set, or set run.cache_features=off"
-        )
-    for name, dataset in datasets.items():
-        if not is_evaluation_set(dataset):
-            log.info("run.cache_features: the pictures of %s go through the evaluation processor", name)
-            dataset.set_processors(evaluation[0].vis_processor, dataset.text_processor)
 
 
 def _option(run: Any, name: str, default: Any) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,26 @@ def test_json_per_split(photos):
     assert val.text == ["a", "b", "c", "c50", "c51"] and val.image == ["p4.png", "p5.png"]
     assert val.img2txt == {0: [0, 1, 2], 1: [3, 4]} and val.txt2img[4] == 1
     assert not _faults(root=str(photos), annotations={"train": "train.json"})
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_loader_processes_do_not_read_the_annotations_again(photos, start):
+    files = [photos / "train.json", photos / "val.json"]
+    _write(files[0], _rows(range(4)))
+    _write(files[1], _rows([5, 6]))
+    found = _build(root=str(photos), annotations={"train": "train.json", "val": "val.json"})
+    for file in files:
+        file.unlink()
+    for dataset in found.values():
+        expected = [dataset[index] for index in range(len(dataset))]
+        # spawned processes get the set pickled, forked ones as it is
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=start)
+        for item, wanted in zip(loader, expected, strict=True):
+            assert item.keys() == wanted.keys()
+            assert torch.equal(torch.as_tensor(item["image"]), wanted["image"])
+            assert {k: v for k, v in item.items() if k != "image"} == {k: v for k, v in wanted.items() if k != "image"}
+        sent = pickle.loads(pickle.dumps(dataset))
+        assert len(sent) == len(dataset) and torch.equal(sent[1]["image"], expected[1]["image"])
 
 
 def test_csv_with_a_split_column(photos):

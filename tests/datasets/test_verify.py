@@ -60,6 +60,26 @@ def test_full_also_finds_pictures_that_are_cut_short(mixed, lenient, monkeypatch
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_full_reads_a_jpeg_to_its_end_although_it_decodes_an_eighth(tmp_path, progressive, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    whole = tmp_path / "whole.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).resize((600, 400)).save(whole, progressive=progressive)
+    raw, names, expected = whole.read_bytes(), [], set()
+    for lost in (2, 3, 50, 200, 1000, len(raw) // 4, len(raw) // 2):
+        name = f"{lost}.jpg"
+        (tmp_path / name).write_bytes(raw[:-lost])
+        names.append(name)
+        try:
+            Image.open(tmp_path / name).load()  # what decoding every pixel finds
+        except OSError:
+            expected.add(name)
+    assert len(expected) >= 4
+    found = faults(rows(tmp_path, "whole.jpg", *names), "full")
+    assert {Path(line.split(": ")[0]).name for line in found[:-1]} == expected
+
+
 def test_off_reads_nothing(mixed):
     verify_pictures(mixed, "off")
 

@@ -3,7 +3,10 @@ import json
 import pytest
 import torch
 
-from lavis_dcd.runners.logs import MetricsLog, Window, scalars_of
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.runners import logs
+from lavis_dcd.runners.devices import Place
+from lavis_dcd.runners.logs import DataClock, MetricsLog, Window, scalars_of
 
 
 def test_window_means_over_the_steps_that_had_a_value():
@@ -17,6 +20,41 @@ def test_window_means_over_the_steps_that_had_a_value():
     assert float(other.means()["loss"]) == 3.0
     other.clear()
     assert other.means() == {}
+
+
+def test_means_of_a_window_come_loss_first_and_finite(tmp_path):
+    window, place = Window(), Place(torch.device("cpu"))
+    assert window.finite_means(place, 3, tmp_path) == {}
+    window.add({"a": torch.tensor(1.0), "loss": torch.tensor(2.0), "b": torch.tensor(float("nan"))})
+    assert list(window.finite_means(place, 3, tmp_path)) == ["loss", "a", "b"]
+    window.add({"loss": torch.tensor(float("inf"))})
+    with pytest.raises(UserError, match=r"the loss is inf by step 3; try a lower run\.init_lr"):
+        window.finite_means(place, 3, tmp_path)
+
+
+def test_the_share_of_waiting_is_of_the_steps_since_the_last_call(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    clock = DataClock()
+    assert clock.share() == 0.0
+
+    def loader():
+        for batch in range(3):
+            now[0] += 1.0  # it takes a second to make
+            yield batch
+
+    batches = clock.timed(loader())
+    seen = []
+    for computing in (3.0, 1.0):
+        with clock.step():
+            seen.append(next(batches))
+            now[0] += computing
+        now[0] += 100.0  # evaluations and checkpoints do not count
+    assert clock.share() == pytest.approx(2 / 6, abs=1e-4)
+    with clock.step():
+        seen.append(next(batches))
+    assert clock.share() == 1.0
+    assert seen == [0, 1, 2] and next(batches, None) is None
 
 
 def test_scalars_of_an_output():

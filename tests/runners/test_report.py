@@ -63,7 +63,8 @@ def run_folder(folder: Path, rows: list[dict[str, Any]] = ROWS, **more: Any) -> 
     (folder / "config.yaml").write_text(f"model:\n  arch: {EVIL}\n")
     lines: list[dict[str, Any]] = [
         {"kind": "train", "step": s, "epoch": s / 10, "lr": 0.1, "loss": 3.0 / s, "distill_loss": 2.0 / s,
-         "student_misranked": 0.4, "teacher_misranked": 0.1, "student_match_score": 1.0 * s, EVIL: 1.0}
+         "student_misranked": 0.4, "teacher_misranked": 0.1, "student_match_score": 1.0 * s, EVIL: 1.0,
+         "data_wait": 0.02 * s}
         for s in range(1, 6)
     ]  # fmt: skip
     for step in (2, 4):
@@ -114,6 +115,7 @@ def test_the_page_has_the_figures_the_curves_and_the_gallery(tmp_path: Path) -> 
     assert "only the teacher right" in page.text and "none right" in page.text
     assert "Captions looking for their picture" in page.text and "Pictures looking for" in page.text
     assert page.tags.count("svg") == 7
+    assert "6.0 % of the time of the training steps" in page.text and "Data wait" not in page.text
 
 
 def test_the_page_fetches_nothing(tmp_path: Path) -> None:
