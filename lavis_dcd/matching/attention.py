@@ -74,17 +74,25 @@ def attend(block: AttentionBlock, queries: Tensor, kept: KeysValues, mask: Tenso
         mask: bool ``[B, N]``, True where a key may be attended to; ``None``: everywhere.
         sdpa: by ``scaled_dot_product_attention``; else by the matrix of weights.
     """
-    keys, values = kept
     asked = split_heads(block.query(queries), block.heads)
+    return block.dense(context_of(block, asked, *kept, mask, sdpa).transpose(1, 2).flatten(2))
+
+
+def context_of(
+    block: AttentionBlock, asked: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sdpa: bool
+) -> Tensor:
+    """Attention of projected tensors ``[B, heads, L or N, d]``: ``[B, heads, L, d]``.
+
+    Args:
+        mask: bool ``[B, N]`` of the keys; ``None``: everywhere.
+        sdpa: by ``scaled_dot_product_attention``; else by the matrix of weights.
+    """
     if sdpa:
-        where = None if mask is None else mask[:, None, None, :]
-        context = nnf.scaled_dot_product_attention(
+        where = None if mask is None else mask[:, None, None]
+        return nnf.scaled_dot_product_attention(
             asked, keys, values, attn_mask=where, dropout_p=block.active_dropout, scale=block.scale
         )
-    else:
-        weights = _softmax(block.scale * (asked @ keys.transpose(-1, -2)), mask)
-        context = block.dropout(weights) @ values
-    return block.dense(context.transpose(1, 2).flatten(2))
+    return block.dropout(_softmax(block.scale * (asked @ keys.transpose(-1, -2)), mask)) @ values
 
 
 def attend_source(
@@ -108,14 +116,17 @@ def attend_source(
 def attend_by_few_queries(block: AttentionBlock, queries: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
     """As :func:`attend_source`, without keys or values of the source: the queries go through the key weights.
 
-    The key bias adds the same to all scores of a query, so it has no effect; the value bias is added once, times
-    the sum of the weights (1, but for dropout).
+    The value bias is added once, times the sum of the weights (1, but for dropout).
     """
     heads, length = block.heads, queries.shape[1]
     asked = split_heads(block.query(queries), heads)  # [B, H, L, d]
     key = block.key.weight.unflatten(0, (heads, -1)).to(asked.dtype)  # [H, d, Ds]
     through = torch.einsum("bhld,hds->bhls", asked, key).flatten(1, 2)  # [B, H L, Ds]
     scores = (block.scale * through @ source.to(through.dtype).transpose(1, 2)).unflatten(1, (heads, length))
+    if block.key.bias is not None:
+        # the same for all keys, so it has no effect on the weights: here that its gradient is 0, not absent
+        bias = block.key.bias.unflatten(0, (heads, -1, 1)).to(asked.dtype)
+        scores = scores + block.scale * asked @ bias
     weights = block.dropout(_softmax(scores, mask))  # [B, H, L, N]
     seen = (weights.flatten(1, 2) @ source.to(weights.dtype)).unflatten(1, (heads, length))  # [B, H, L, Ds]
     value = block.value.weight.unflatten(0, (heads, -1)).to(seen.dtype)

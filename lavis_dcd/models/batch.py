@@ -93,8 +93,9 @@ def _texts(samples: Mapping[str, Any]) -> list[str]:
 def _encoded_images(matcher: Matcher, samples: Mapping[str, Any], first: list[int]) -> ImageFeatures:
     images, more = samples["image"], samples.get("candidate_image")
     if isinstance(images, ImageFeatures):
-        # kept features come as they are kept; picked first, then widened: half the memory to move
-        return images[first].float()
+        # kept features come as they are kept; picked first, then widened: half the memory to move. Rows come in
+        # ascending order, so as many of them as there are is all of them
+        return (images if len(first) == len(images) else images[first]).float()
     size = len(images)
     picked = images[[i for i in first if i < size]]
     further = [i - size for i in first if i >= size]

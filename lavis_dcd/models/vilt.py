@@ -15,6 +15,7 @@ from lavis_dcd.common import assets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
+from lavis_dcd.matching.shortcuts import Shortcuts
 from lavis_dcd.models import vilt_weights
 from lavis_dcd.models.batch import sample_features
 from lavis_dcd.models.meter_fusion import additive_mask
@@ -22,6 +23,7 @@ from lavis_dcd.models.retrieval_loss import RetrievalLoss
 from lavis_dcd.models.retriever import Retriever, model_types
 from lavis_dcd.models.towers import load_tokenizer
 from lavis_dcd.models.vilt_config import ViltConfig, transformers_config
+from lavis_dcd.models.vilt_stack import BlockStack, Side
 
 MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more tokens
 _TEXT, _IMAGE = 0, 1  # rows of the modality embedding
@@ -61,6 +63,7 @@ class ViltRetrieval(Retriever):
             self.vilt.embeddings.requires_grad_(False)
         self.retrieval_loss = RetrievalLoss(config.loss)
         self._tokenizer = None
+        self.shortcuts = Shortcuts() if config.fusion.shortcuts else Shortcuts.none()
 
     # -- starting from a teacher ---------------------------------------------------------------------------------
 
@@ -161,29 +164,35 @@ class ViltRetrieval(Retriever):
         return torch.cat(scores)[order.argsort()] if scores else self.rank_output.weight.new_zeros(0)
 
     def _chunks(self, pairs: Tensor, tokens: int) -> Iterator[Tensor]:
+        size = min(MATCH_CHUNK, max(32, len(pairs) // 4 + 1))
+        for chunk in pair_chunks(pairs, self.bytes_per_pair(tokens), self.config.match_memory_mb):
+            yield from (part for part in chunk.split(size) if len(part))
+
+    def bytes_per_pair(self, tokens: int) -> int:
+        """Activations of one pair without gradients, by the tensors that live together in a block."""
         fusion = self.config.fusion
         # per token: the hidden states in flight (about 8 widths) and the feed-forward's two copies; per head: scores
         numbers = tokens * fusion.width * (8 + 2 * fusion.mlp_ratio) + 3 * fusion.heads * tokens**2
-        size = min(MATCH_CHUNK, max(32, len(pairs) // 4 + 1))
-        element = self.rank_output.weight.element_size()
-        for chunk in pair_chunks(pairs, element * numbers, self.config.match_memory_mb):
-            yield from (part for part in chunk.split(size) if len(part))
+        return self.rank_output.weight.element_size() * numbers
 
     def _score(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         """Logits ``[p]`` of one chunk of pairs ``[p, 2]``."""
-        tokens, masks = [], []
-        for features, rows in ((texts, pairs[:, 1]), (images, pairs[:, 0])):
-            mask = features.full_mask()[rows]
-            longest = last_used(mask)
-            masks.append(mask[:, :longest])
-            # index_select, not indexing: its gradient is an index_add, many times faster on a CPU
-            tokens.append(features.tokens[:, :longest].index_select(0, rows).to(self.rank_output.weight.dtype))
-        hidden = torch.cat(tokens, dim=1)
-        attention = additive_mask(torch.cat(masks, dim=1), hidden.dtype)
-        hidden = self.vilt.encoder(hidden, attention_mask=attention).last_hidden_state
+        dtype = self.rank_output.weight.dtype
+        sides = Side.of(texts, pairs[:, 1], dtype), Side.of(images, pairs[:, 0], dtype)
+        if self.shortcuts.any:
+            layers, checkpointed = self.vilt.encoder.layer, self.config.fusion.grad_checkpoint
+            hidden = BlockStack(layers, self.shortcuts, checkpointed).run(*sides)
+        else:
+            hidden = self._encode_plainly(*sides)
         # the pooler reads the first token only, so the norm need not run on the others
         pooled = self.vilt.pooler(self.vilt.layernorm(hidden[:, :1]))
         return self.rank_output(pooled)[:, 0].float()
+
+    def _encode_plainly(self, *sides: Side) -> Tensor:
+        """``transformers``' own forward for every pair, ``[P, N, D]``: what the shortcuts must agree with."""
+        hidden = torch.cat([side.tokens.index_select(0, side.rows) for side in sides], dim=1)
+        mask = torch.cat([side.mask[side.rows] for side in sides], dim=1)
+        return self.vilt.encoder(hidden, attention_mask=additive_mask(mask, hidden.dtype)).last_hidden_state
 
     # -- training ------------------------------------------------------------------------------------------------
 

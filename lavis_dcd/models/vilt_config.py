@@ -49,6 +49,8 @@ class ViltFusionConfig:
     mlp_ratio: int = 4
     dropout: float = 0.1  # of the embeddings, projections and feed-forward; attention has none
     norm_eps: float = 1.0e-6  # the authors'; the hub's files were converted for 1e-12, which trained weights bear
+    shortcuts: bool = True  # the same scores for less work; false: transformers' own forward for every pair
+    grad_checkpoint: bool = False  # in training, keep no activations of the blocks but compute them again
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:

@@ -101,7 +101,7 @@ def write_report(run_dir: str | Path) -> Path:
         fold_columns=used_columns(folds),
         sections=chart_sections(run),
         gallery=_gallery(run.results.get("gallery", [])),
-        machine={**run.results.get("machine", {}), **_waiting(run)},
+        machine={**run.results.get("machine", {}), **_waiting(run), **_prescreened(run)},
         config=run.config,
     )
     path = Path(run_dir) / "report.html"
@@ -185,6 +185,15 @@ def _waiting(run: RunFiles) -> dict[str, str]:
     if not shares:
         return {}
     return {"waiting for data": f"{100 * sum(shares) / len(shares):.1f} % of the time of the training steps"}
+
+
+def _prescreened(run: RunFiles) -> dict[str, str]:
+    """That the teacher saw only a part of the candidates, and what it missed, in words."""
+    shares = [line["prescreen_found"] for line in run.train if _is_number(line.get("prescreen_found"))]
+    if not shares:
+        return {}
+    share = 100 * sum(shares) / len(shares)
+    return {"prescreen": f"not exact: {share:.1f} % of the teacher's hardest candidates were among those it scored"}
 
 
 def _gallery(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ best match.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ Scores = np.ndarray | torch.Tensor
 Matches = Mapping[int, int | Sequence[int]]
 
 RECALL_DEPTHS = (1, 5, 10)
-# Scores compared at a time; the temporaries of a block stay below about 40 MB.
-_BLOCK_SCORES = 4_000_000
+# Scores compared at a time, by each thread: few enough that a block and its comparisons stay in a core's cache.
+_BLOCK_SCORES = 1_000_000
+# Rows whose comparisons can be added up in eight bits.
+_BYTE_ROWS = 255
 
 
 def retrieval_metrics(
@@ -121,31 +125,82 @@ def _summary(ranks: dict[str, np.ndarray]) -> dict[str, float]:
 
 def _ranks(scores: Scores, pairs: np.ndarray, name: str) -> np.ndarray:
     """Ranks [Q] from scores [Q, N] and the matches, int64 [P, 2] of (query, item), sorted by query."""
-    queries = scores.shape[0]
-    ranks = np.empty(queries, dtype=np.int64)
-    bounds = np.searchsorted(pairs[:, 0], np.arange(queries + 1))
-    for start, block in _blocks(scores):
-        if np.isnan(block.min()):
-            raise ValueError(f"{name} holds NaN between rows {start} and {start + len(block) - 1}")
-        stop = start + len(block)
-        own = pairs[bounds[start] : bounds[stop]]
-        rows, offsets = own[:, 0] - start, bounds[start:stop] - bounds[start]
-        values = block[rows, own[:, 1]]
-        best = np.maximum.reduceat(values, offsets)
-        matching = np.add.reduceat((values >= best[rows]).astype(np.int64), offsets)
-        ranks[start:stop] = 1 + np.count_nonzero(block >= best[:, None], axis=1) - matching
-    return ranks
+    offsets = np.searchsorted(pairs[:, 0], np.arange(scores.shape[0]))
+    values = _values(scores, pairs)
+    best = np.maximum.reduceat(values, offsets)
+    matching = np.add.reduceat((values >= best[pairs[:, 0]]).astype(np.int64), offsets)
+    return 1 + _count_at_least(scores, best, name) - matching
 
 
-def _blocks(scores: Scores) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, numpy block) over rows; a tensor is moved and widened one block at a time."""
-    height = max(1, _BLOCK_SCORES // max(1, scores.shape[1]))
+def _count_at_least(scores: Scores, best: np.ndarray, name: str) -> np.ndarray:
+    """How many scores of each row reach its `best`, int64 [Q]; the table is read in the order of its memory.
+
+    Raises:
+        ValueError: on NaN.
+    """
+    if not _is_transposed(scores):
+        parts = _in_threads(lambda part: _count_in_rows(*part, best, name), _blocks(scores, len(scores)))
+        return np.concatenate(list(parts))
+    parts = _in_threads(lambda part: _count_in_columns(*part, best, name), _blocks(scores.T, _BYTE_ROWS))
+    counts = np.zeros(len(best), dtype=np.int64)
+    for part in parts:
+        counts += part
+    return counts
+
+
+def _count_in_rows(start: int, block: Scores, best: np.ndarray, name: str) -> np.ndarray:
+    """int64 [H]: scores of each row of block [H, N] that reach its best; `start` is the first row's place."""
+    values = _as_numpy(block)
+    if np.isnan(values.min()):
+        raise ValueError(f"{name} holds NaN between rows {start} and {start + len(values) - 1}")
+    reached = values >= best[start : start + len(values), None]
+    # row by row: with an axis, numpy widens every comparison to 64 bits first
+    return np.asarray([np.count_nonzero(row) for row in reached], dtype=np.int64)
+
+
+def _count_in_columns(start: int, block: Scores, best: np.ndarray, name: str) -> np.ndarray:
+    """uint8 [Q]: as `_count_in_rows`, of a block [H <= 255, Q] of the transposed table."""
+    values = _as_numpy(block)
+    if np.isnan(values.min()):
+        raise ValueError(
+            f"{name} holds NaN between rows 0 and {len(best) - 1}, columns {start} and {start + len(values) - 1}"
+        )
+    return (values >= best).view(np.uint8).sum(axis=0, dtype=np.uint8)
+
+
+def _blocks(scores: Scores, tallest: int = _BYTE_ROWS) -> Iterator[tuple[int, Scores]]:
+    """(first row, view of at most `tallest` rows) over the rows of `scores`."""
+    height = max(1, min(tallest, _BLOCK_SCORES // max(1, scores.shape[1])))
     for start in range(0, scores.shape[0], height):
-        block: Any = scores[start : start + height]
-        if isinstance(block, torch.Tensor):
-            block = block.detach().cpu()
-            block = (block.float() if block.dtype in (torch.bfloat16, torch.float16) else block).numpy()
-        yield start, block
+        yield start, scores[start : start + height]
+
+
+def _in_threads(work: Callable[[Any], np.ndarray], parts: Iterator[Any]) -> Iterator[np.ndarray]:
+    """Results in the order of the parts, by as many threads as torch may use; numpy's loops run side by side."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        yield from pool.map(work, parts)
+
+
+def _is_transposed(scores: Scores) -> bool:
+    """Whether a column's scores lie closer together in memory than a row's."""
+    rows, columns = scores.stride() if isinstance(scores, torch.Tensor) else scores.strides
+    return 0 < rows < columns
+
+
+def _values(scores: Scores, pairs: np.ndarray) -> np.ndarray:
+    """scores[pairs[:, 0], pairs[:, 1]]."""
+    if isinstance(scores, torch.Tensor):
+        rows, columns = torch.from_numpy(pairs).to(scores.device).T
+        return _as_numpy(scores.detach()[rows, columns])
+    return scores[pairs[:, 0], pairs[:, 1]]
+
+
+def _as_numpy(part: Scores) -> np.ndarray:
+    """A part of the scores; a tensor's is moved to the CPU, and widened where numpy lacks its type."""
+    if not isinstance(part, torch.Tensor):
+        return part
+    part = part.detach().cpu()
+    return (part.float() if part.dtype in (torch.bfloat16, torch.float16) else part).numpy()
 
 
 def _part(scores: Scores, rows: np.ndarray, columns: np.ndarray) -> Scores:
@@ -176,18 +231,18 @@ def _match_pairs(matches: Matches, queries: int, items: int, name: str) -> np.nd
         raise ValueError(
             f"{name} must have the keys 0..{queries - 1}, one per row of scores; it has {len(matches)} keys"
         )
-    pairs = []
-    for query in range(queries):
-        found = matches[query]
-        found = [found] if isinstance(found, (int, np.integer)) else list(found)
-        if not found:
-            raise ValueError(f"{name}[{query}] is empty: every query needs a match")
-        pairs += [(query, item) for item in sorted(set(found))]
-    array = np.asarray(pairs, dtype=np.int64)
-    outside = array[(array[:, 1] < 0) | (array[:, 1] >= items)]
+    found = [matches[query] for query in range(queries)]
+    lists = [(items_of,) if isinstance(items_of, (int, np.integer)) else items_of for items_of in found]
+    sizes = np.fromiter(map(len, lists), dtype=np.int64, count=queries)
+    if not sizes.all():
+        raise ValueError(f"{name}[{int(sizes.argmin())}] is empty: every query needs a match")
+    rows = np.repeat(np.arange(queries), sizes)
+    columns = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=len(rows))
+    outside = np.flatnonzero((columns < 0) | (columns >= items))
     if len(outside):
-        raise ValueError(f"{name}[{outside[0, 0]}] names row {outside[0, 1]}, but there are {items}")
-    return array
+        first = outside[0]
+        raise ValueError(f"{name}[{rows[first]}] names row {columns[first]}, but there are {items}")
+    return np.stack(np.divmod(np.unique(rows * items + columns), items), axis=1)
 
 
 def _check_agreement(of_images: np.ndarray, of_texts: np.ndarray) -> None:

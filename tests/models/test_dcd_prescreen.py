@@ -141,7 +141,7 @@ def test_settings_that_cannot_work_are_refused(prescreen, more, line):
 
 
 def test_joint_needs_a_joint_space():
-    with pytest.raises(UserError, match="prescreen.by: joint, but neither"):
+    with pytest.raises(UserError, match=r"prescreen.by: joint, but neither"):
         distiller(PrescreenConfig(keep=4), joint=False)
 
 

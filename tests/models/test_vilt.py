@@ -1,6 +1,7 @@
 """ViLT against the numbers of the authors' code and the hub's model, and its loader against both files' names."""
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import ViltForImageAndTextRetrieval
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.shortcuts import Shortcuts
 from lavis_dcd.models import vilt_weights
 from lavis_dcd.models.dcd import DynamicContrastiveDistillation
 from lavis_dcd.models.vilt import ViltRetrieval
@@ -446,3 +448,124 @@ def test_the_tiny_type_runs_offline(offline):
     model = ViltRetrieval.from_pretrained("tiny").eval()
     images, texts = model.encode_images(torch.randn(2, 3, 64, 96)), model.encode_texts(["a red square", "a circle"])
     assert model.match_all(images, texts).shape == (2, 2)
+
+
+# -- shortcuts -------------------------------------------------------------------------------------------------------
+
+
+LAYOUTS = {
+    "one picture, all captions": [[1, 0], [1, 1], [1, 2]],
+    "a picture each": [[2, 0], [0, 2], [1, 1]],
+    "shuffled, with repeats": [[2, 0], [0, 2], [1, 1], [2, 0], [0, 0], [2, 2], [0, 1]],
+    "all pairs": [[i, t] for i in range(3) for t in range(3)],
+}
+NAMES = [field.name for field in fields(Shortcuts)]
+
+
+def ragged_features() -> tuple[ImageFeatures, TextFeatures]:
+    """Pictures of several sizes and captions of several lengths, as leaves that ask for gradients."""
+    torch.manual_seed(4)
+    images = ImageFeatures(torch.randn(3, 9, 48).double(), torch.arange(9) < torch.tensor([4, 9, 6])[:, None])
+    texts = TextFeatures(torch.randn(3, 7, 48).double(), torch.arange(7) < torch.tensor([7, 2, 5])[:, None])
+    images.tokens.requires_grad_()
+    texts.tokens.requires_grad_()
+    return images, texts
+
+
+def scores_and_gradients(model, pairs, amp: bool = False):
+    images, texts = ragged_features()
+    model.zero_grad()
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        scores = model.match(images, texts, torch.tensor(pairs))
+    (scores * torch.linspace(-1, 2, len(scores))).sum().backward()
+    named = {"images": images.tokens, "texts": texts.tokens, **dict(model.named_parameters())}
+    return scores.detach(), {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in named.items()}
+
+
+def assert_as_plain(model, pairs, chosen: Shortcuts):
+    found = []
+    for model.shortcuts in (Shortcuts.none(), chosen):
+        scores, gradients = scores_and_gradients(model, pairs)
+        found.append((scores, {name: gradient.clone() for name, gradient in gradients.items()}))
+    (plain, gradients), (fast, fast_gradients) = found
+    torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-6)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(fast_gradients[name], expected, atol=1e-6, rtol=1e-6, msg=lambda t, n=name: n + t)
+    assert gradients["images"].abs().sum() > 0 and gradients["texts"].abs().sum() > 0
+
+
+def random_model(layers: int = 4, **fusion) -> ViltRetrieval:
+    section = tiny_section(layers, finetuned=None)
+    torch.manual_seed(3)
+    model = ViltRetrieval.from_config({**section, "fusion": {**section["fusion"], **fusion}}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # off their starting values, where biases are 0
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_and_gradients_of_the_shortcuts_are_those_of_the_plain_path(layers, layout):
+    assert_as_plain(random_model(layers).double(), LAYOUTS[layout], Shortcuts())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("only", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_each_shortcut_alone_and_all_but_it(layers, name, only):
+    chosen = replace(Shortcuts.none() if only else Shortcuts(), **{name: only})
+    assert_as_plain(random_model(layers).double(), LAYOUTS["shuffled, with repeats"], chosen)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=12),
+    memory=st.sampled_from([0.05, 1024.0]), layers=st.integers(1, 2),
+)  # fmt: skip
+def test_shortcuts_on_any_pairs(pairs, memory, layers):
+    model = random_model(layers).double()
+    model.config.match_memory_mb = memory
+    assert_as_plain(model, pairs, Shortcuts())
+
+
+@torch.no_grad()
+def test_the_first_block_projects_each_item_once_and_the_last_one_feeds_one_token():
+    model = random_model(2).double()
+    images, texts = ragged_features()
+    seen: dict[str, list[int]] = {"keys": [], "forward": []}
+    first, last = model.vilt.encoder.layer
+    first.attention.attention.key.register_forward_hook(lambda m, i, out: seen["keys"].append(out[..., 0].numel()))
+    last.intermediate.register_forward_hook(lambda m, i, out: seen["forward"].append(out[..., 0].numel()))
+    model.match_all(images, texts)
+    assert sum(seen["keys"]) == images.mask.numel() + texts.mask.numel()
+    assert seen["forward"] == [9]
+
+
+@torch.no_grad()
+def test_without_shortcuts_the_transformer_runs_as_the_hub_has_it():
+    calls = []
+    for wanted in (True, False):
+        model = random_model(shortcuts=wanted)
+        model.vilt.encoder.register_forward_hook(lambda *_, w=wanted: calls.append(w))
+        model.match_all(*(f.float() for f in ragged_features()))
+    assert calls == [False]
+    with pytest.raises(UserError, match=r"model.fusion.shortcuts"):
+        random_model(shortcuts="some")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("amp", [False, True])
+def test_recomputed_blocks_give_the_same_scores_and_gradients(training, amp):
+    found = []
+    for checkpointed in (False, True):
+        model = random_model(grad_checkpoint=checkpointed).train(training)
+        if not amp:
+            model.double()
+        found.append(scores_and_gradients(model, LAYOUTS["shuffled, with repeats"], amp))
+    (plain, gradients), (recomputed, again) = found
+    assert torch.equal(recomputed, plain)
+    for name, expected in gradients.items():
+        # with the cache of casts, autocast sums a weight's gradients in bfloat16
+        assert (again[name] - expected).norm() <= (0.02 if amp else 1e-6) * expected.norm() + 1e-5, name

@@ -147,6 +147,15 @@ def test_the_1k_protocol_has_its_own_table(tmp_path: Path) -> None:
     assert "1K protocol" in page.text and "515.0" in page.text and "77.7" in page.text
 
 
+def test_a_prescreen_is_told_as_not_exact(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    lines = [{"kind": "train", "step": step, "epoch": 0.1, "loss": 1.0, **more}
+             for step, more in ((1, {"prescreen_found": 0.5}), (2, {}), (3, {"prescreen_found": 0.75}))]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(folder).read_text()).text
+    assert "not exact: 62.5 % of the teacher's hardest candidates were among those it scored" in page
+
+
 def test_without_results_there_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"results\.json"):
         write_report(tmp_path)

@@ -73,17 +73,29 @@ def tied_cases(draw):
 
 
 @settings(deadline=None, max_examples=150)
-@given(tied_cases(), st.sampled_from([1, 5, 10_000]), st.sampled_from(["numpy", "torch", "bfloat16"]))
+@given(
+    tied_cases(),
+    st.sampled_from([1, 5, 10_000]),
+    st.sampled_from(["numpy", "torch", "bfloat16", "numpy transposed", "torch transposed", "bfloat16 transposed"]),
+)
 def test_ranks_agree_with_loops_whatever_the_ties_and_blocks(case, block, kind):
     scores, matches = case
+    # in memory the other way round: a view of what was computed for the other direction
+    laid_out = np.ascontiguousarray(scores.T).T if "transposed" in kind else scores
     given_scores = {
-        "numpy": scores,
-        "torch": torch.from_numpy(scores),
-        "bfloat16": torch.from_numpy(scores).bfloat16(),
-    }[kind]
+        "numpy": laid_out,
+        "torch": torch.from_numpy(laid_out),
+        "bfloat16": torch.from_numpy(laid_out).bfloat16(),
+    }[kind.split()[0]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "_BLOCK_SCORES", block)
         assert match_ranks(given_scores, matches).tolist() == slow_ranks(scores, matches)
+
+
+def test_more_rows_than_eight_bits_count():
+    scores = np.zeros((2, 700), dtype=np.float32)
+    for table in (scores, np.ascontiguousarray(scores.T).T):
+        assert match_ranks(table, {0: 3, 1: [4, 5]}).tolist() == [700, 699]
 
 
 def test_a_constant_model_earns_nothing():
@@ -145,8 +157,11 @@ def test_five_folds_are_the_mean_of_five_small_evaluations(as_tensor):
 
 
 def test_blocks_bound_the_memory():
-    heights = [len(block) for _, block in metrics._blocks(np.broadcast_to(np.float32(0), (5000, 25_000)))]
-    assert sum(heights) == 5000 and max(heights) * 25_000 <= metrics._BLOCK_SCORES
+    table = np.broadcast_to(np.float32(0), (5000, 25_000))
+    for scores in (table, table.T):
+        shapes = [block.shape for _, block in metrics._blocks(scores)]
+        assert sum(height for height, _ in shapes) == len(scores)
+        assert max(height * width for height, width in shapes) <= metrics._BLOCK_SCORES
 
 
 def test_errors_name_what_is_wrong():
@@ -173,7 +188,9 @@ def test_errors_name_what_is_wrong():
         run(i2t_map={0: [0], 1: [1, 2, 3]})
     bad = scores.copy()
     bad[1, 2] = np.nan
-    with pytest.raises(ValueError, match="scores_t2i holds NaN between rows 0 and 3"):
+    with pytest.raises(ValueError, match="scores_t2i holds NaN between rows 0 and 3, columns 0 and 1"):
         run(t2i=bad.T)
+    with pytest.raises(ValueError, match=r"scores_t2i holds NaN between rows 0 and 3$"):
+        run(t2i=bad.T.copy())
     with pytest.raises(ValueError, match=r"scores must be \[Q, N\]"):
         match_ranks(np.zeros(3), {})

@@ -7,8 +7,7 @@ import inspect
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,43 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.schema import unknown_key
 from lavis_dcd.matching.adapters.base import Adapter, AdapterOptions
+from lavis_dcd.matching.adapters.cross_attention_building import Sizes, text_encoder, vision_encoder
+from lavis_dcd.matching.adapters.packed_match import MATCH_CHUNK, PackedMatch
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
-
-MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more captions
-
-
-@dataclass
-class VisionSizes:
-    """A ViT of other sizes than LAVIS's, in the names of its ``VisionTransformer``; the defaults are ViT-B/16."""
-
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    patch_size: int = 16
-    mlp_ratio: float = 4.0
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is no multiple of num_heads {self.num_heads}")
-
-
-@dataclass
-class Sizes:
-    """Other sizes than LAVIS's own.
-
-    Args:
-        vision: the ViT; its input is the section's ``image_size``.
-        text: values over those of LAVIS's ``med_config`` file, under the names that stand there (``hidden_size``,
-            ``num_hidden_layers``, for ALBEF ``fusion_layer``...). ``encoder_width`` follows the ViT.
-    """
-
-    vision: VisionSizes | None = None
-    text: dict[str, Any] = field(default_factory=dict)
+from lavis_dcd.matching.shortcuts import Shortcuts
 
 
 @dataclass
@@ -65,11 +32,16 @@ class CrossAttentionOptions(AdapterOptions):
             softmax; or ``lavis``, what LAVIS's evaluation ranks by: the match logit plus the ITC cosine.
         scoring_txt_len: tokens of a caption, specials included, when encoding; ``None``: the model's
             ``max_txt_len``. LAVIS's evaluation takes 35, whatever ``max_txt_len`` says.
+        shortcuts: compute what does not change from pair to pair once, and nothing that no score reads; ``false``:
+            LAVIS's own forward for every pair. The scores are the same.
+        grad_checkpoint: in training, keep no activations of the fusing layers but compute them again.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
     score: Literal["log_odds", "lavis"] = "log_odds"
     scoring_txt_len: int | None = None
+    shortcuts: bool = True
+    grad_checkpoint: bool = False
 
 
 class CrossAttentionAdapter(Adapter):
@@ -85,6 +57,10 @@ class CrossAttentionAdapter(Adapter):
     med_config: ClassVar[str]  # LAVIS's file of text sizes, where the section names none
     mode: ClassVar[str]  # of the text encoder in ``match``
 
+    def __init__(self, model: nn.Module, section: Any = None, options: AdapterOptions | None = None) -> None:
+        super().__init__(model, section, options)
+        self.shortcuts = Shortcuts() if self.options.shortcuts else Shortcuts.none()
+
     # -- building ------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -94,8 +70,8 @@ class CrossAttentionAdapter(Adapter):
         Raises:
             ValueError: sizes that cannot work.
         """
-        vision = _vision_encoder(section, options.sizes.vision)
-        text = _text_encoder(section, options.sizes, cls.med_config, vision.vision_width)
+        vision = vision_encoder(section, options.sizes.vision)
+        text = text_encoder(section, options.sizes, cls.med_config, vision.vision_width)
         settings = {"queue_size": 0, **section}
         own = inspect.signature(model_class.__init__).parameters
         arguments = {name: settings[name] for name in own if settings.get(name) is not None}
@@ -113,7 +89,7 @@ class CrossAttentionAdapter(Adapter):
                 f"{path}.tokenizer: the vocabulary has {ids} ids, special ones included, the text encoder {rows}; "
                 f"set {path}.sizes.text.vocab_size to {ids}, or name the vocabulary that the model was made with"
             )
-        if not self._fusion_layers():
+        if not self.fusion_layers():
             faults.append(
                 f"{path}.sizes.text: with fusion_layer {config.fusion_layer} none of the {config.num_hidden_layers} "
                 f"layers fuses; set fusion_layer below {config.num_hidden_layers}"
@@ -173,6 +149,24 @@ class CrossAttentionAdapter(Adapter):
 
     def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         """Scores ``[P]`` as ``options.score`` says: the text encoder on top of the features, and the ITM head."""
+        if len(pairs) and self._takes_shortcuts(texts):
+            return PackedMatch(self, images, texts).scores(pairs)
+        return self._match_plainly(images, texts, pairs)
+
+    def _takes_shortcuts(self, texts: TextFeatures) -> bool:
+        """Whether the fusion may run in parts: none of what only LAVIS's own forward does is asked for."""
+        layers = self.fusion_layers()
+        return (
+            self.shortcuts.any
+            and self.model.text_encoder.config.position_embedding_type == "absolute"
+            and all(hasattr(layer, "crossattention") for layer in layers)
+            # attention maps, which LAVIS's GradCAM reads
+            and not any(layer.crossattention.self.save_attention for layer in layers)
+            and bool(texts.full_mask()[:, 0].all())
+        )
+
+    def _match_plainly(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        """LAVIS's own forward for every pair: what the shortcuts must agree with."""
         mask = texts.full_mask()
         # pairs in the order of their captions' lengths: a chunk pays for its own longest caption only
         order = mask.sum(dim=1)[pairs[:, 1]].argsort(stable=True)
@@ -201,14 +195,20 @@ class CrossAttentionAdapter(Adapter):
             return_dict=True,
             mode=self.mode,
         )
-        logits = self.model.itm_head(output.last_hidden_state[:, 0]).float()
+        return self.head_scores(output.last_hidden_state[:, 0], images, texts, image, text)
+
+    def head_scores(
+        self, classes: Tensor, images: ImageFeatures, texts: TextFeatures, image: Tensor, text: Tensor
+    ) -> Tensor:
+        """Scores ``[p]`` of pairs of rows ``[p]`` by their class tokens ``[p, D]`` after the last layer."""
+        logits = self.model.itm_head(classes).float()
         if self.options.score == "log_odds":
             return logits[:, 1] - logits[:, 0]
         cosine = images.embeds.index_select(0, image).float() * texts.embeds.index_select(0, text).float()
         return logits[:, 1] + cosine.sum(dim=-1)
 
     def bytes_per_pair(self, image_tokens: int, text_tokens: int) -> int:
-        """Activations of one pair's ``match`` without gradients, by the tensors that live together in a layer."""
+        """Activations of one pair on the plain path without gradients, by the tensors that live together in a layer."""
         config = self.model.text_encoder.config
         # the gathered image tokens; keys and values, and their copies in the order that the product wants
         image = image_tokens * (config.encoder_width + 4 * config.hidden_size)
@@ -217,9 +217,9 @@ class CrossAttentionAdapter(Adapter):
         return self.model.itm_head.weight.element_size() * (image + text + scores)
 
     def fusion_modules(self) -> list[nn.Module]:
-        return [*self._fusion_layers(), self.model.itm_head]
+        return [*self.fusion_layers(), self.model.itm_head]
 
-    def _fusion_layers(self) -> list[nn.Module]:
+    def fusion_layers(self) -> list[nn.Module]:
         layers = self.model.text_encoder.encoder.layer
         return list(layers[getattr(self.model.text_encoder.config, "fusion_layer", 0) :])
 
@@ -258,30 +258,3 @@ class CrossAttentionAdapter(Adapter):
         if getattr(self.model, "negative_all_rank", False) and not distributed:
             raise UserError("model.negative_all_rank: true needs a distributed run; set it to false")
         return super().forward({**samples, "image_id": ids.to(self.device)})
-
-
-def _vision_encoder(section: Any, sizes: VisionSizes | None) -> nn.Module:
-    from lavis.models.vit import VisionTransformerEncoder
-
-    if sizes is None:
-        return VisionTransformerEncoder.from_config(section)
-    encoder = VisionTransformerEncoder(img_size=section.get("image_size", 384), **asdict(sizes))
-    encoder.vision_width = sizes.embed_dim
-    return encoder
-
-
-def _text_encoder(section: Any, sizes: Sizes, default_file: str, vision_width: int) -> nn.Module:
-    from lavis.common.utils import get_abs_path
-    from lavis.models.med import XBertEncoder
-    from transformers import BertConfig
-
-    path = Path(get_abs_path(section.get("med_config_path") or default_file))
-    if not path.is_file():
-        raise ValueError(f"med_config_path: no file {path}")
-    values = json.loads(path.read_text())
-    if unknown := [unknown_key("sizes.text", key, values) for key in sizes.text if key not in values]:
-        raise ValueError(unknown[0])
-    values |= sizes.text
-    if sizes.vision is not None and "encoder_width" not in sizes.text:
-        values["encoder_width"] = vision_width
-    return XBertEncoder(config=BertConfig(**values), add_pooling_layer=False)

@@ -1,0 +1,114 @@
+"""The benchmark scripts at their tiniest size: they end, write the figures that they print, and find equal results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXACT = 1e-4
+Run = Callable[..., tuple[dict[str, Any], str]]
+
+
+@pytest.fixture
+def benchmark(repo_root: Path, tmp_path: Path) -> Run:
+    """``benchmark(script, *options)``: what it wrote as JSON, and what it printed."""
+
+    def run(script: str, *options: str) -> tuple[dict[str, Any], str]:
+        file = tmp_path / "figures.json"
+        command = [sys.executable, str(repo_root / "projects" / "benchmarks" / f"{script}.py"), "--json", str(file)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(file.read_text()), done.stdout
+
+    return run
+
+
+def check_header(content: dict[str, Any], printed: str, name: str) -> None:
+    assert content["benchmark"] == name and printed.startswith(f"{name}\n")
+    for fact in ("processor", "cores", "threads", "precision", "torch"):
+        assert f"{fact}: {content['machine'][fact]}" in printed
+    assert content["machine"]["threads"] == 1
+    for key, value in content["settings"].items():
+        assert f"{key}: {value}" in printed
+
+
+def table_rows(printed: str) -> list[list[str]]:
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_evaluation_agrees_with_lavis_and_needs_little_memory(benchmark: Run) -> None:
+    content, printed = benchmark("evaluation", "--images", "200", "--repeats", "1")
+    check_header(content, printed, "evaluation")
+    lavis, ours = content["rows"]
+    assert (lavis["implementation"], ours["implementation"]) == ("lavis", "ours")
+    assert 10 < ours["metrics"]["img_r1"] < 90
+    assert ours["metrics"] == pytest.approx(lavis["metrics"], rel=1e-12)
+    assert ours["tables_mb"] == 2 * 200 * 1000 * 4 / 1e6
+    assert [row[0] for row in table_rows(printed)] == [lavis["name"], ours["name"]]
+
+
+def test_every_row_of_the_training_step_computes_the_same(benchmark: Run, tmp_path: Path) -> None:
+    chart = tmp_path / "steps.svg"
+    content, printed = benchmark("training_step", "--geometry", "tiny", "--extra", "--chart", str(chart))
+    check_header(content, printed, "training_step")
+    names = [row["row"] for row in content["rows"]]
+    exact = ["plain", "once", "trimmed", "sdpa", "first_layer", "last_layer", "fresh", "features", "steady"]
+    assert names == [*exact, "chunks", "checkpoint", "bf16"]
+    for row in content["rows"]:
+        close = row["score_difference"] < EXACT and row["gradient_difference"] < EXACT
+        assert close == row["exact"] == (row["row"] != "bf16")
+        assert row["s_per_image"] > 0 and row["step_mb"] >= 0 and math.isfinite(row["faster"])
+    assert content["rows"][0]["faster"] == content["rows"][0]["memory_share"] == 1
+    assert [row[0] for row in table_rows(printed)] == names
+    texts = [element.text for element in ET.parse(chart).iter("{http://www.w3.org/2000/svg}text")]
+    assert {row["label"] for row in content["rows"]} <= set(texts)
+
+
+def test_matching_measures_every_matcher_in_both_layouts(benchmark: Run) -> None:
+    content, printed = benchmark("matching", "--geometry", "tiny")
+    check_header(content, printed, "matching")
+    found = {(row["matcher"], row["layout"]) for row in content["rows"]}
+    matchers = {"meter", "meter-student", "vilt", "vilt-student", "albef", "blip", "blip2", "clip", "dual"}
+    assert found == {(name, layout) for name in matchers for layout in ("one image", "random")}
+    fast = [row for row in content["rows"] if row["path"] == "fast"]
+    assert {"meter", "meter-student"} <= {row["matcher"] for row in fast}
+    assert all(row["difference"] < EXACT for row in fast)
+    students = [row for row in content["rows"] if row["matcher"].endswith("-student")]
+    assert all(row["to_teacher"] > 0 for row in students)
+    assert len(table_rows(printed)) == len(content["rows"])
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("evaluation", ["--images", "4", "--texts", "7"], "--texts: 7"),
+        ("training_step", ["--rows", "plain,fastest"], "--rows: unknown fastest"),
+        ("matching", ["--matchers", "metre"], "--matchers: unknown metre"),
+    ],
+)
+def test_wrong_options_are_told_in_a_line(
+    repo_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, script: str,
+    options: list[str], message: str,
+) -> None:  # fmt: skip
+    folder = repo_root / "projects" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    main = runpy.run_path(str(folder / f"{script}.py"))["main"]
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    for helper in folder.glob("*.py"):  # their names are plain words
+        sys.modules.pop(helper.stem, None)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
