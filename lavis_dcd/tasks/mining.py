@@ -58,7 +58,8 @@ class Miner:
         self.config, self.bank, self.folder, self.command = config, config.candidates.bank, Path(folder), command
         self.datasets, self.run, self.place = datasets, run, place
         protocol = Protocol.of_run(run)
-        self.means = Means(protocol.batch_size, protocol.num_workers, protocol.amp, protocol.memory_mb)
+        amp = config.frozen_amp if protocol.amp == "off" else protocol.amp  # as the teacher has it in training
+        self.means = Means(protocol.batch_size, protocol.num_workers, amp, protocol.memory_mb)
 
     @property
     def settings(self) -> dict[str, Any]:

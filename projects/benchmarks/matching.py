@@ -72,9 +72,10 @@ def measure(name: str, geometry: str, pairs: int, seconds: float, seed: int) -> 
             if path == "plain":
                 plain_rate, plain_scores = rate, scores
             elif plain_scores is not None:
-                spread = float(plain_scores.max() - plain_scores.min())
+                # float32 resolves a score as a share of itself, however close the captions of random weights lie
+                size = max(float(plain_scores.max() - plain_scores.min()), float(plain_scores.abs().max()))
                 row["to_plain"] = rate / plain_rate
-                row["difference"] = float((scores - plain_scores).abs().max()) / max(spread, 1e-30)
+                row["difference"] = float((scores - plain_scores).abs().max()) / max(size, 1e-30)
             rows.append(row)
     return rows
 

@@ -31,6 +31,7 @@ class StepRow:
         kept: what was computed before the step: "" | "features" | "scores" (and features).
         chunk_pairs: ``student_chunk_pairs``, pairs whose activations are recomputed in the backward pass.
         checkpoint: ``fusion.grad_checkpoint`` of the student.
+        compiled: ``fusion.compile`` of teacher and student; compiled before what is timed.
         frozen_bf16: towers and teacher under bfloat16 autocast, as ``frozen_amp`` runs them; not exact.
     """
 
@@ -42,6 +43,7 @@ class StepRow:
     kept: str = ""
     chunk_pairs: int | None = None
     checkpoint: bool = False
+    compiled: bool = False
     frozen_bf16: bool = False
 
     @property
@@ -67,6 +69,8 @@ ROWS = (
 EXTRA_ROWS = (
     replace(_STEADY, name="chunks", label="steady, student_chunk_pairs: 2", chunk_pairs=2),
     replace(_STEADY, name="checkpoint", label="steady, grad_checkpoint: true", checkpoint=True),
+    replace(_FRESH, name="compile", label="fresh, fusion.compile: true", compiled=True),
+    replace(_STEADY, name="steady_compile", label="steady, fusion.compile: true", compiled=True),
     replace(_FRESH, name="bf16", label="fresh, towers and teacher in bfloat16", frozen_bf16=True),
 )
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -184,3 +185,13 @@ def test_bfloat16_stays_near():
         found = model.match(*features(), pairs)
     assert found.dtype == torch.float32
     assert float((found - expected).abs().max()) < 0.05 * float(expected.abs().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_give_the_same_scores_and_gradients():
+    """With one layer, compiled once: what is compared is our use of it."""
+    pairs = LAYOUTS["shuffled, repeated"]
+    plain, compiled = (model_of(1, compile=wanted) for wanted in (False, True))
+    assert_same(outcome(compiled, compiled.match, pairs), outcome(plain, plain.match, pairs))
+    assert [type(step).__name__ for step in compiled.stack().steps] == ["OptimizedModule"]
