@@ -304,7 +304,7 @@ def test_a_bank_that_is_there(job, tmp_path, monkeypatch, caplog, capsys):
         (tmp_path / "train.json").write_text(json.dumps(rows))
         assert run_mine() == 2
         (line,) = errors(capsys)
-        assert "mined differently (the data)" in line
+        assert "mined differently (the data (captions" in line
     assert mined("--overwrite", "--options", "model.candidates.bank.shortlist=2").settings["shortlist"] == 2
 
 

@@ -35,7 +35,7 @@ def parse(cls: type[T], mapping: Any, path: str = "model") -> T:
         UserError: one line per fault: unknown key, missing key, wrong type.
     """
     found: list[str] = []
-    value = _dataclass(cls, _plain(mapping), path, found)
+    value = _dataclass(cls, plain(mapping), path, found)
     if found:
         raise UserError(found)
     return value
@@ -44,7 +44,7 @@ def parse(cls: type[T], mapping: Any, path: str = "model") -> T:
 def faults(cls: type, mapping: Any, path: str) -> list[str]:
     """The faults that `parse` would raise, one line each; empty when the mapping is sound."""
     found: list[str] = []
-    _dataclass(cls, _plain(mapping), path, found)
+    _dataclass(cls, plain(mapping), path, found)
     return found
 
 
@@ -57,10 +57,13 @@ def unknown_key(path: str, key: Any, legal: typing.Iterable[str]) -> str:
     return f"{where}: unknown key; {hint}legal keys: {', '.join(names) or '(none)'}"
 
 
-def _plain(mapping: Any) -> Any:
-    if OmegaConf.is_config(mapping):
-        return OmegaConf.to_container(mapping, resolve=True)
-    return {} if mapping is None else mapping
+def plain(section: Any) -> Any:
+    """``section`` as plain containers, which a checkpoint or a hash may hold; ``None`` as an empty mapping."""
+    if OmegaConf.is_config(section):
+        return OmegaConf.to_container(section, resolve=True)
+    if isinstance(section, Mapping):
+        return {key: plain(value) if OmegaConf.is_config(value) else value for key, value in section.items()}
+    return {} if section is None else section
 
 
 def _dataclass(cls: type, mapping: Any, path: str, found: list[str]) -> Any:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
 from lavis_dcd.common import assets
 from lavis_dcd.common.download import cached_path, is_url
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import sha256_of
+from lavis_dcd.common.schema import plain
 from lavis_dcd.datasets.bank_rows import is_evaluation_set
 from lavis_dcd.datasets.banked import leaf_sets
 from lavis_dcd.datasets.pictures import load_picture
@@ -121,8 +121,8 @@ def teacher_views(config: DcdConfig, datasets: Mapping[str, Any]) -> list[View]:
 def _teachers_digest(sections: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     content = []
     for path, section in sections:
-        own = {key: value for key, value in _plain(section).items() if key not in DISTILLER_KEYS["teachers"]}
-        resolved = _plain(full_section(own, path))
+        own = {key: value for key, value in plain(section).items() if key not in DISTILLER_KEYS["teachers"]}
+        resolved = plain(full_section(own, path))
         if not (resolved.get("load_finetuned", True) and resolved.get("finetuned")):
             resolved.pop("finetuned", None)
         else:
@@ -260,12 +260,6 @@ def _annotation(leaf: Any) -> list[Mapping[str, Any]]:
             f"caption and image_id; img_ids), and {type(leaf).__name__} is none; use candidates.source: in_batch"
         )
     return rows
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    if OmegaConf.is_config(section):
-        return OmegaConf.to_container(section, resolve=True)
-    return {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in section.items()}
 
 
 def _hash_of(content: Any) -> str:

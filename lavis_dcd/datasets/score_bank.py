@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write, cache_root
+from lavis_dcd.common.schema import plain
 from lavis_dcd.distillation.candidates import DIRECTIONS
 
 SCORES, META = "scores.safetensors", "meta.json"
@@ -162,17 +162,21 @@ class ScoreBank:
                 f"{_MINE}"
             ) from error
 
+    def differences(self, expected: BankIdentity) -> list[str]:
+        """What this bank was mined from and ``expected`` is not, in words."""
+        return [words for name, words in _PARTS.items() if getattr(self.identity, name) != getattr(expected, name)]
+
     def refuse_stale(self, expected: BankIdentity, folder: Path) -> None:
         """Nothing for a bank of this job.
 
         Raises:
             UserError: teacher, data or transforms are not those that it was mined with; one line that names them.
         """
-        changed = [words for name, words in _PARTS.items() if getattr(self.identity, name) != getattr(expected, name)]
+        changed = self.differences(expected)
         if changed:
             raise UserError(
                 f"model.candidates: the score bank in {folder} is stale, it was mined with another state of "
-                f"{'; '.join(changed)}; {_MINE} again, or name another bank with model.candidates.bank.path"
+                f"{'; '.join(changed)}; {_MINE} --overwrite, or name another bank with model.candidates.bank.path"
             )
 
 
@@ -186,16 +190,12 @@ def bank_folder(model_section: Mapping[str, Any], datasets_section: Mapping[str,
         model_section: the whole ``model:`` section.
         datasets_section: the ``datasets:`` section.
     """
-    model, datasets = _plain(model_section), _plain(datasets_section)
+    model, datasets = plain(model_section), plain(datasets_section)
     path = ((model.get("candidates") or {}).get("bank") or {}).get("path")
     if path:
         return Path(path).expanduser()
     written = json.dumps([model.get("teachers") or [model.get("teacher")], datasets], sort_keys=True, default=str)
     return cache_root() / "dcd_scores" / hashlib.sha256(written.encode()).hexdigest()[:16]
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else dict(section or {})
 
 
 def _one_line(error: Exception) -> str:

@@ -66,8 +66,8 @@ def sample_features(matcher: Matcher, samples: Mapping[str, Any], view: str = MA
         owners += torch.as_tensor(samples["candidate_image_id"]).flatten().tolist()
     if pictures_drawn := samples.get("candidate_picture_id") is not None:
         pictures += torch.as_tensor(samples["candidate_picture_id"]).flatten().tolist()
-    image_first, image_rows = _distinct(pictures)
-    text_first, text_rows = _distinct(list(zip(_texts(view_of(samples)), owners, strict=True)))
+    image_first, image_rows = distinct(pictures)
+    text_first, text_rows = distinct(list(zip(_texts(view_of(samples)), owners, strict=True)))
     own = view_of(samples, view)
     if view != MAIN_VIEW and own.get("text_features") is not None:
         raise UserError("run.cache_features: the kept features serve the student's encoders; set it to off")
@@ -109,11 +109,11 @@ def _encoded_texts(matcher: Matcher, samples: Mapping[str, Any], first: list[int
         return cached[first].trimmed().float()
     texts = _texts(samples)
     wanted = [texts[i] for i in first]
-    string_first, string_rows = _distinct(wanted)
+    string_first, string_rows = distinct(wanted)
     return matcher.encode_texts([wanted[i] for i in string_first])[string_rows]
 
 
-def _distinct(items: list[Any]) -> tuple[list[int], list[int]]:
+def distinct(items: list[Any]) -> tuple[list[int], list[int]]:
     """Positions of first occurrences, and for every item the row of its first occurrence."""
     row_of: dict[Any, int] = {}
     first: list[int] = []

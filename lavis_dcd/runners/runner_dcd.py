@@ -9,11 +9,10 @@ from typing import Any
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import reorg_datasets_by_split
 from lavis.datasets.datasets.base_dataset import ConcatDataset
-from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.schema import parse
+from lavis_dcd.common.schema import parse, plain
 from lavis_dcd.datasets.splits import distinct_image_ids
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.trainer import Trainer
@@ -38,7 +37,7 @@ class RunnerDCD(Trainer):
         self, cfg: Any, task: Any, model: nn.Module, datasets: Mapping[str, Any], job_id: str | None
     ) -> None:
         run = parse(RunConfig, cfg.run_cfg, "run")
-        config = {"model": _plain(cfg.model_cfg), "datasets": _plain(cfg.datasets_cfg)}
+        config = {"model": plain(cfg.model_cfg), "datasets": plain(cfg.datasets_cfg)}
         super().__init__(run, config, task, model, by_split(datasets, run), _project(cfg, run), job_id)
         self.cfg = cfg
         # `register_path` refuses a name that it has: a second runner in a process would be impossible.
@@ -72,7 +71,3 @@ def by_split(datasets: Mapping[str, Mapping[str, Any]], run: RunConfig) -> dict[
 def _project(cfg: Any, run: RunConfig) -> str:
     path = getattr(getattr(cfg, "args", None), "cfg_path", None)
     return run.project or (Path(path).stem if path else "job")
-
-
-def _plain(section: Any) -> Any:
-    return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section

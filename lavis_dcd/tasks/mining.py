@@ -35,8 +35,6 @@ from lavis_dcd.tasks.mining_table import report
 
 log = logging.getLogger(__name__)
 
-_PARTS = {"teacher": "the teacher or its weights", "data": "the data", "transforms": "the teacher's processors"}
-
 
 class Miner:
     """One mining, in this process or in several of torchrun.
@@ -108,7 +106,7 @@ class Miner:
         if not (self.folder / META).is_file():
             return False
         kept = ScoreBank.load(self.folder)
-        differ = [words for name, words in _PARTS.items() if getattr(kept.identity, name) != getattr(identity, name)]
+        differ = kept.differences(identity)
         differ += [
             f"{name} {kept.settings.get(name)!r}, now {value!r}"
             for name, value in self.settings.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from lavis_dcd.distillation.candidates import DIRECTIONS, IMAGE_TO_TEXT
 from lavis_dcd.matching.blocks import finite
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import reported, scoring_mode
+from lavis_dcd.models.batch import distinct
 
 TILE_MB = 128  # of one block of cheap scores
 
@@ -37,8 +38,8 @@ class Pairing:
     @classmethod
     def of(cls, image_ids: Sequence[int], captions: Sequence[str]) -> Pairing:
         """Of the rows' picture ids and captions; pictures and captions are numbered as they first appear."""
-        images, image_of_row = _numbered(image_ids)
-        texts, text_of_row = _numbered(captions)
+        images, image_of_row = distinct(list(image_ids))
+        texts, text_of_row = distinct(list(captions))
         return cls(*(torch.tensor(rows, dtype=torch.int64) for rows in (image_of_row, text_of_row, images, texts)))
 
     @property
@@ -178,15 +179,3 @@ def _hide(scores: Tensor, matches: Tensor, images: range, texts: range, width: i
     image, text = matches[first:last] // width - images.start, matches[first:last] % width - texts.start
     inside = (text >= 0) & (text < len(texts))
     scores[image[inside].to(scores.device), text[inside].to(scores.device)] = -torch.inf
-
-
-def _numbered(items: Iterable[object]) -> tuple[list[int], list[int]]:
-    """First positions of the distinct items, and for every item its number."""
-    number: dict[object, int] = {}
-    first, numbers = [], []
-    for position, item in enumerate(items):
-        if item not in number:
-            number[item] = len(first)
-            first.append(position)
-        numbers.append(number[item])
-    return first, numbers

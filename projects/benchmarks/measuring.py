@@ -166,7 +166,7 @@ def _cell(value: Any, form: str) -> str:
 
 # -- the chart ---------------------------------------------------------------------------------------------------
 
-_BAR, _GAP, _NAMES, _PANEL = 18, 8, 250, 300
+_BAR, _GAP, _NAMES, _PANEL = 18, 8, 290, 300
 
 
 def bar_chart(title: str, names: Sequence[str], panels: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -196,5 +196,9 @@ def bar_chart(title: str, names: Sequence[str], panels: Mapping[str, Sequence[fl
             length = (_PANEL - 70) * value / longest
             colour = ("#3b6fb6", "#c2703d")[number % 2]
             parts.append(f'<rect x="{left}" y="{top}" width="{length:.1f}" height="{_BAR}" fill="{colour}"/>')
-            parts.append(f'<text x="{left + length + 5:.1f}" y="{top + 13}">{value:.3g}</text>')
+            parts.append(f'<text x="{left + length + 5:.1f}" y="{top + 13}">{_short(value)}</text>')
     path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

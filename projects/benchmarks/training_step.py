@@ -37,7 +37,7 @@ import torch
 from geometries import Geometry, training_geometry
 from measuring import PeakMemory, bar_chart, in_child, parsed, parser, progress, report
 from safetensors.torch import load_file, save_file
-from step_rows import EXTRA_ROWS, ROWS, Step, StepBatch, StepRow, build_models
+from step_rows import COMPILED_ROWS, EXTRA_ROWS, ROWS, Step, StepBatch, StepRow, build_models
 from torch import Tensor, nn
 
 COLUMNS = {
@@ -175,14 +175,14 @@ def run_rows(plan: Plan, rows: list[StepRow]) -> list[dict[str, Any]]:
 
 
 def _options(argv: list[str] | None) -> tuple[argparse.Namespace, list[StepRow]]:
-    known = {row.name: row for row in (*ROWS, *EXTRA_ROWS)}
+    known = {row.name: row for row in (*ROWS, *EXTRA_ROWS, *COMPILED_ROWS)}
     options_of = parser(__doc__)
     options_of.add_argument("--geometry", choices=("small", "meter-base-384", "tiny"), default="small")
     options_of.add_argument("--candidates", type=int, metavar="C", help="drawn captions per picture (63; tiny: 7)")
     options_of.add_argument("--hard-negatives", type=int, metavar="K", help="of them, for the student (7; tiny: 3)")
     options_of.add_argument("--images", type=int, metavar="N", help="pictures of a step (1; tiny: 2)")
     options_of.add_argument("--repeats", type=int, help="timed steps; the median is shown (small: 2; else 1)")
-    options_of.add_argument("--rows", metavar="A,B", help=f"only these rows, of {', '.join(known)}")
+    options_of.add_argument("--rows", metavar="A,B", help=f"only these rows, of {', '.join(known)}; the compiled ones take minutes")
     options_of.add_argument("--extra", action="store_true", help="also rows that trade time for memory or precision")
     options_of.add_argument("--chart", type=Path, metavar="PATH", help="draw a bar chart into this SVG file")
     options = parsed(options_of, argv)

@@ -127,7 +127,7 @@ def test_stale_names_what_differs(tmp_path, name):
     with pytest.raises(UserError) as caught:
         kept.refuse_stale(dataclasses.replace(IDENTITY, **{name: "other"}), tmp_path)
     (line,) = caught.value.faults
-    assert str(tmp_path) in line and "python -m lavis_dcd mine --cfg-path F again" in line
+    assert str(tmp_path) in line and "python -m lavis_dcd mine --cfg-path F --overwrite" in line
     others = {"teacher", "data", "transforms"} - {name}
     assert f"the {name} (" in line and not any(f"the {other} (" in line for other in others)
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_dcd.common import assets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.hashing import update_with_tensors
-from lavis_dcd.common.schema import parse
+from lavis_dcd.common.schema import parse, plain
 from lavis_dcd.matching.adapters.vocabulary import local_vocabulary
 from lavis_dcd.matching.contract import Matcher, pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
@@ -73,7 +72,7 @@ class Adapter(nn.Module, Matcher):
     ) -> None:
         super().__init__()
         self.model = model
-        self.section = _plain(section or {})
+        self.section = plain(section or {})
         self.options = options or self.read_options(self.section, "model")
         self._signature: tuple[Any, str] | None = None
         for part in self._frozen_parts():
@@ -104,7 +103,7 @@ class Adapter(nn.Module, Matcher):
             UserError: keys of the adapter's own that do not fit; sizes that cannot work; weights that leave
                 ``inference_modules`` at random.
         """
-        options = cls.read_options(_plain(section), path)
+        options = cls.read_options(plain(section), path)
         try:
             with local_vocabulary(options.tokenizer, f"{path}.tokenizer"):
                 model = cls.build(model_class, section, options)
@@ -279,13 +278,6 @@ class Adapter(nn.Module, Matcher):
 
     def encode_texts(self, texts: list[str]) -> TextFeatures:
         raise NotImplementedError
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    """``section`` as plain containers, which a checkpoint may hold."""
-    if OmegaConf.is_config(section):
-        return OmegaConf.to_container(section, resolve=True)
-    return {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in section.items()}
 
 
 def _one_line(error: Exception) -> str:
