@@ -182,7 +182,8 @@ def _options(argv: list[str] | None) -> tuple[argparse.Namespace, list[StepRow]]
     options_of.add_argument("--hard-negatives", type=int, metavar="K", help="of them, for the student (7; tiny: 3)")
     options_of.add_argument("--images", type=int, metavar="N", help="pictures of a step (1; tiny: 2)")
     options_of.add_argument("--repeats", type=int, help="timed steps; the median is shown (small: 2; else 1)")
-    options_of.add_argument("--rows", metavar="A,B", help=f"only these rows, of {', '.join(known)}; the compiled ones take minutes")
+    rows_help = f"only these rows, of {', '.join(known)}; those with torch.compile take minutes"
+    options_of.add_argument("--rows", metavar="A,B", help=rows_help)
     options_of.add_argument("--extra", action="store_true", help="also rows that trade time for memory or precision")
     options_of.add_argument("--chart", type=Path, metavar="PATH", help="draw a bar chart into this SVG file")
     options = parsed(options_of, argv)
