@@ -34,6 +34,7 @@ WORDS = {
     "img_r1": "caption finds picture, R@1",
     "img_r10": "caption finds picture, R@10",
     "grad_norm": "Gradient norm, before clipping",
+    "prescreen_found": "Share of the hardest that the prescreen kept",
 }
 
 
