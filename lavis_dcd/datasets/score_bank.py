@@ -63,7 +63,7 @@ class BankTable:
 
 @dataclass(frozen=True)
 class BankIdentity:
-    """What a bank must agree with, SHA-256 each; :func:`lavis_dcd.datasets.bank_identity.bank_identity` makes it.
+    """What a bank must agree with, SHA-256 each; :func:`lavis_dcd.tasks.bank_identity.bank_identity` makes it.
 
     Args:
         teacher: the resolved section(s), the contents of the files that they name, the weights of several teachers.

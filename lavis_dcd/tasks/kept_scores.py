@@ -10,10 +10,10 @@ from typing import Any
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
 from lavis_dcd.datasets.bank_candidates import BankCandidates, Choice
-from lavis_dcd.datasets.bank_identity import identity_of
 from lavis_dcd.datasets.score_bank import ScoreBank, bank_folder
 from lavis_dcd.models.dcd_building import method_faults
 from lavis_dcd.models.dcd_config import DcdConfig
+from lavis_dcd.tasks.bank_identity import identity_of
 from lavis_dcd.validation import section_schema
 
 log = logging.getLogger(__name__)

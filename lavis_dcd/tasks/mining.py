@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.bank_identity import identity_of, teacher_views
 from lavis_dcd.datasets.bank_rows import is_evaluation_set
 from lavis_dcd.datasets.banked import leaf_sets
 from lavis_dcd.datasets.score_bank import META, BankIdentity, ScoreBank
@@ -24,6 +23,7 @@ from lavis_dcd.models.dcd_building import build_student, build_teachers
 from lavis_dcd.models.dcd_config import DcdConfig
 from lavis_dcd.models.dcd_teachers import Teachers
 from lavis_dcd.models.preprocess import build_view
+from lavis_dcd.tasks.bank_identity import identity_of, teacher_views
 from lavis_dcd.tasks.evaluation import Protocol
 from lavis_dcd.tasks.mining_merge import merge
 from lavis_dcd.tasks.mining_plan import Plan, WorkFolder

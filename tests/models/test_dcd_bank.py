@@ -18,7 +18,6 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
 from lavis_dcd.config import load_config
 from lavis_dcd.datasets.bank_candidates import BankCandidates, Choice
-from lavis_dcd.datasets.bank_identity import identity_of
 from lavis_dcd.datasets.rows import RetrievalRows
 from lavis_dcd.datasets.score_bank import BankIdentity, BankTable, ScoreBank, bank_folder
 from lavis_dcd.distillation.objective import LossConfig
@@ -31,6 +30,7 @@ from lavis_dcd.models.dcd_bank import BankedTeachers, family_of
 from lavis_dcd.models.dcd_config import CandidatesConfig, DcdConfig, PoolConfig, SelectionConfig
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.runner_dcd import by_split
+from lavis_dcd.tasks.bank_identity import identity_of
 from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
 
 BOTH = ("image_to_text", "text_to_image")

@@ -9,10 +9,10 @@ pytest.importorskip("lavis")
 from omegaconf import OmegaConf
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.bank_identity import identity_of
 from lavis_dcd.datasets.rows import RetrievalRows
 from lavis_dcd.datasets.score_bank import BankTable, ScoreBank
 from lavis_dcd.models.dcd_config import DcdConfig
+from lavis_dcd.tasks.bank_identity import identity_of
 from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
 from lavis_dcd.tasks.kept_scores import KeptScores
 

@@ -11,11 +11,11 @@ from lavis.datasets.datasets.base_dataset import ConcatDataset
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
-from lavis_dcd.datasets.bank_identity import bank_identity, identity_of, teacher_views
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.datasets.score_bank import BankIdentity
 from lavis_dcd.datasets.views import View
 from lavis_dcd.models.dcd_config import DcdConfig
+from lavis_dcd.tasks.bank_identity import bank_identity, identity_of, teacher_views
 
 
 class Scaled:
