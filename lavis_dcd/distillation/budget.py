@@ -35,15 +35,32 @@ def within_budget(
     """
     if budget < 1:
         raise ValueError(f"the teacher's budget must be at least 1 pair, got {budget}")
+    return most_promising(pool, cheap_scores, max(2, budget // max(len(pool.valid), 1)) - 1, generator)
+
+
+def most_promising(
+    pool: CandidatePool, cheap_scores: Tensor | None, keep: int, generator: torch.Generator | None = None
+) -> CandidatePool:
+    """The pool with the match and the ``keep`` valid candidates of the highest cheap scores per query.
+
+    Args:
+        pool: candidates [Q, 1+C].
+        cheap_scores: Float [Q, 1+C]; None draws at random.
+        keep: at least 1.
+        generator: source of chance without cheap scores.
+
+    Raises:
+        ValueError: on keep < 1, or cheap scores of another shape than the pool.
+    """
+    if keep < 1:
+        raise ValueError(f"prescreen must keep at least 1 candidate, got {keep}")
     if cheap_scores is not None and cheap_scores.shape != pool.valid.shape:
         shapes = f"{tuple(cheap_scores.shape)} and {tuple(pool.valid.shape)}"
         raise ValueError(f"cheap_scores and the pool must have one shape [Q, 1+C], got {shapes}")
-    queries, width = pool.valid.shape
-    candidates = max(2, budget // max(queries, 1)) - 1
-    if candidates >= width - 1:
+    if keep >= pool.valid.shape[1] - 1:
         return pool
     negatives = pool.valid[:, 1:]
-    columns, kept = take_highest(_promise(negatives, cheap_scores, generator), negatives, candidates)
+    columns, kept = take_highest(_promise(negatives, cheap_scores, generator), negatives, keep)
     # the columns that stand for nothing are 0, the match's, which is put back after them
     valid = torch.zeros_like(pool.valid).scatter_(1, columns, kept)
     valid[:, 0] = pool.valid[:, 0]

@@ -1,32 +1,11 @@
-"""A cheap look at the candidates before the teacher's: how many of its hardest samples does it leave in?"""
+"""How many of the teacher's hardest samples a cheap look at the candidates before it leaves in."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lavis_dcd.distillation.budget import within_budget
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.selection import take_highest
-
-
-def most_promising(
-    pool: CandidatePool, cheap_scores: Tensor | None, keep: int, generator: torch.Generator | None = None
-) -> CandidatePool:
-    """The pool with the match and the ``keep`` valid candidates of the highest cheap scores per query.
-
-    Args:
-        pool: candidates [Q, 1+C].
-        cheap_scores: Float [Q, 1+C]; None draws at random.
-        keep: at least 1.
-        generator: source of chance without cheap scores.
-
-    Raises:
-        ValueError: on keep < 1, or cheap scores of another shape than the pool.
-    """
-    if keep < 1:
-        raise ValueError(f"prescreen must keep at least 1 candidate, got {keep}")
-    return within_budget(pool, cheap_scores, (1 + keep) * len(pool.valid), generator)
 
 
 def found_share(pool: CandidatePool, kept: CandidatePool, teacher_scores: Tensor, hardest: int) -> Tensor:

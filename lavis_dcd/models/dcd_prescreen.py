@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavis_dcd.distillation.budget import most_promising
 from lavis_dcd.distillation.candidates import CandidatePool
-from lavis_dcd.distillation.prescreen import found_share, most_promising
+from lavis_dcd.distillation.prescreen import found_share
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.batch import BatchFeatures
 from lavis_dcd.models.dcd_config import PrescreenConfig

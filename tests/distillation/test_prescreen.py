@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lavis_dcd.distillation.budget import most_promising
 from lavis_dcd.distillation.candidates import CandidatePool
-from lavis_dcd.distillation.prescreen import found_share, most_promising
+from lavis_dcd.distillation.prescreen import found_share
 
 
 def pool_of(valid):
