@@ -114,7 +114,7 @@ class Shortlist:
         keys_i2t = torch.arange(len(images))[:, None] * len(texts) + self.texts_of_image
         keys_t2i = self.images_of_text * len(texts) + torch.arange(len(texts))[:, None]
         keys = torch.unique(torch.cat([keys_i2t.flatten(), keys_t2i.flatten()]))
-        matched = _match_pairs(matcher, images, texts, keys, memory_mb, amp, progress)
+        matched = finite(match_pairs(matcher, images, texts, keys, memory_mb, amp, progress))
         return matched[torch.searchsorted(keys, keys_i2t)], matched[torch.searchsorted(keys, keys_t2i)]
 
     def tables(self, reranked_i2t: Tensor, reranked_t2i: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,16 +222,19 @@ def score_dataset(
     return score_shortlist(matcher, images, texts, score_joint(matcher, images, texts), k_test)
 
 
-def _match_pairs(
+def match_pairs(
     matcher: Matcher,
     images: ImageFeatures,
     texts: TextFeatures,
     keys: Tensor,
     memory_mb: float,
-    amp: str,
-    progress: bool,
+    amp: str = "off",
+    progress: bool = False,
 ) -> Tensor:
-    """Scores ``[P]`` of the pairs ``keys = image row * T + text row``, sorted."""
+    """Scores ``[P]``, float32 on the CPU, of the pairs ``keys = image row * T + text row``, sorted.
+
+    A picture's pairs stand together, so that what it costs once per call of ``match`` is paid seldom.
+    """
     chunks = torch.split(keys, max(1, pairs_that_fit(images, texts, memory_mb)))
     scores = []
     with scoring_mode(matcher, amp) as device:
@@ -242,7 +245,7 @@ def _match_pairs(
             there = ready(texts[columns.to(texts.device)].trimmed(), device)
             pairs = torch.stack([image_of_pair, text_of_pair], dim=1).to(device)
             scores.append(matcher.match(here, there, pairs).float().cpu())
-    return finite(torch.cat(scores))
+    return torch.cat(scores)
 
 
 def _top_columns(scores: Tensor, k: int) -> Tensor:

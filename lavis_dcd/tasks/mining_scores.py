@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.matching.blocks import pairs_that_fit, ready
+from lavis_dcd.matching.blocks import ready
 from lavis_dcd.matching.encoding import encode_captions, encode_pictures, reported, scoring_mode
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.scoring import match_pairs
 from lavis_dcd.tasks.mining_pools import Pairing
 from lavis_dcd.tasks.mining_reading import Reader, ReadSet
 
@@ -77,11 +78,11 @@ class PairScorer:
         """
         _, image_of_pair = torch.unique(keys // self._pairing.texts, return_inverse=True)
         texts, text_of_pair = torch.unique(keys % self._pairing.texts, return_inverse=True)
-        pairs = torch.stack([image_of_pair, text_of_pair], dim=1)
+        local = image_of_pair * len(texts) + text_of_pair
         features = {i: self._features(i, batch, texts) for i in self._all_texts}
         found = []
         for reader, encoder in zip(self._teachers, self._encoder, strict=True):
-            found.append(self._matched(reader, *features[encoder], pairs))
+            found.append(self._matched(reader, *features[encoder], local))
         return found
 
     def _features(self, place: int, batch: Mapping[str, Any], texts: Tensor) -> tuple[ImageFeatures, TextFeatures]:
@@ -105,20 +106,10 @@ class PairScorer:
             return None
         return self._encode_texts(place, torch.arange(len(captions)))
 
-    def _matched(self, reader: Reader, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
-        """In chunks of few pictures, so that what a picture costs once per call is paid once."""
-        matcher, scores = reader.matcher, []
+    def _matched(self, reader: Reader, images: ImageFeatures, texts: TextFeatures, keys: Tensor) -> Tensor:
         # half precision would tell a dual encoder's cosines apart by the third digit only
-        amp = "off" if matcher.family == "dual" else self._means.amp
-        with scoring_mode(matcher, amp) as device:
-            for chunk in pairs.split(pairs_that_fit(images, texts, self._means.memory_mb)):
-                rows, image_of_pair = torch.unique(chunk[:, 0], return_inverse=True)
-                columns, text_of_pair = torch.unique(chunk[:, 1], return_inverse=True)
-                here = ready(images[rows.to(images.device)], device)
-                there = ready(texts[columns.to(texts.device)].trimmed(), device)
-                local = torch.stack([image_of_pair, text_of_pair], dim=1).to(device)
-                scores.append(matcher.match(here, there, local).float().cpu())
-        found = torch.cat(scores)
+        matcher, amp = reader.matcher, "off" if reader.matcher.family == "dual" else self._means.amp
+        found = match_pairs(matcher, images, texts, keys, self._means.memory_mb, amp)
         bad = int((~torch.isfinite(found)).sum())
         if bad:
             raise UserError(
