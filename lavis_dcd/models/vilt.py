@@ -157,8 +157,11 @@ class ViltRetrieval(Retriever):
         # pairs in the order of their pictures' and then captions' lengths: a chunk pays for its own longest only
         lengths = image_mask.sum(dim=1)[pairs[:, 0]] * (1 + text_mask.shape[1]) + text_mask.sum(dim=1)[pairs[:, 1]]
         order = lengths.argsort(stable=True)
+        stack = None
+        if self.shortcuts.any:
+            stack = BlockStack(self.vilt.encoder.layer, self.shortcuts, self.config.fusion.grad_checkpoint)
         scores = [
-            self._score(images, texts, part)
+            self._score(images, texts, part, stack)
             for part in self._chunks(pairs[order], last_used(image_mask) + last_used(text_mask))
         ]
         return torch.cat(scores)[order.argsort()] if scores else self.rank_output.weight.new_zeros(0)
@@ -175,15 +178,13 @@ class ViltRetrieval(Retriever):
         numbers = tokens * fusion.width * (8 + 2 * fusion.mlp_ratio) + 3 * fusion.heads * tokens**2
         return self.rank_output.weight.element_size() * numbers
 
-    def _score(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
-        """Logits ``[p]`` of one chunk of pairs ``[p, 2]``."""
+    def _score(
+        self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor, stack: BlockStack | None
+    ) -> Tensor:
+        """Logits ``[p]`` of one chunk of pairs ``[p, 2]``; without a stack by ``transformers``' own forward."""
         dtype = self.rank_output.weight.dtype
         sides = Side.of(texts, pairs[:, 1], dtype), Side.of(images, pairs[:, 0], dtype)
-        if self.shortcuts.any:
-            layers, checkpointed = self.vilt.encoder.layer, self.config.fusion.grad_checkpoint
-            hidden = BlockStack(layers, self.shortcuts, checkpointed).run(*sides)
-        else:
-            hidden = self._encode_plainly(*sides)
+        hidden = self._encode_plainly(*sides) if stack is None else stack.run(*sides)
         # the pooler reads the first token only, so the norm need not run on the others
         pooled = self.vilt.pooler(self.vilt.layernorm(hidden[:, :1]))
         return self.rank_output(pooled)[:, 0].float()
