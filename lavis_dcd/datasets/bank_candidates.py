@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import BoolTensor, Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.banked import leaf_sets
-from lavis_dcd.datasets.random_captions import by_view, flat
+from lavis_dcd.datasets.random_captions import WithCandidates, flat_texts
 from lavis_dcd.datasets.score_bank import BankTable, ScoreBank
 from lavis_dcd.distillation.candidates import DIRECTIONS, IMAGE_TO_TEXT, TEXT_TO_IMAGE, CandidatePool
 from lavis_dcd.distillation.selection import Selection, select
@@ -30,7 +29,7 @@ class Choice:
     margin: float | None = None
 
 
-class BankCandidates(Dataset):
+class BankCandidates(WithCandidates):
     """A training set whose samples carry K candidates per direction and the teacher's scores of them.
 
     A sample gains, for image_to_text, ``candidate_text`` (list of K strings, by view where there are several) and
@@ -51,7 +50,8 @@ class BankCandidates(Dataset):
     """
 
     def __init__(self, dataset: Any, bank: ScoreBank, directions: Sequence[str], choice: Choice, seed: int) -> None:
-        self.dataset, self.choice, self.seed, self.epoch = dataset, choice, seed, 0
+        super().__init__(dataset, seed)
+        self.choice = choice
         missing = [direction for direction in directions if direction not in bank.tables]
         if missing or len(bank) != len(dataset):
             raise UserError(
@@ -59,18 +59,7 @@ class BankCandidates(Dataset):
                 f"job needs {len(dataset)} for {' and '.join(directions)}; run: python -m lavis_dcd mine --cfg-path F"
             )
         self._tables = {direction: bank.tables[direction] for direction in directions}
-        self._rows = [(leaf, row) for leaf in leaf_sets(dataset, "").values() for row in leaf.annotation]
-        # as the samples have them, whatever a picture's own set calls it
-        self._ids = torch.tensor([leaf.img_ids[row["image_id"]] for leaf, row in self._rows])
-
-    def set_epoch(self, epoch: int) -> None:
-        """The draws of another epoch."""
-        self.epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        self._ids = torch.tensor(self._image_ids())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = dict(self.dataset[index])
@@ -78,17 +67,13 @@ class BankCandidates(Dataset):
             rows, scores = self._chosen(direction, table, index)
             ids = self._ids[rows]
             if direction == IMAGE_TO_TEXT:
-                sample["candidate_text"] = by_view([self._caption(row) for row in rows.tolist()])
+                sample["candidate_text"] = self._captions(rows.tolist())
                 sample["candidate_image_id"] = ids
             else:
                 sample["candidate_image"] = self._pictures(rows.tolist(), index, sample["image"])
                 sample["candidate_picture_id"] = ids
             sample[SCORES[direction]] = scores
         return sample
-
-    def _caption(self, row: int) -> Any:
-        leaf, annotation = self._rows[row]
-        return leaf.text_processor(annotation["caption"])
 
     def _pictures(self, rows: list[int], index: int, own: Any) -> list[Any]:
         # what only fills up is masked later, and is not worth a decoding
@@ -124,16 +109,11 @@ class BankCandidates(Dataset):
         are several; ids int64 ``[B, K]`` and scores float32 ``[B, 1+K]``.
         """
         tensors = {"candidate_image_id", "candidate_picture_id", *SCORES.values()}
-        added = tensors | {"candidate_text", "candidate_image"}
-        collate = getattr(self.dataset, "collater", default_collate)
-        batch = collate([{k: v for k, v in sample.items() if k not in added} for sample in samples])
+        batch = self._own_batch(samples, tensors | {"candidate_text", "candidate_image"})
         for key in sorted(tensors & set(samples[0])):
             batch[key] = torch.stack([sample[key] for sample in samples])
         if IMAGE_TO_TEXT in self._tables:
-            texts = by_view([sample["candidate_text"] for sample in samples])
-            batch["candidate_text"] = (
-                {view: flat(rows) for view, rows in texts.items()} if isinstance(texts, Mapping) else flat(texts)
-            )
+            batch["candidate_text"] = flat_texts(samples)
         if TEXT_TO_IMAGE in self._tables:
             batch["candidate_image"] = default_collate([p for sample in samples for p in sample["candidate_image"]])
         return batch

@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Features)
 
 
-
 @dataclass
 class FeatureBank:
     """Features by picture and by caption, none with padding.

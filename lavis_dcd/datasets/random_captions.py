@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,42 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.banked import leaf_sets
 
 
-class RandomCaptions(Dataset):
+class WithCandidates(Dataset):
+    """A training set around ``dataset`` whose samples carry candidates, drawn from its rows by (seed, epoch, index).
+
+    Args:
+        dataset: a LAVIS ``RetrievalDataset``, a concatenation of some, or a wrapper with ``.dataset``.
+        seed: of the draws.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+        self._rows = [(leaf, row) for leaf in leaf_sets(dataset, "").values() for row in leaf.annotation]
+
+    def _image_ids(self) -> list[int]:
+        """Of every row: one picture must carry one id in samples, whatever its set calls it."""
+        return [leaf.img_ids[row["image_id"]] for leaf, row in self._rows]
+
+    def _captions(self, rows: Iterable[int]) -> Any:
+        """The captions of these rows through their sets' text processors, by view where that makes several."""
+        return _by_view([leaf.text_processor(row["caption"]) for leaf, row in (self._rows[i] for i in rows)])
+
+    def set_epoch(self, epoch: int) -> None:
+        """The draws of another epoch."""
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _own_batch(self, samples: list[dict[str, Any]], added: Collection[str]) -> dict[str, Any]:
+        """The set's own batch, without the keys ``added``."""
+        collate = getattr(self.dataset, "collater", default_collate)
+        return collate([{k: v for k, v in sample.items() if k not in added} for sample in samples])
+
+
+class RandomCaptions(WithCandidates):
     """A training set whose samples carry ``count`` captions of other pictures.
 
     Adds ``candidate_text`` (list of ``count`` strings, through the set's text processor; a mapping from view to such
@@ -30,10 +65,9 @@ class RandomCaptions(Dataset):
     """
 
     def __init__(self, dataset: Any, count: int, seed: int) -> None:
-        self.dataset, self.count, self.seed, self.epoch = dataset, count, seed, 0
-        self._rows = [(leaf, row) for leaf in leaf_sets(dataset, "").values() for row in leaf.annotation]
-        # one picture must carry one id in samples, whatever its set calls it: as LAVIS's __getitem__ gives it
-        self._ids = np.array([leaf.img_ids[row["image_id"]] for leaf, row in self._rows])
+        super().__init__(dataset, seed)
+        self.count = count
+        self._ids = np.array(self._image_ids())
         most = int(np.unique(self._ids, return_counts=True)[1].max())
         if len(self._rows) - most < count:
             raise UserError(
@@ -41,21 +75,11 @@ class RandomCaptions(Dataset):
                 f"{len(self._rows)} captions (one picture has {most} of them); lower it or add data"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """The draws of another epoch."""
-        self.epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         rows = self._draw(index)
-        texts = [leaf.text_processor(row["caption"]) for leaf, row in (self._rows[i] for i in rows)]
         return {
             **self.dataset[index],
-            "candidate_text": by_view(texts),
+            "candidate_text": self._captions(rows),
             "candidate_image_id": torch.from_numpy(self._ids[rows]),
         }
 
@@ -72,24 +96,26 @@ class RandomCaptions(Dataset):
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The set's own batch, with ``candidate_text`` a flat row-major list of B * count strings (per view, where
         there are several) and ``candidate_image_id`` int64 ``[B, count]``."""
-        drawn = ("candidate_text", "candidate_image_id")
-        collate = getattr(self.dataset, "collater", default_collate)
-        batch = collate([{k: v for k, v in s.items() if k not in drawn} for s in samples])
-        texts = by_view([s["candidate_text"] for s in samples])
-        batch["candidate_text"] = (
-            {view: flat(rows) for view, rows in texts.items()} if isinstance(texts, Mapping) else flat(texts)
-        )
+        batch = self._own_batch(samples, ("candidate_text", "candidate_image_id"))
+        batch["candidate_text"] = flat_texts(samples)
         batch["candidate_image_id"] = torch.stack([s["candidate_image_id"] for s in samples])
         return batch
 
 
-def by_view(texts: list[Any]) -> Any:
+def flat_texts(samples: list[dict[str, Any]]) -> Any:
+    """All samples' ``candidate_text`` as one list, row-major; by view where there are several."""
+    texts = _by_view([sample["candidate_text"] for sample in samples])
+    if isinstance(texts, Mapping):
+        return {view: _flat(rows) for view, rows in texts.items()}
+    return _flat(texts)
+
+
+def _by_view(texts: list[Any]) -> Any:
     """A list of values as it is; of mappings, the mapping of lists."""
     if not texts or not isinstance(texts[0], Mapping):
         return texts
     return {view: [text[view] for text in texts] for view in texts[0]}
 
 
-def flat(rows: list[list[str]]) -> list[str]:
-    """The strings of all rows, one row after the other."""
+def _flat(rows: list[list[str]]) -> list[str]:
     return [text for row in rows for text in row]
