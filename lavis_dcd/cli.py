@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.runners.interrupt import Terminated, terminations_raised
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143  # as a shell names the end by SIGTERM: 128 + 15
 
 
 def job_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -44,22 +47,44 @@ def job_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def run_door(program: str, description: str, argv: Sequence[str] | None, evaluate: bool) -> int:
-    """Run a job and return the exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    """Run a job and return the exit status: 0, 2 for what the user can put right, 130 or 143 when stopped.
+
+    130 is for Ctrl-C, 143 for SIGTERM.
+    """
     args = job_parser(program, description).parse_args(argv)
     return guarded(lambda: _run(args, evaluate))
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Call `work`; its user errors become lines on stderr, without a traceback."""
+    """Call `work`; its user errors, and a disk that takes nothing, become lines on stderr, without a traceback."""
     try:
-        work()
+        with terminations_raised():
+            work()
     except UserError as error:
         for line in error.faults:
             sys.stderr.write(f"error: {line}\n")
         return EXIT_USER_ERROR
+    except OSError as error:
+        way_out = _way_out(error)
+        if way_out is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"error: {where}{error.strerror}; {way_out}\n")
+        return EXIT_USER_ERROR
+    except Terminated:
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0
+
+
+def _way_out(error: OSError) -> str | None:
+    """What the user can do about a disk that takes nothing; None for other faults of the system."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space; what was written before stays, and run.resume=auto continues a training"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return "permit it or name another place; outputs go to run.output_dir"
+    return None
 
 
 def _run(args: argparse.Namespace, evaluate: bool) -> None:
@@ -74,6 +99,9 @@ def ready_process() -> None:
     set_up_logging()
     # loader workers are forked after the tokenizer has run; it would warn at each of them
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # LAVIS's own readers of checkpoints leave it to torch's default that no code in a file runs
+    if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):
+        logging.warning("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: code in a checkpoint could run")
 
 
 def set_up_logging() -> None:

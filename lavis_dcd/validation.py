@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import unknown_key
+from lavis_dcd.common.texts import shown
 from lavis_dcd.config import model_defaults
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.models.dcd_config import DISTILLER_KEYS, SuccessionConfig
@@ -44,14 +46,19 @@ def unknown_name(path: str, name: Any, registered: Iterable[str]) -> str:
     names = sorted(registered)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{path}: {name!r} is not registered; {hint}registered: {', '.join(names)}"
+    return f"{path}: {shown(name)} is not registered; {hint}registered: {', '.join(names)}"
+
+
+def _registered(find: Callable[[str], Any], name: Any) -> Any:
+    """What is registered under a name; None where nothing is, or the name is no text."""
+    return find(name) if isinstance(name, str) else None
 
 
 def _run_faults(run: DictConfig) -> list[str]:
     found = []
     if run.task not in registry.list_tasks():
         found.append(unknown_name("run.task", run.task, registry.list_tasks()))
-    runner = registry.get_runner_class(run.runner)
+    runner = _registered(registry.get_runner_class, run.runner)
     if runner is None:
         return [*found, unknown_name("run.runner", run.runner, registry.list_runners())]
     schema = runner.config_schema() if hasattr(runner, "config_schema") else RunConfig
@@ -61,11 +68,11 @@ def _run_faults(run: DictConfig) -> list[str]:
 def model_faults(section: DictConfig, path: str) -> list[str]:
     """The faults of a model section, those of the models inside it (a teacher, a student) included."""
     arch, kind = section.get("arch"), section.get("model_type")
-    model = registry.get_model_class(arch)
+    model = _registered(registry.get_model_class, arch)
     if model is None:
         return [unknown_name(f"{path}.arch", arch, registry.list_models())]
     types = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
-    if kind is not None and kind not in types:
+    if kind is not None and not (isinstance(kind, str) and kind in types):
         return [unknown_name(f"{path}.model_type", kind, types)]
     adapter = adapter_for(arch)
     options = adapter.option_names() if adapter else set()
@@ -116,7 +123,7 @@ def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> l
         return found
     first = next((part for name, part in inner_models(section).items() if name != "student"), {})
     arch = first.get("arch")
-    teacher = adapter_for(arch) or registry.get_model_class(arch)
+    teacher = _registered(adapter_for, arch) or _registered(registry.get_model_class, arch)
     if start.get("layers") and teacher is not None and not hasattr(teacher, "init_from_teacher"):
         return [f"{path}.layers: {arch} cannot be thinned; leave init_from_teacher out, and name the student's arch"]
     return []
@@ -133,7 +140,7 @@ def _preprocess_faults(section: Any, path: str) -> list[str]:
 
 def section_schema(section: Mapping[str, Any]) -> type | None:
     """The dataclass that a model section must fit; None where its arch has none."""
-    model = registry.get_model_class(section.get("arch"))
+    model = _registered(registry.get_model_class, section.get("arch"))
     return model.config_schema() if hasattr(model, "config_schema") else None
 
 
@@ -188,11 +195,12 @@ def _datasets_faults(datasets: DictConfig) -> list[str]:
             found.append(unknown_name(path, name, registry.list_datasets()))
             continue
         if not isinstance(section, DictConfig):
-            found.append(f"{path}: {section!r} is not a section")
+            found.append(f"{path}: {shown(section)} is not a section")
             continue
         types = builder.DATASET_CONFIG_DICT
-        if section.get("type", "default") not in types:
-            found.append(unknown_name(f"{path}.type", section.type, types))
+        kind = section.get("type", "default")
+        if not isinstance(kind, str) or kind not in types:
+            found.append(unknown_name(f"{path}.type", kind, types))
             continue
         found += _dataset_faults(builder, section, path)
     return found
@@ -215,12 +223,12 @@ def _processors_faults(section: Any, path: str) -> list[str]:
     if section is None:
         return []
     if not isinstance(section, DictConfig):
-        return [f"{path}: {section!r} is not a section; expected keys {', '.join(_KINDS)}"]
+        return [f"{path}: {shown(section)} is not a section; expected keys {', '.join(_KINDS)}"]
     found = [unknown_key(path, kind, _KINDS) for kind in section if kind not in _KINDS]
     for kind in _KINDS:
         stages = section.get(kind) or {}
         if not isinstance(stages, DictConfig | dict):
-            found.append(f"{path}.{kind}: {stages!r} is not a section; expected keys train, eval")
+            found.append(f"{path}.{kind}: {shown(stages)} is not a section; expected keys train, eval")
             continue
         for stage, processor in stages.items():
             if stage not in ("train", "eval"):
@@ -234,7 +242,7 @@ def _processor_faults(section: Any, path: str) -> list[str]:
     if not isinstance(section, DictConfig) or "name" not in section:
         return [f"{path}: expected a section with the processor's name; registered: "
                 f"{', '.join(registry.list_processors())}"]  # fmt: skip
-    processor = registry.get_processor_class(section.name)
+    processor = _registered(registry.get_processor_class, section.name)
     if processor is None:
         return [unknown_name(f"{path}.name", section.name, registry.list_processors())]
     if hasattr(processor, "config_class"):
@@ -269,9 +277,9 @@ def _by_example(section: Any, example: Any, path: str, more: Iterable[str] = ())
             if isinstance(value, DictConfig):
                 found += _by_example(value, model, where, _extra(where))
             else:
-                found.append(f"{where}: {value!r} is not a section; expected keys {', '.join(model)}")
+                found.append(f"{where}: {shown(value)} is not a section; expected keys {', '.join(model)}")
         elif value is not None and isinstance(model, bool | int | float) and not _fits(value, model):
-            found.append(f"{where}: {value!r} is not of the default's kind ({model!r})")
+            found.append(f"{where}: {shown(value)} is not of the default's kind ({model!r})")
     return found
 
 
@@ -285,4 +293,4 @@ def _extra(path: str) -> set[str]:
 def _fits(value: Any, model: bool | int | float) -> bool:
     if isinstance(model, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(model, bool)
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and math.isfinite(value)

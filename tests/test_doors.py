@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,13 @@ def test_statuses(monkeypatch, capsys):
     monkeypatch.setattr(job, "run_job", stop)
     assert train.main(["--cfg-path", "x"]) == 130
 
+    def terminated():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert guarded(terminated) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
     def fail():
         raise UserError(["first", "second"])
 
@@ -113,3 +123,28 @@ def test_statuses(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: first\nerror: second\n"
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "free some space; what was written before stays"),
+        (errno.EROFS, "name another place"),
+        (errno.EACCES, "name another place"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_a_line(number, words, capsys):
+    def fail():
+        raise OSError(number, os.strerror(number), "out/log.txt")
+
+    assert guarded(fail) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: out/log.txt: {os.strerror(number)}; ") and words in line and line.count("\n") == 1
+
+
+def test_other_faults_of_the_system_keep_their_traceback():
+    def fail():
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        guarded(fail)

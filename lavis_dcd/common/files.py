@@ -37,15 +37,41 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, 0o666 & ~umask())
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    sync(target.parent)
 
 
-def _umask() -> int:
-    # mkstemp gives 0600; a finished file should have the permissions of any other file of this user.
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk; without it a power cut may undo a rename.
+
+    Raises:
+        OSError: a file cannot be brought there. File systems that cannot sync a folder are left alone.
+    """
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not folder:
+            raise
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what killed processes left unfinished in a folder (`atomic_write`'s temporary files)."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The process's mask: a finished file has the permissions of any other of this user, a temporary one 0600."""
     current = os.umask(0)
     os.umask(current)
     return current

@@ -1,9 +1,14 @@
-"""Read a `torch.save` file while every class but tensors and plain containers becomes an inert stand-in."""
+"""Read a `torch.save` file while every class but tensors and plain containers becomes an inert stand-in.
+
+Nothing of the file runs. A file that calls functions when it is unpickled is refused all the same: no trainer writes
+one, and whoever made it wants something to run.
+"""
 
 from __future__ import annotations
 
 import io
 import pickle
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +51,44 @@ _ALLOWED = {
 }
 
 
+# What trainers leave in their files: of the standard library these names, of other packages classes (which a capital
+# letter begins) and the functions that put tensors and arrays together.
+_HARMLESS = {
+    "argparse": {"Namespace"},
+    "builtins": {
+        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
+        "slice", "str", "tuple",
+    },
+    "_codecs": {"encode"},
+    "collections": {"Counter", "OrderedDict", "defaultdict", "deque"},
+    "copyreg": {"_reconstructor"},
+    "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
+    "decimal": {"Decimal"},
+    "enum": {"Enum"},
+    "functools": {"partial"},
+    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "types": {"SimpleNamespace"},
+    "typing": {"Any"},
+    "uuid": {"UUID"},
+}  # fmt: skip
+_ASSEMBLING = {"_reconstruct", "scalar", "dtype", "ndarray", "_get_layout"}
+
+
+class _CodeError(Exception):
+    """The file would call a function; the message is its name."""
+
+
+def _refuse_code(module: str, name: str) -> None:
+    known = "builtins" if module == "__builtin__" else module  # Python 2's name
+    if known.partition(".")[0] in sys.stdlib_module_names:
+        harmless = name in _HARMLESS.get(known, ())
+    else:
+        last = name.rpartition(".")[2]
+        harmless = last.lstrip("_")[:1].isupper() or last.startswith("_rebuild_") or last in _ASSEMBLING
+    if not harmless:
+        raise _CodeError(f"{known}.{name}")
+
+
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -57,6 +100,7 @@ class _InertUnpickler(pickle.Unpickler):
             if name.endswith("Storage"):
                 # torch's own reader recognises the storage classes of old files by identity.
                 return getattr(torch, name)
+        _refuse_code(module, name)
         return _StandIn
 
 
@@ -96,10 +140,15 @@ def load_inert(path: Path) -> Any:
     """What the file holds, on the CPU, without the objects that are neither tensors nor plain containers.
 
     Raises:
-        UserError: the file is no PyTorch checkpoint, or is cut short.
+        UserError: the file is no PyTorch checkpoint, is cut short, or holds code.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+    except _CodeError as error:
+        raise UserError(
+            f"checkpoint {path} holds code: it would call {error} when it is unpickled; nothing of it was run. Name a "
+            "file from another place, or one of tensors only"
+        ) from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is not a readable PyTorch file: {reason}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, EnumNode, FloatNode, IntegerNode, PathNode, StringNode
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.texts import one_line, shown
 
 T = TypeVar("T")
 
@@ -53,7 +55,7 @@ def unknown_key(path: str, key: Any, legal: typing.Iterable[str]) -> str:
     names = sorted(str(name) for name in legal)
     near = difflib.get_close_matches(str(key), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    where = f"{path}.{key}" if path else str(key)
+    where = one_line(f"{path}.{key}" if path else str(key))
     return f"{where}: unknown key; {hint}legal keys: {', '.join(names) or '(none)'}"
 
 
@@ -70,7 +72,7 @@ def _dataclass(cls: type, mapping: Any, path: str, found: list[str]) -> Any:
     if isinstance(mapping, cls):
         return mapping
     if not isinstance(mapping, Mapping):
-        found.append(f"{path}: {mapping!r} is not a section; expected keys {', '.join(_names(cls))}")
+        found.append(f"{path}: {shown(mapping)} is not a section; expected keys {', '.join(_names(cls))}")
         return _FAILED
     before = len(found)
     hints = typing.get_type_hints(cls)
@@ -152,7 +154,7 @@ def _literal(hint: Any, value: Any, path: str, found: list[str]) -> Any:
             return choice
     near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
     hint_line = f"; did you mean {near[0]}?" if near else ""
-    found.append(f"{path}: {value!r} is not one of {', '.join(map(str, choices))}{hint_line}")
+    found.append(f"{path}: {shown(value)} is not one of {', '.join(map(str, choices))}{hint_line}")
     return _FAILED
 
 
@@ -163,7 +165,7 @@ def _sequence(hint: Any, container: Any, value: Any, path: str, found: list[str]
     arms = typing.get_args(hint)
     if container is tuple and arms and arms[-1] is not Ellipsis:
         if len(arms) != len(value):
-            found.append(f"{path}: {value!r} has {len(value)} items, expected {len(arms)}")
+            found.append(f"{path}: {shown(value)} has {len(value)} items, expected {len(arms)}")
             return _FAILED
         kinds = list(arms)
     else:
@@ -195,7 +197,7 @@ def _leaf(hint: Any, value: Any, path: str, found: list[str]) -> Any:
             if isinstance(hint, type) and issubclass(hint, enum.Enum):
                 return EnumNode(hint, value=value, is_optional=False)._value()
             if hint in _NODES:
-                return _NODES[hint](value=value, is_optional=False)._value()
+                return _finite(_NODES[hint](value=value, is_optional=False)._value(), path, found)
             if isinstance(hint, type) and isinstance(value, hint):
                 return value
         except OmegaConfBaseException:
@@ -204,8 +206,16 @@ def _leaf(hint: Any, value: Any, path: str, found: list[str]) -> Any:
     return _FAILED
 
 
+def _finite(value: Any, path: str, found: list[str]) -> Any:
+    # NaN compares as neither too small nor too large, so no check of a range would see it
+    if isinstance(value, float) and not math.isfinite(value):
+        found.append(f"{path}: {value} is not a finite number")
+        return _FAILED
+    return value
+
+
 def _wrong(hint: Any, value: Any, path: str) -> str:
-    return f"{path}: {value!r} ({_spell(type(value))}) is not {_spell(hint)}"
+    return f"{path}: {shown(value)} ({_spell(type(value))}) is not {_spell(hint)}"
 
 
 def _spell(hint: Any) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.texts import half_character, one_line, shown, visible
+from lavis_dcd.datasets.text_files import kind_of, load_json, text_of
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 _SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -41,7 +46,7 @@ class Faults:
     def add(self, where: str, what: str) -> None:
         """One fault at a row."""
         if len(self._lines) < _NAMED:
-            self._lines.append(f"{self.file}, {where}: {what}")
+            self._lines.append(f"{self.file}, {one_line(where)}: {one_line(what)}")
         else:
             self._more += 1
 
@@ -59,10 +64,15 @@ class Faults:
 
 def place(path: str, root: str | None) -> Path:
     """Where a relative path of the configuration points: below `root` if it is there, else in the current folder."""
-    given = Path(path).expanduser()
-    if root is not None and not given.is_absolute() and (inside := Path(root).expanduser() / given).exists():
+    given = home_expanded(path)
+    if root is not None and not given.is_absolute() and os.path.exists(inside := home_expanded(root) / given):
         return inside.absolute()
     return given.absolute()
+
+
+def home_expanded(path: str) -> Path:
+    """The path with a leading ~ filled in; one of a user that there is not stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def read_json(path: Path, root: Path) -> list[Row]:
@@ -74,7 +84,7 @@ def read_json(path: Path, root: Path) -> list[Row]:
     Raises:
         UserError: the file is missing, no JSON, no list, or has faulty rows; all of them listed.
     """
-    content = _load_json(path)
+    content = load_json(path)
     if not isinstance(content, list):
         raise UserError(f"{path}: holds {kind_of(content)}, expected a list of "
                         '{"image": ..., "caption": ...} rows')  # fmt: skip
@@ -84,16 +94,8 @@ def read_json(path: Path, root: Path) -> list[Row]:
     rows = [row for number, item in enumerate(content) for row in _json_rows(item, f"row {number}", root, faults)]
     _check_ids(rows, faults)
     faults.raise_any()
+    _tell_shared_ids(rows, path)
     return rows
-
-
-def _load_json(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: does not exist")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:  # a JSONDecodeError or UnicodeDecodeError is a ValueError
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
 
 
 def _json_rows(item: Any, where: str, root: Path, faults: Faults) -> Iterator[Row]:
@@ -103,31 +105,57 @@ def _json_rows(item: Any, where: str, root: Path, faults: Faults) -> Iterator[Ro
     if absent := [key for key in ("image", "caption") if key not in item]:
         faults.add(where, f"{' and '.join(absent)} missing (has {', '.join(map(str, item)) or 'nothing'})")
         return
-    image = _image(item["image"], where, root, faults)
+    image = path_below(item["image"], "image", where, root, faults)
     image_id = item.get("image_id", image)
     if isinstance(image_id, bool) or not isinstance(image_id, str | int | None):
         faults.add(where, f"image_id: {kind_of(image_id)}, expected text or an integer")
+        image_id = None
     captions = item["caption"] if isinstance(item["caption"], list) else [item["caption"]]
     if not captions:
         faults.add(where, "caption: an empty list")
     for caption in captions:
-        if not isinstance(caption, str) or not caption.strip():
-            what = "empty" if isinstance(caption, str) else f"{kind_of(caption)}, expected text or a list of texts"
-            faults.add(where, f"caption: {what}")
+        if fault := caption_fault(caption):
+            faults.add(where, f"caption: {fault}")
         elif image is not None:
             yield Row(image, caption, image if image_id is None else image_id)
 
 
-def _image(value: Any, where: str, root: Path, faults: Faults) -> str | None:
-    """The path below the root, or None with a fault noted."""
+def caption_fault(caption: Any) -> str | None:
+    """What is wrong with a caption; None for one that can be read."""
+    if not isinstance(caption, str):
+        return f"{kind_of(caption)}, expected text or a list of texts"
+    if not visible(caption).strip():
+        return "empty" if not caption.strip() else f"{shown(caption)} holds nothing that can be seen"
+    if half := half_character(caption):
+        return f"holds {half!r}, half of a character; write it again from its source"
+    return None
+
+
+def path_below(value: Any, key: str, where: str, root: Path, faults: Faults) -> str | None:
+    """A picture's path as one below the root, with forward slashes; None with a fault noted.
+
+    Args:
+        key, where: what the fault is put down to.
+    """
     if not isinstance(value, str) or not value.strip():
-        faults.add(where, "image: empty" if isinstance(value, str) else f"image: {kind_of(value)}, expected a path")
+        faults.add(where, f"{key}: empty" if isinstance(value, str) else f"{key}: {kind_of(value)}, expected a path")
+        return None
+    if "\0" in value or not _can_name_a_file(value):
+        faults.add(where, f"{key}: {shown(value)} holds a character that no file's name can have")
         return None
     below = os.path.relpath(os.path.normpath(os.path.join(root, value.strip())), root)
     if below == os.curdir or below.split(os.sep)[0] == os.pardir:
-        faults.add(where, f"image: {value!r} is not inside {root}; set root to a folder above all pictures")
+        faults.add(where, f"{key}: {shown(value)} is not inside {root}; set root to a folder above all pictures")
         return None
     return below.replace(os.sep, "/")
+
+
+def _can_name_a_file(value: str) -> bool:
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_ids(rows: list[Row], faults: Faults) -> None:
@@ -136,6 +164,19 @@ def _check_ids(rows: list[Row], faults: Faults) -> None:
     for row in rows:
         if known.setdefault(row.image, row.image_id) != row.image_id:
             faults.add(row.image, f"has two image_ids, {known[row.image]!r} and {row.image_id!r}")
+
+
+def _tell_shared_ids(rows: list[Row], path: Path) -> None:
+    # Crops of one picture may share an id, so this is no fault.
+    first: dict[str | int, str] = {}
+    shared = {row.image_id: row.image for row in rows if first.setdefault(row.image_id, row.image) != row.image}
+    if shared:
+        known, other = next(iter(shared.items()))
+        log.warning(
+            "%s: %d image_ids stand for several pictures each, as %s for %s and %s; they count as one picture, whose "
+            "captions are never each other's negatives", path, len(shared), shown(known), shown(first[known]),
+            shown(other),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,8 +205,7 @@ def read_csv(path: Path, root: Path, columns: Columns) -> list[tuple[str | None,
     """
     (_, header), *lines = _csv_lines(path)
     wanted = [name for name in (columns.image, columns.caption, columns.split) if name is not None]
-    if absent := [name for name in wanted if name not in header]:
-        raise UserError(f"{path}: no column {', '.join(absent)}; it has {', '.join(header)}")
+    _check_header(path, header, wanted)
     if not lines:
         raise UserError(f"{path}: has a header and no rows")
     faults, rows = Faults(path), []
@@ -182,20 +222,24 @@ def read_csv(path: Path, root: Path, columns: Columns) -> list[tuple[str | None,
     return rows
 
 
+def _check_header(path: Path, header: list[str], wanted: list[str]) -> None:
+    if absent := [name for name in wanted if name not in header]:
+        way = "; separate the cells by commas" if len(header) == 1 and set(header[0]) & set(";\t|") else ""
+        raise UserError(f"{path}: no column {', '.join(absent)}; it has {one_line(', '.join(header))}{way}")
+    if twice := [name for name in wanted if header.count(name) > 1]:
+        raise UserError(f"{path}: the header names {', '.join(twice)} more than once; rename the other columns")
+
+
 def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
     """(number of its last line, cells) of every record that is not blank."""
-    if not path.is_file():
-        raise UserError(f"{path}: does not exist")
-    number = 0
+    reader = csv.reader(io.StringIO(text_of(path, "CSV"), newline=""), skipinitialspace=True, strict=True)
+    lines, number = [], 0
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            reader = csv.reader(handle, skipinitialspace=True, strict=True)
-            lines = []
-            for cells in reader:
-                number = reader.line_num
-                if any(cell.strip() for cell in cells):
-                    lines.append((number, cells))
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        for cells in reader:
+            number = reader.line_num
+            if any(cell.strip() for cell in cells):
+                lines.append((number, cells))
+    except csv.Error as error:
         raise UserError(f"{path}: not readable as CSV after line {number}: {error}") from error
     if not lines:
         raise UserError(f"{path}: is empty")
@@ -206,7 +250,7 @@ def _split(value: str, where: str, faults: Faults) -> str | None:
     word = value.strip().lower()
     word = _SPLIT_WORDS.get(word, word)
     if word not in SPLITS:
-        faults.add(where, f"split: {value!r} is not one of {', '.join(SPLITS)}")
+        faults.add(where, f"split: {shown(value)} is not one of {', '.join(SPLITS)}")
         return None
     return word
 
@@ -223,10 +267,3 @@ def evaluation_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
         entry = found.setdefault(row.image, {"image": row.image, "caption": [], "image_id": row.image_id})
         entry["caption"].append(row.caption)
     return list(found.values())
-
-
-def kind_of(value: Any) -> str:
-    """What a value of a JSON file is, in a user's words."""
-    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false",
-             type(None): "null"}  # fmt: skip
-    return names.get(type(value), type(value).__name__)

@@ -1,10 +1,7 @@
-"""`coco_captions`: COCO's official caption files, read by pycocotools."""
+"""`coco_captions`: COCO's official caption files."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -15,8 +12,18 @@ from lavis.common.registry import registry
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
-from lavis_dcd.datasets.annotations import SPLITS, Faults, Row, evaluation_rows, kind_of, place, training_rows
+from lavis_dcd.common.texts import half_character, shown, visible
+from lavis_dcd.datasets.annotations import (
+    SPLITS,
+    Faults,
+    Row,
+    evaluation_rows,
+    path_below,
+    place,
+    training_rows,
+)
 from lavis_dcd.datasets.builder import RetrievalBuilder
+from lavis_dcd.datasets.text_files import kind_of, load_json
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +72,10 @@ class CocoCaptionsBuilder(RetrievalBuilder):
         found = []
         for split in info.splits():
             file, folder = place(info.annotations[split], info.root), place(info.images[split], info.root)
-            if not file.is_file():
+            if not os.path.isfile(file):
                 found.append(f"{path}.annotations.{split}: {file} does not exist; COCO's caption files come from "
                              "https://cocodataset.org/#download")  # fmt: skip
-            if not folder.is_dir():
+            if not os.path.isdir(folder):
                 found.append(f"{path}.images.{split}: {folder} is not a folder")
         return found
 
@@ -77,7 +84,7 @@ class CocoCaptionsBuilder(RetrievalBuilder):
         for split in info.splits():
             folder = place(info.images[split], info.root)
             try:
-                rows = read_coco(place(info.annotations[split], info.root))
+                rows = read_coco(place(info.annotations[split], info.root), folder)
                 rows = _existing(rows, folder) if info.only_existing else rows
             except UserError as error:
                 faults += error.faults
@@ -88,65 +95,119 @@ class CocoCaptionsBuilder(RetrievalBuilder):
         return found
 
 
-def read_coco(file: Path) -> list[Row]:
+def read_coco(file: Path, folder: Path | None = None) -> list[Row]:
     """The captions of one official file, by picture (ascending id), then by caption id.
 
+    Args:
+        folder: of the pictures, which no file_name may leave; by default the file's own.
+
     Raises:
-        UserError: the file is missing, no JSON, or no caption file of COCO's.
+        UserError: the file is missing, no JSON, or no caption file of COCO's; all faulty rows are listed.
     """
-    coco = _load(file)
-    _check_texts(coco, file)
-    rows = []
-    for image_id in sorted(coco.imgs):
-        captions = sorted(coco.imgToAnns.get(image_id, []), key=lambda caption: caption["id"])
-        name = coco.imgs[image_id]["file_name"]
-        rows += [Row(name, caption["caption"], image_id) for caption in captions if caption["caption"].strip()]
-    if empty := sum(not caption["caption"].strip() for caption in coco.anns.values()):
+    images, annotations = _parts(file)
+    faults = Faults(file)
+    names = _names(images, (folder or file.parent).absolute(), faults)
+    captions = _captions(annotations, names, faults)
+    faults.raise_any()
+    rows, empty, without = [], 0, 0
+    for image_id in sorted(names, key=_by_number):
+        of_image = [captions[image_id][key] for key in sorted(captions.get(image_id, {}), key=_by_number)]
+        rows += [Row(names[image_id], text, image_id) for text in of_image if visible(text).strip()]
+        empty += sum(not visible(text).strip() for text in of_image)
+        without += not of_image
+    if empty:
         log.warning("%s: %d empty captions are left out", file, empty)
     if not rows:
         raise UserError(f"{file}: holds no caption of its pictures")
-    without = sum(not coco.imgToAnns.get(image_id) for image_id in coco.imgs)
     if without:
-        log.warning("%s: %d of %d pictures have no caption and are left out", file, without, len(coco.imgs))
+        log.warning("%s: %d of %d pictures have no caption and are left out", file, without, len(names))
     return rows
 
 
-def _load(file: Path) -> Any:
-    from pycocotools.coco import COCO
+def _by_number(key: str | int) -> tuple[bool, str | int]:
+    return isinstance(key, str), key
 
-    if not file.is_file():
-        raise UserError(f"{file}: does not exist")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            coco = COCO(str(file))
-        parts = {"images": "file_name", "annotations": "caption"}
-        lacking = [f"{part}.{key}" for part, key in parts.items() if any(key not in i for i in coco.dataset[part])]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable as JSON: {error}") from error
-    except (AssertionError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not in COCO's format: {error or 'no images and annotations'}") from error
+
+def _parts(file: Path) -> tuple[list[Any], list[Any]]:
+    content = load_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not in COCO's format: it holds {kind_of(content)}, expected an object with images "
+                        "and annotations")  # fmt: skip
+    wrong = [part for part in ("images", "annotations") if not isinstance(content.get(part), list)]
+    if wrong:
+        raise UserError(f"{file}: not in COCO's format: no list of {' and '.join(wrong)}")
+    keys = {"images": "file_name", "annotations": "caption"}
+    rows = {part: [row for row in content[part] if isinstance(row, dict)] for part in keys}
+    lacking = [f"{part}.{key}" for part, key in keys.items()
+               if rows[part] and not any(key in row for row in rows[part])]  # fmt: skip
     if lacking:
         raise UserError(f"{file}: is no caption file of COCO's ({', '.join(lacking)} missing); "
                         "expected one such as captions_val2017.json")  # fmt: skip
-    return coco
+    return content["images"], content["annotations"]
 
 
-def _check_texts(coco: Any, file: Path) -> None:
-    faults = Faults(file)
-    for picture in coco.imgs.values():
-        if not isinstance(picture["file_name"], str):
-            faults.add(f"image {picture['id']}", f"file_name: {kind_of(picture['file_name'])}, expected text")
-    for caption in coco.anns.values():
-        if not isinstance(caption["caption"], str):
-            faults.add(f"caption {caption['id']}", f"{kind_of(caption['caption'])}, expected text")
-    faults.raise_any()
+def _names(images: list[Any], folder: Path, faults: Faults) -> dict[str | int, str | None]:
+    """The pictures' paths below `folder` by id; None with a fault noted."""
+    names: dict[str | int, str | None] = {}
+    for number, image in enumerate(images):
+        where = f"images[{number}]"
+        image_id = _id_of(image, ("id", "file_name"), where, faults)
+        if image_id is None:
+            continue
+        if image_id in names:
+            faults.add(where, f"id: {shown(image_id)} stands there twice; give each picture an id of its own")
+        names[image_id] = path_below(image["file_name"], "file_name", where, folder, faults)
+    return names
+
+
+def _captions(annotations: list[Any], names: dict[str | int, Any], faults: Faults) -> dict[str | int, dict]:
+    """{image id: {caption id: text}}."""
+    found: dict[str | int, dict] = {}
+    seen = set()
+    for number, caption in enumerate(annotations):
+        where = f"annotations[{number}]"
+        caption_id = _id_of(caption, ("id", "image_id", "caption"), where, faults)
+        if caption_id is None:
+            continue
+        image_id, text = caption["image_id"], caption["caption"]
+        if caption_id in seen:
+            faults.add(where, f"id: {shown(caption_id)} stands there twice; give each caption an id of its own")
+        elif not _is_id(image_id) or image_id not in names:
+            faults.add(where, f"image_id: {shown(image_id)} is the id of none of the images; put the picture's entry "
+                              "in, or take the caption out")  # fmt: skip
+        elif not isinstance(text, str):
+            faults.add(where, f"caption: {kind_of(text)}, expected text")
+        elif half := half_character(text):
+            faults.add(where, f"caption: holds {half!r}, half of a character; write it again from its source")
+        else:
+            found.setdefault(image_id, {})[caption_id] = text
+        seen.add(caption_id)
+    return found
+
+
+def _id_of(row: Any, keys: tuple[str, ...], where: str, faults: Faults) -> str | int | None:
+    """The row's id; None with a fault noted where it has none, or lacks one of the keys."""
+    if not isinstance(row, dict):
+        faults.add(where, f"{kind_of(row)}, expected an object with {', '.join(keys)}")
+    elif absent := [key for key in keys if key not in row]:
+        faults.add(where, f"{' and '.join(absent)} missing (has {', '.join(row) or 'nothing'})")
+    elif not _is_id(row["id"]):
+        faults.add(where, f"id: {kind_of(row['id'])}, expected an integer or text")
+    else:
+        return row["id"]
+    return None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def _existing(rows: list[Row], folder: Path) -> list[Row]:
     try:
         there = set(os.listdir(folder))
     except OSError as error:
-        raise UserError(f"{folder}: not readable as a folder: {error}") from error
+        raise UserError(f"{folder}: not readable as a folder: {error.strerror}") from error
+    there |= {row.image for row in rows if "/" in row.image and os.path.isfile(folder / row.image)}
     kept = [row for row in rows if row.image in there]
     if not kept:
         raise UserError(f"{folder}: holds none of the {len({row.image for row in rows})} pictures of the captions")

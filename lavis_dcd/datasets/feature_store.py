@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Features)
 
-FORMAT = 2  # of the folder; part of a bank's key
+FORMAT = 3  # of the folder, and of how pictures are read; part of a bank's key
 SHARD_BYTES = 64 * 2**20  # held back in memory before it is written; what an interrupted build repeats at most
 KINDS = ("images", "texts")
 META = "meta.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +11,15 @@ from lavis.common.registry import registry
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.common.texts import shown
 from lavis_dcd.datasets.annotations import (
     SPLITS,
     Columns,
+    Faults,
     Row,
     csv_header,
     evaluation_rows,
+    home_expanded,
     place,
     read_csv,
     read_json,
@@ -62,6 +66,9 @@ class OwnDataInfo:
                 f"val_fraction={self.val_fraction}, test_fraction={self.test_fraction}: neither may be negative, and "
                 "their sum must be below 1"
             )
+        columns = [name for name in (self.image_column, self.caption_column, self.split_column) if name is not None]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"image_column, caption_column, split_column: {', '.join(columns)} are not all different")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} is negative")
 
@@ -73,7 +80,7 @@ class OwnDataInfo:
     @property
     def folder(self) -> Path:
         """The absolute root."""
-        return Path(self.root or ".").expanduser().absolute()
+        return home_expanded(self.root or ".").absolute()
 
 
 @registry.register_builder("image_text_retrieval")
@@ -88,13 +95,13 @@ class ImageTextRetrievalBuilder(RetrievalBuilder):
 
     @classmethod
     def file_faults(cls, info: OwnDataInfo, path: str) -> list[str]:
-        found = [] if info.folder.is_dir() else [f"{path}.root: {info.folder} is not a folder"]
+        found = [] if os.path.isdir(info.folder) else [f"{path}.root: {info.folder} is not a folder"]
         named = {f"annotations.{split}": files for split, files in info.files().items()}
         for key, files in (named or {"csv": [info.csv]}).items():
             found += [
                 f"{path}.{key}: {file} is neither in {info.folder} nor in {Path.cwd()}"
                 for file in files
-                if not place(file, info.root).is_file()
+                if not os.path.isfile(place(file, info.root))
             ]
         return found
 
@@ -111,14 +118,29 @@ def _read_jsons(info: OwnDataInfo) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     faults: list[str] = []
     for split, files in info.files().items():
-        for file in files:
+        known: dict[str, tuple[str | int, Path]] = {}
+        for file in (place(name, info.root) for name in files):
             try:
-                found.setdefault(split, []).extend(read_json(place(file, info.root), info.folder))
+                rows = read_json(file, info.folder)
+                _check_ids_against(known, rows, file)
+                found.setdefault(split, []).extend(rows)
             except UserError as error:
                 faults += error.faults
     if faults:
         raise UserError(faults)
     return found
+
+
+def _check_ids_against(known: dict[str, tuple[str | int, Path]], rows: list[Row], file: Path) -> None:
+    """Note the pictures' ids in ``known``; another id in another file would make a picture's captions negatives of
+    each other."""
+    faults = Faults(file)
+    for row in {row.image: row for row in rows}.values():
+        before, other = known.setdefault(row.image, (row.image_id, file))
+        if before != row.image_id:
+            faults.add(row.image, f"has image_id {shown(row.image_id)} here and {shown(before)} in {other}; "
+                                  "give it one, or none")  # fmt: skip
+    faults.raise_any()
 
 
 def _read_csv(info: OwnDataInfo) -> dict[str, list[Row]]:

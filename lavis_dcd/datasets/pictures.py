@@ -1,15 +1,37 @@
-"""Pictures as a person sees them, for reports and checks."""
+"""Pictures as a person sees them, for models, reports and checks."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.texts import one_line
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_WIDE_FORMATS = ("PNG", "PPM")  # mode "I" of these holds 16 bits
 
 
 def load_picture(dataset: Any, index: int, side: int | None = None) -> Image.Image:
     """The unprocessed RGB picture of item `index`.
+
+    A file is shown as a viewer shows it: turned as its EXIF entry says, what is transparent on white, 16 bits of
+    grey scaled to 8, of an animation the first frame.
 
     Args:
         dataset: one with a method `picture(index)`, or any LAVIS data set of files (`annotation`, `vis_root`).
@@ -18,11 +40,95 @@ def load_picture(dataset: Any, index: int, side: int | None = None) -> Image.Ima
             at 384 px, what a model would read differs by up to 11, so models never read such pictures.
 
     Raises:
-        OSError: the file is missing or no picture.
+        UserError: the file is missing, no picture, or cut short.
     """
     if hasattr(dataset, "picture"):
         return dataset.picture(index)
-    with Image.open(os.path.join(dataset.vis_root, dataset.annotation[index]["image"])) as opened:
-        if side is not None:
-            opened.draft("RGB", (2 * side, 2 * side))
-        return opened.convert("RGB")
+    path = os.path.join(dataset.vis_root, dataset.annotation[index]["image"])
+    try:
+        with whole_files_only(), Image.open(path) as opened:
+            if side is not None:
+                opened.draft("RGB", (2 * side, 2 * side))
+            return as_seen(opened)
+    except Exception as error:  # PIL's readers of damaged files raise a dozen kinds of errors, which name no file
+        raise UserError(
+            f"{one_line(path)}: no readable picture ({reason_of(error, path)}); run.verify=full finds all such files"
+        ) from error
+
+
+def as_seen(picture: Image.Image) -> Image.Image:
+    """An opened picture of any mode as RGB, upright.
+
+    Raises:
+        ValueError: its values have no fixed range (32 bits).
+    """
+    check_mode(picture)
+    turn = _TURNS.get(_orientation(picture))
+    if picture.mode.startswith("I"):
+        wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
+        made = Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    elif picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        white = Image.new("RGBA", picture.size, "white")
+        made = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    else:
+        made = picture.convert("RGB")
+    return made if turn is None else made.transpose(turn)
+
+
+def check_mode(picture: Image.Image) -> None:
+    """Raises:
+    ValueError: the values of an opened picture have no fixed range.
+    """
+    if picture.mode == "F" or (picture.mode == "I" and picture.format not in _WIDE_FORMATS):
+        raise ValueError("32 bits a value, whose range nothing tells; save it with 8 or 16 bits")
+
+
+def _orientation(picture: Image.Image) -> Any:
+    try:
+        return picture.getexif().get(_ORIENTATION)
+    except Exception:  # a damaged EXIF block, of which PIL raises many kinds of errors, spoils no pixel
+        return None
+
+
+def reason_of(error: Exception, path: str) -> str:
+    """Why a picture could not be read, in a user's words."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "missing"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * Image.MAX_IMAGE_PIXELS} pixels, which may be an attack on memory; make it smaller"
+    if isinstance(error, UnidentifiedImageError):
+        return "the file is empty" if os.path.getsize(path) == 0 else "no picture, or of an unknown format"
+    return one_line(str(getattr(error, "strerror", None) or error or type(error).__name__))
+
+
+class _Strictness:
+    """How many are reading strictly now, and what PIL's switch was before the first of them."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, False
+
+
+_strictness = _Strictness()
+
+
+@contextmanager
+def whole_files_only() -> Iterator[None]:
+    """While open, PIL refuses pictures that are cut short. May be entered by several threads.
+
+    `import lavis` allows them for the whole process: their rest would be grey, and nobody would know.
+    """
+    with _strictness.lock:
+        if not _strictness.inside:
+            _strictness.before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        _strictness.inside += 1
+    try:
+        yield
+    finally:
+        with _strictness.lock:
+            _strictness.inside -= 1
+            if not _strictness.inside:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _strictness.before

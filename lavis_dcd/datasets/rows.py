@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.datasets.datasets.retrieval_datasets import RetrievalDataset, RetrievalEvalDataset
 from lavis.processors.base_processor import BaseProcessor
 
-from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.pictures import load_picture
 
 
@@ -37,7 +34,7 @@ class RetrievalRows(RetrievalDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.annotation[index]
         return {
-            "image": _processed(self, index),
+            "image": self.vis_processor(load_picture(self, index)),
             "text_input": self.text_processor(row["caption"]),
             "image_id": self.img_ids[row["image_id"]],
             "instance_id": row["instance_id"],
@@ -71,13 +68,4 @@ class RetrievalEvalRows(RetrievalEvalDataset):
             self.txt2img.update(dict.fromkeys(self.img2txt[index], index))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": _processed(self, index), "index": index}
-
-
-def _processed(dataset: RetrievalRows | RetrievalEvalRows, index: int) -> torch.Tensor:
-    try:
-        picture = load_picture(dataset, index)
-    except (OSError, SyntaxError) as error:  # PIL's own error names no file
-        path = os.path.join(dataset.vis_root, dataset.annotation[index]["image"])
-        raise UserError(f"{path}: no readable picture ({error}); run.verify=full finds all such files") from error
-    return dataset.vis_processor(picture)
+        return {"image": self.vis_processor(load_picture(self, index)), "index": index}

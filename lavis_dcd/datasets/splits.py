@@ -57,7 +57,10 @@ def check_annotations(datasets: Mapping[str, Any]) -> list[str]:
             shared = sorted(pictures[one] & pictures[two])
             if shared:
                 some = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
-                warnings.append(f"{len(shared)} pictures are in both {one} and {two}: {some}")
+                way = f", or {two} measures what was trained on" if one == "train" else ""
+                warnings.append(
+                    f"{len(shared)} pictures are in both {one} and {two}: {some}; take them out of one{way}"
+                )
     for line in warnings:
         log.warning(line)
     return warnings

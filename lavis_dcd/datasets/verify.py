@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
-from PIL import Image, ImageFile
+from PIL import Image
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.texts import one_line
 from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.pictures import check_mode, reason_of, whole_files_only
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
     if mode == "off":
         return
     paths = list(dict.fromkeys(path for leaf in leaf_sets(dataset, "").values() for path in _files(leaf)))
-    with _whole_files_only(), ThreadPoolExecutor() as pool:
+    with whole_files_only(), ThreadPoolExecutor() as pool:
         faults = [fault for fault in pool.map(lambda path: _fault(path, mode), paths) if fault]
     if not faults:
         log.info("%d pictures verified (%s)", len(paths), mode)
@@ -50,16 +50,6 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
     raise UserError(lines)
 
 
-@contextmanager
-def _whole_files_only() -> Iterator[None]:
-    # `import lavis` switches this on for the whole process: a picture cut short would decode, its rest grey.
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
 def _files(dataset: Any) -> list[str]:
     root = getattr(dataset, "vis_root", None)
     if root is None or hasattr(dataset, "picture"):
@@ -70,13 +60,14 @@ def _files(dataset: Any) -> list[str]:
 def _fault(path: str, mode: str) -> str | None:
     try:
         with Image.open(path) as picture:
+            check_mode(picture)
             if mode == "full":
                 # An eighth of a JPEG's pixels, yet all of its stream: of 4,400 cut and scrambled photographs it finds
                 # the very same as a full decoding, in half (224 px) to a quarter (12 megapixels) of the time.
                 picture.draft(None, (1, 1))
                 picture.load()
     except FileNotFoundError:
-        return f"{path}: missing"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{path}: no readable picture ({error or type(error).__name__})"
+        return f"{one_line(path)}: missing"
+    except Exception as error:  # PIL's readers of damaged files raise a dozen kinds of errors
+        return f"{one_line(path)}: no readable picture ({reason_of(error, path)})"
     return None

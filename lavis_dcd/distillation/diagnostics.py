@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
+import torch
+from torch import BoolTensor, Tensor
+
+from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.selection import Selection
+
+_TINY = 1e-30  # scores that are all 0 have no spread
 
 
 @torch.no_grad()
-def diagnostics(selections: list[Selection], student_scores: list[Tensor]) -> dict[str, Tensor]:
+def diagnostics(
+    selections: list[Selection],
+    student_scores: list[Tensor],
+    pools: Sequence[tuple[CandidatePool, Tensor | None]] = (),
+) -> dict[str, Tensor]:
     """Means over the queries that have a negative: scores of the match and of the hardest negative, misrankings.
 
     Args:
         selections: per direction, what the student saw.
         student_scores: Float [Q, 1+K] per direction.
+        pools: per direction, candidates that nobody chose by their scores, and the teacher's scores [Q, 1+C] of them:
+            what the teacher is judged by. Empty where there are none such.
 
     Returns:
         0-dim tensors `<who>_match_score`, `<who>_hardest_score` and `<who>_misranked` of the student and, where it
-        scored, the teacher.
+        scored, the teacher; `student_spread`, see `spread`; with pools `teacher_match_rank`, see `match_rank`. NaN
+        where no query has a negative.
     """
     tables = {"student": student_scores}
     if all(s.teacher_scores is not None for s in selections):
@@ -35,4 +47,41 @@ def diagnostics(selections: list[Selection], student_scores: list[Tensor]) -> di
         result[f"{name}_match_score"] = match.mean()
         result[f"{name}_hardest_score"] = rival.mean()
         result[f"{name}_misranked"] = (rival >= match).float().mean()
+    result["student_spread"] = spread(student_scores, [s.valid for s in selections])
+    scored = [(pool.valid, scores) for pool, scores in pools if scores is not None]
+    if scored:
+        result["teacher_match_rank"] = match_rank(scored)
     return result
+
+
+def spread(scores: Sequence[Tensor], valid: Sequence[BoolTensor]) -> Tensor:
+    """The mean gap between a query's highest and lowest score, over the largest score's size: 0 for a dead model.
+
+    Args:
+        scores, valid: [Q, 1+K] per direction; queries without a negative are left out.
+    """
+    gaps, sizes = [], []
+    for table, usable in zip(scores, valid, strict=True):
+        keep = usable[:, 1:].any(dim=1)
+        highest = table.masked_fill(~usable, -torch.inf)[keep].amax(dim=1)
+        lowest = table.masked_fill(~usable, torch.inf)[keep].amin(dim=1)
+        gaps.append(highest - lowest)
+        sizes.append(torch.maximum(highest.abs(), lowest.abs()))
+    gap, size = torch.cat(gaps), torch.cat(sizes)
+    return gap.mean() / size.amax().clamp_min(_TINY) if len(gap) else gap.mean()
+
+
+def match_rank(tables: Sequence[tuple[BoolTensor, Tensor]]) -> Tensor:
+    """The mean share of a query's negatives that score above its match, ties by half: 0.5 is chance, whatever C.
+
+    Args:
+        tables: per direction valid and scores, [Q, 1+C], the match in column 0.
+    """
+    shares = []
+    for valid, scores in tables:
+        negatives = valid[:, 1:]
+        keep = negatives.any(dim=1)
+        match, others, usable = scores[keep, :1], scores[keep, 1:], negatives[keep]
+        above = (others > match).float() + 0.5 * (others == match).float()
+        shares.append((above * usable).sum(dim=1) / usable.sum(dim=1))
+    return torch.cat(shares).mean()

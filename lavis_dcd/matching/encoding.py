@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
+from lavis_dcd.matching.gather import ALONE, Ranks, gather_features
 
 log = logging.getLogger(__name__)
 
@@ -92,16 +93,32 @@ def encode_pictures(
 
 
 def encode_captions(
-    matcher: Matcher, texts: list[str], batch_size: int = 256, storage: Storage = Storage(), amp: str = "off"
+    matcher: Matcher,
+    texts: list[str],
+    batch_size: int = 256,
+    storage: Storage = Storage(),
+    amp: str = "off",
+    ranks: Ranks = ALONE,
 ) -> TextFeatures:
-    """Features of ``texts``, in their order; encoded from short to long, which spends little on padding."""
+    """Features of ``texts``, in their order; encoded from short to long, which spends little on padding.
+
+    Args:
+        ranks: processes that deal the batches among themselves; each gets the features of all.
+    """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    dealt = [batches[rank :: ranks.size] for rank in range(ranks.size)]
     with scoring_mode(matcher, amp):
+        # a process without a batch of its own encodes one all the same, for the features' shape
         parts = [
-            _stored(matcher.encode_texts([texts[i] for i in order[start : start + batch_size]]), storage)
-            for start in range(0, len(texts), batch_size)
+            _stored(matcher.encode_texts([texts[i] for i in batch]), storage)
+            for batch in dealt[ranks.rank] or batches[:1]
         ]
-    return TextFeatures.cat(parts)[torch.tensor(order).argsort()]
+    features = TextFeatures.cat(parts)
+    if not ranks.alone:
+        features = gather_features(features if dealt[ranks.rank] else features[:0], ranks)
+        order = [i for of_rank in dealt for batch in of_rank for i in batch]
+    return features[torch.tensor(order).argsort()]
 
 
 def encode_dataset(
@@ -114,6 +131,7 @@ def encode_dataset(
     storage: Storage = Storage(),
     amp: str = "off",
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[ImageFeatures, TextFeatures]:
     """Features of an evaluation set: its I pictures and T captions, in the set's order.
 
@@ -122,6 +140,7 @@ def encode_dataset(
             A set with ``banked_features(matcher)`` (see ``datasets.banked``) answers from its bank if it can.
         device: where the rows are kept unless ``storage`` says otherwise; the matcher's device by default.
         storage: where, and how precisely, the rows are kept.
+        ranks: processes that share the work; each gets the pictures of ``ranks.share(I)`` only, and all captions.
 
     Raises:
         UserError: the set holds no picture or no caption.
@@ -131,11 +150,16 @@ def encode_dataset(
     storage = Storage(storage.device or device, storage.dtype)
     banked = dataset.banked_features(matcher) if hasattr(dataset, "banked_features") else None
     if banked is not None:
-        return _stored(banked[0], storage), _stored(banked[1], storage)
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+        pictures = banked[0] if ranks.alone else banked[0][list(ranks.share(len(dataset)))]
+        return _stored(pictures, storage), _stored(banked[1], storage)
+    own = ranks.share(len(dataset))
+    # without a picture of its own, a process encodes one all the same, for the features' shape
+    read = dataset if ranks.alone else Subset(dataset, own or range(1))
+    loader = DataLoader(read, batch_size=batch_size, num_workers=num_workers)
     batches = reported(loader, len(loader), "batches of pictures encoded", progress)
     images = encode_pictures(matcher, (batch["image"] for batch in batches), storage, amp)
-    return images, encode_captions(matcher, list(dataset.text), 4 * batch_size, storage, amp)
+    captions = encode_captions(matcher, list(dataset.text), 4 * batch_size, storage, amp, ranks)
+    return images[: len(own)], captions
 
 
 def reported(items: Iterable[Any], total: int, what: str, progress: bool) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import encode_dataset, reported, scoring_mode
 from lavis_dcd.matching.ensemble import Ensemble, members_of
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.gather import ALONE, Ranks, gather_rows
 
 ROWS_PER_SORT = 256
 
@@ -30,6 +31,7 @@ def score_exhaustive(
     *,
     amp: str = "off",
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The score of every pair, float32 ``[I, T]`` on the CPU; a dual encoder's by products of whole blocks.
 
@@ -38,10 +40,19 @@ def score_exhaustive(
     Args:
         memory_mb: the feature rows gathered for one call of ``match`` take this many MiB at most (a dual encoder's
             ``match_all``: the rows of a block and its scores).
+        ranks: processes of which each brings its own ``images``, in the order of the processes, and all ``texts``;
+            each gets the scores of all.
 
     Raises:
         ValueError: a score is not a finite number.
     """
+    own = _score_blocks(matcher, images, texts, memory_mb, amp, progress) if len(images) else torch.empty(0, len(texts))
+    return finite(gather_rows(own, ranks))
+
+
+def _score_blocks(
+    matcher: Matcher, images: ImageFeatures, texts: TextFeatures, memory_mb: float, amp: str, progress: bool
+) -> Tensor:
     dual = matcher.family == "dual"
     side_i, side_t = (dual_sides if dual else block_sides)(images, texts, memory_mb)
     by_length = order_by_length(texts)
@@ -56,7 +67,7 @@ def score_exhaustive(
             here = ready(images[rows.start : rows.stop], device)
             there = ready(texts[columns.to(texts.device)].trimmed(), device)
             scores[rows.start : rows.stop, columns] = matcher.match_all(here, there).float().cpu()
-    return finite(scores)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -97,24 +108,34 @@ class Shortlist:
         *,
         amp: str = "off",
         progress: bool = False,
+        ranks: Ranks = ALONE,
     ) -> tuple[Tensor, Tensor]:
         """``matcher``'s scores at ``texts_of_image`` and ``images_of_text``, float32 ``[I, k]`` and ``[T, k]``.
 
         A pair that both directions need is matched once; a dual encoder's are read off the product of all.
 
+        Args:
+            ranks: processes of which each brings the pictures of ``ranks.share(I)`` and all texts.
+
         Raises:
             ValueError: features of other counts than the cheap scores', or a score that is not a finite number.
         """
-        if self.cheap_i2t.shape != (len(images), len(texts)):
+        own = ranks.share(len(self.cheap_i2t))
+        if (len(own), self.cheap_i2t.shape[1]) != (len(images), len(texts)):
             shape = tuple(self.cheap_i2t.shape)
             raise ValueError(f"joint_scores {shape} for {len(images)} images and {len(texts)} texts")
         if matcher.family == "dual":
-            scores = score_exhaustive(matcher, images, texts, memory_mb, amp=amp, progress=progress)
+            scores = score_exhaustive(matcher, images, texts, memory_mb, amp=amp, progress=progress, ranks=ranks)
             return scores.gather(1, self.texts_of_image), scores.T.gather(1, self.images_of_text)
-        keys_i2t = torch.arange(len(images))[:, None] * len(texts) + self.texts_of_image
+        keys_i2t = torch.arange(len(self.cheap_i2t))[:, None] * len(texts) + self.texts_of_image
         keys_t2i = self.images_of_text * len(texts) + torch.arange(len(texts))[:, None]
         keys = torch.unique(torch.cat([keys_i2t.flatten(), keys_t2i.flatten()]))
-        matched = finite(match_pairs(matcher, images, texts, keys, memory_mb, amp, progress))
+        # the keys ascend with the pictures, so the processes' scores in their order are those of all keys
+        mine = keys[(keys >= own.start * len(texts)) & (keys < own.stop * len(texts))] - own.start * len(texts)
+        matched = torch.empty(0)
+        if len(mine):
+            matched = match_pairs(matcher, images, texts, mine, memory_mb, amp, progress)
+        matched = finite(gather_rows(matched, ranks))
         return matched[torch.searchsorted(keys, keys_i2t)], matched[torch.searchsorted(keys, keys_t2i)]
 
     def tables(self, reranked_i2t: Tensor, reranked_t2i: Tensor) -> tuple[Tensor, Tensor]:

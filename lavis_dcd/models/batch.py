@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from torch.nn import functional as nnf
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.distillation.candidates import BatchContext
 from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
+from lavis_dcd.matching.gather import ALONE, Ranks, gather_features, gather_objects
 from lavis_dcd.matching.views import MAIN_VIEW, view_of
+
+F = TypeVar("F", bound=Features)
 
 
 @dataclass
@@ -24,6 +27,9 @@ class BatchFeatures:
     ``image_ids [I]`` and ``text_image_ids [T]`` int64: the picture each row is of. ``match_pairs [Q, 2]``: the
     (image row, text row) of each sample. ``extra_texts [Q, C]`` and ``extra_images [Q, C]``: rows of captions drawn
     from the data set, and of captions and pictures out of a score bank, or None.
+
+    Under torchrun this is the global batch, the same in every process. ``queries``: how many of the Q samples each
+    process brought, in the order of the processes; ``ranks``: which of them this one is.
     """
 
     images: ImageFeatures
@@ -33,6 +39,16 @@ class BatchFeatures:
     match_pairs: Tensor
     extra_texts: Tensor | None = None
     extra_images: Tensor | None = None
+    queries: Sequence[int] = ()
+    ranks: Ranks = ALONE
+
+    @property
+    def own(self) -> slice:
+        """The samples that this process brought; all of them where it is alone."""
+        if self.ranks.alone:
+            return slice(None)
+        start = sum(self.queries[: self.ranks.rank])
+        return slice(start, start + self.queries[self.ranks.rank])
 
     def context(self) -> BatchContext:
         """The same without the features, as the candidate pools read it."""
@@ -48,7 +64,9 @@ class BatchFeatures:
 def sample_features(matcher: Matcher, samples: Mapping[str, Any], view: str = MAIN_VIEW) -> BatchFeatures:
     """Encode a training batch: each picture (by ``image_id``) and each caption (by text and picture) once.
 
-    The rows follow from the main view alone, so they are the same for every matcher of a batch.
+    The rows follow from the main view alone, so they are the same for every matcher of a batch. Under torchrun every
+    process encodes its own samples and gets the global batch, in the rows that one process would give it: all must
+    call, and what the features say of gradients must be the same in all.
 
     Args:
         matcher: whose encoders to run, when the samples do not carry features already.
@@ -66,24 +84,58 @@ def sample_features(matcher: Matcher, samples: Mapping[str, Any], view: str = MA
         owners += torch.as_tensor(samples["candidate_image_id"]).flatten().tolist()
     if pictures_drawn := samples.get("candidate_picture_id") is not None:
         pictures += torch.as_tensor(samples["candidate_picture_id"]).flatten().tolist()
-    image_first, image_rows = distinct(pictures)
-    text_first, text_rows = distinct(list(zip(_texts(view_of(samples)), owners, strict=True)))
+    captions = list(zip(_texts(view_of(samples)), owners, strict=True))
     own = view_of(samples, view)
     if view != MAIN_VIEW and own.get("text_features") is not None:
         raise UserError("run.cache_features: the kept features serve the student's encoders; set it to off")
-    image_features = _encoded_images(matcher, own, image_first)
-    text_features = _encoded_texts(matcher, own, text_first)
-    device, size = image_features.device, len(image_id)
-    rows, seen = torch.tensor(text_rows, device=device), torch.tensor(image_rows, device=device)
+    image_features = _encoded_images(matcher, own, distinct(pictures)[0])
+    text_features = _encoded_texts(matcher, own, distinct(captions)[0])
+    ranks, device = Ranks.here(), image_features.device
+    told = gather_objects((len(image_id), pictures, captions), ranks)
+    queries, of_pictures, of_captions = zip(*told, strict=True)
+    images, pictures, image_rows = _joined(image_features, of_pictures, queries, ranks)
+    texts, captions, text_rows = _joined(text_features, of_captions, queries, ranks)
+    size, rows, seen = sum(queries), torch.tensor(text_rows, device=device), torch.tensor(image_rows, device=device)
     return BatchFeatures(
-        images=image_features,
-        texts=text_features,
-        image_ids=torch.tensor([pictures[i] for i in image_first], device=device),
-        text_image_ids=torch.tensor([owners[i] for i in text_first], device=device),
+        images=images,
+        texts=texts,
+        image_ids=torch.tensor(pictures, device=device),
+        text_image_ids=torch.tensor([owner for _, owner in captions], device=device),
         match_pairs=torch.stack([seen[:size], rows[:size]], dim=1),
         extra_texts=rows[size:].view(size, -1) if texts_drawn else None,
         extra_images=seen[size:].view(size, -1) if pictures_drawn else None,
+        queries=queries,
+        ranks=ranks,
     )
+
+
+def _joined(
+    features: F, of_ranks: Sequence[list[Hashable]], queries: Sequence[int], ranks: Ranks
+) -> tuple[F, list[Any], list[int]]:
+    """The global batch's distinct items, as one process would number them.
+
+    Args:
+        features: of this process's distinct items, in order of their first occurrence.
+        of_ranks: every process's items: of its samples, then those drawn for them.
+        queries: how many samples each process has.
+
+    Returns:
+        Features of the distinct items; the items; the row of each of: all samples', then all those drawn.
+    """
+    items = [item for own, size in zip(of_ranks, queries, strict=True) for item in own[:size]]
+    items += [item for own, size in zip(of_ranks, queries, strict=True) for item in own[size:]]
+    first, rows = distinct(items)
+    if ranks.alone:
+        return features, [items[i] for i in first], rows
+    place: dict[Hashable, int] = {}
+    start = 0
+    for own in of_ranks:
+        encoded = [own[i] for i in distinct(own)[0]]
+        for row, item in enumerate(encoded):
+            place.setdefault(item, start + row)
+        start += len(encoded)
+    found = [items[i] for i in first]
+    return gather_features(features, ranks)[[place[item] for item in found]], found, rows
 
 
 def _texts(samples: Mapping[str, Any]) -> list[str]:

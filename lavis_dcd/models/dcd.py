@@ -39,6 +39,7 @@ from lavis_dcd.models.dcd_building import (
     method_faults,
 )
 from lavis_dcd.models.dcd_config import DcdConfig
+from lavis_dcd.models.dcd_ranks import own_rows, whole_batch
 from lavis_dcd.models.dcd_teachers import Teachers, gather_tables, match_tables
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ class DynamicContrastiveDistillation(BaseModel):
     # -- a training step -----------------------------------------------------------------------------------------
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The distillation loss of a batch.
+        """The distillation loss of a batch; under torchrun that of the global batch, in every process.
 
         Args:
             samples: LAVIS ``RetrievalDataset`` samples, with ``candidate_text`` / ``candidate_image_id [B, C]``
@@ -203,6 +204,8 @@ class DynamicContrastiveDistillation(BaseModel):
         teacher_scores = self._teacher_scores(samples, batch, pools)
         selections = [self._select(p, t) for p, t in zip(pools, teacher_scores, strict=True)]
         student_scores = self._student_scores(batch, selections, all_pairs)
+        selections, student_scores = whole_batch(batch, selections, student_scores)
+        judged = self._unchosen(pools, teacher_scores)
         results = [
             self.objective(selection.teacher_scores, scores, selection.valid)
             for selection, scores in zip(selections, student_scores, strict=True)
@@ -213,7 +216,14 @@ class DynamicContrastiveDistillation(BaseModel):
                              ("student_loss", self.loss_config.student_weight)):  # fmt: skip
             if name in losses:
                 losses["loss"] = losses["loss"] + weight * losses[name]
-        return {**losses, **diagnostics(selections, student_scores), **found}
+        return {**losses, **diagnostics(selections, student_scores, judged), **found}
+
+    def _unchosen(
+        self, pools: list[CandidatePool], teacher_scores: Sequence[Tensor | None]
+    ) -> list[tuple[CandidatePool, Tensor | None]]:
+        """The pools by which the teacher can be judged: none where scores have chosen the candidates already."""
+        chosen = self.teachers.selects or self.prescreen or self.config.candidates.teacher_budget is not None
+        return [] if chosen else list(zip(pools, teacher_scores, strict=True))
 
     def _further_losses(
         self, samples: Mapping[str, Any], batch: BatchFeatures, all_pairs: Tensor | None
@@ -235,16 +245,17 @@ class DynamicContrastiveDistillation(BaseModel):
         return dataclasses.replace(batch, images=batch.images.float(), texts=batch.texts.float())
 
     def _candidates(self, batch: BatchFeatures, all_pairs: Tensor | None) -> list[CandidatePool]:
-        """The pools, cut to what the teacher may score; a dual student's current scores say what is promising."""
+        """Our queries, cut to what the teacher may score; a dual student's scores tell what is promising."""
         pools = [pool.build(batch.context()) for pool in self.pools]
         budget = self.config.candidates.teacher_budget
         if budget is None:
-            return pools
+            return own_rows(batch, pools)
         cheap = None if all_pairs is None else all_pairs.detach()
-        return [
+        cut = [
             within_budget(pool, None if cheap is None else cheap[pool.image_rows, pool.text_rows], budget)
             for pool in pools
         ]
+        return own_rows(batch, cut)
 
     def _prescreened(
         self, samples: Mapping[str, Any], batch: BatchFeatures, pools: list[CandidatePool]

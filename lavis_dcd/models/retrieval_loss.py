@@ -10,7 +10,9 @@ from torch.nn import functional as nnf
 
 from lavis_dcd.distillation.candidates import CandidatePool, InBatch
 from lavis_dcd.matching.chunked import match_recomputed
+from lavis_dcd.matching.gather import gather_rows
 from lavis_dcd.models.batch import BatchFeatures, info_nce
+from lavis_dcd.models.dcd_ranks import own_rows
 from lavis_dcd.models.meter_config import RetrievalLossConfig
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ class RetrievalLoss(nn.Module):
     ) -> Tensor:
         rows = []
         for direction in ("image_to_text", "text_to_image"):
-            pool = _some_queries(InBatch(direction).build(batch.context()), self.config.queries)
+            (pool,) = own_rows(batch, [InBatch(direction).build(batch.context())])
+            pool = _some_queries(pool, self.config.queries, batch.ranks.size)
             kept = self._negatives(model, batch, pool, logits, progress)
             # the directions differ in width where a batch has fewer pictures, or captions, than negatives are asked
             missing = (0, 1 + self.config.negatives - kept.shape[1])
@@ -63,6 +66,7 @@ class RetrievalLoss(nn.Module):
         scores = match_recomputed(model.fusion_scores, batch.images, batch.texts, pairs, self.config.grad_chunk_pairs)
         table = torch.full(valid.shape, torch.finfo(torch.float32).min, device=scores.device)
         table = table.masked_scatter(valid, scores.float())
+        table = gather_rows(table, batch.ranks)
         target = torch.zeros(len(table), dtype=torch.long, device=table.device)
         return nnf.cross_entropy(table, target)
 
@@ -100,7 +104,8 @@ class RetrievalLoss(nn.Module):
         return some.gather(1, table.topk(count, dim=1).indices)
 
 
-def _some_queries(pool: CandidatePool, count: int | None) -> CandidatePool:
+def _some_queries(pool: CandidatePool, count: int | None, processes: int) -> CandidatePool:
+    count = None if count is None else -(-count // processes)
     if count is None or count >= len(pool.valid):
         return pool
     chosen = torch.randperm(len(pool.valid), device=pool.valid.device)[:count]

@@ -242,7 +242,10 @@ def _text_sizes(config: TextConfig) -> PretrainedConfig:
             raise UserError(f"model.text.family: {family}, but {config.name} holds a {sizes.model_type}; say auto")
         return sizes
     options = dict(config.config)
-    kind = options.pop("model_type", None) if family == "auto" else family
+    named = options.pop("model_type", None)
+    kind = named if family == "auto" else family
+    if named not in (None, kind):
+        raise UserError(f"model.text.config.model_type: {named!r}, but model.text.family says {family}; say auto")
     if kind not in CONFIG_MAPPING:
         raise UserError(
             f"model.text.config.model_type: {kind!r}; with family: auto the sizes must name a model type of "

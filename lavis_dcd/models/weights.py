@@ -76,14 +76,20 @@ def read(path: Path, config_class: type[C]) -> SavedWeights[C]:
         UserError: the file is no such file, holds anything but tensors and plain containers, or is another model's.
     """
     if path.suffix == ".safetensors":
+        tensors = load_tensors(path)  # refuses what is no such file
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}
-        config = json.loads(metadata["config"]) if "config" in metadata else None
-        tensors = load_tensors(path)
+        try:
+            config = json.loads(metadata["config"]) if "config" in metadata else None
+        except ValueError as error:
+            raise UserError(f"{path}: the configuration in it is not JSON ({error}); name a whole file") from error
     else:
         content = load_tensors(path)
         config = content.get("config")
         tensors = content.get("model", content.get("state_dict", content))
+    for name, found in (("tensors", tensors), ("configuration", config or {})):
+        if not isinstance(found, Mapping):
+            raise UserError(f"{path}: {name} as a {type(found).__name__}, expected names and values")
     tensors = {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
     if not config:
         return SavedWeights(tensors)

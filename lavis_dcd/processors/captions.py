@@ -9,6 +9,7 @@ from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 
 from lavis_dcd.common.schema import parse
+from lavis_dcd.common.texts import visible
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class CaptionConfig:
 
 @registry.register_processor("dcd_caption")
 class DcdCaptionProcessor(BaseProcessor):
-    """Joins white space; punctuation stays. Keys: `CaptionConfig`."""
+    """Joins white space and drops what nobody sees (control characters, marks of writing direction); punctuation stays.
+
+    Keys: `CaptionConfig`.
+    """
 
     def __init__(self, config: CaptionConfig | None = None) -> None:
         super().__init__()
@@ -44,7 +48,7 @@ class DcdCaptionProcessor(BaseProcessor):
 
     def __call__(self, item: str) -> str:
         """The caption with single spaces, shortened, lowered and prompted as configured."""
-        words = item.split()[: self.config.max_words]
+        words = visible(item).split()[: self.config.max_words]
         caption = " ".join(words)
         return self.config.prompt + (caption.lower() if self.config.lower else caption)
 

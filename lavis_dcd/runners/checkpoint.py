@@ -1,17 +1,25 @@
-"""Checkpoints of a running job: whole or absent, tensors and plain containers only, found by themselves."""
+"""Checkpoints of a running job: whole or absent, with checksums, nothing unpickled, found by themselves.
+
+A checkpoint is the folder `checkpoints/step-<optimizer step>` of a run folder, the best weights so far are
+`checkpoints/best-<optimizer step>`; both are written by :mod:`lavis_dcd.runners.state_folder`.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import atomic_write
+from lavis_dcd.runners import state_folder
+from lavis_dcd.runners.state_folder import DamagedError
 
-FORMAT = 1
+FORMAT = 2  # 1 was a file of torch.save
 FOLDER = "checkpoints"
 _FIELDS = {
     "format",
@@ -25,66 +33,68 @@ _FIELDS = {
     "window",
     "config",
     "teacher_fingerprint",
+    "data",
 }
-# Keys of run: without which the position of a checkpoint, or its optimizer state, would mean something else.
-_FIXED_RUN_KEYS = (
-    "seed",
-    "batch_size_train",
-    "accum_grad_iters",
-    "drop_last",
-    "batch_by",
-    "train_splits",
-    "init_lr",
-    "head_lr_multiplier",
-    "weight_decay",
-    "betas",
-    "eps",
-    "lr_sched",
-    "amp",
-)
+_STEP, _BEST = re.compile(r"step-(\d+)"), re.compile(r"best-(\d+)")
+_OLD = re.compile(r"step-\d+\.pth")
 
 logger = logging.getLogger(__name__)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` so that `path` is the whole file or does not exist."""
-    with atomic_write(path) as handle:
-        torch.save(content, handle)
+    """Write `content` so that `path` is the whole checkpoint or does not exist.
+
+    Raises:
+        UserError: it cannot be written (no space, no permission); what was there before is untouched.
+    """
+    try:
+        state_folder.write(path, content)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"run.output_dir: the checkpoint {path} cannot be written ({why}); the ones before it are untouched: "
+            "put that right, then run.resume=auto"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        UserError: the file is absent, broken, or not a checkpoint of a running job.
+        UserError: it is absent, damaged, of another format, or not a checkpoint of a running job.
     """
     content = _read(path)
-    if not isinstance(content, dict) or not set(content) >= _FIELDS:
+    if not isinstance(content, dict) or "format" not in content:
         raise UserError(
-            f"run.resume: {path} holds no state of a running job; "
-            f"name a file <run folder>/{FOLDER}/step-*.pth"
+            f"run.resume: {path} holds no state of a running job; name a folder <run folder>/{FOLDER}/step-*"
         )
     if content["format"] != FORMAT:
         raise UserError(f"run.resume: {path} has format {content['format']}, this version reads {FORMAT}")
+    if lacking := sorted(_FIELDS - set(content)):
+        raise UserError(f"run.resume: {path} lacks {', '.join(lacking)}")
     return content
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
+    if _OLD.fullmatch(path.name):
+        raise UserError(f"run.resume: {path} has format 1 (of an earlier version), this version reads {FORMAT}")
+    if not os.path.lexists(path):
         raise UserError(f"run.resume: {path} does not exist")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds of errors on a damaged file
+    if path.is_file():
         raise UserError(
-            f"run.resume: {path} is not a readable checkpoint ({type(error).__name__})"
-        ) from error
+            f"run.resume: {path} is a file, not a checkpoint; name a folder <run folder>/{FOLDER}/step-*"
+        )
+    try:
+        return state_folder.read(path)
+    except DamagedError as error:
+        raise UserError(f"run.resume: {path} is not whole: {error}") from error
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors in a checkpoint, or in a file of best weights.
+    """The model's tensors in a checkpoint, or in a folder of best weights.
 
     Raises:
-        UserError: the file is absent, broken, or holds no "model".
+        UserError: it is absent, damaged, or holds no "model".
     """
     content = _read(path)
     if not isinstance(content, dict) or "model" not in content:
@@ -96,48 +106,98 @@ def best_weights(path: Path) -> dict[str, torch.Tensor]:
     """The best model's tensors in the job whose checkpoint is `path`; those of `path` if there is none."""
     content = load(path)
     best = content["best"] and best_file(path.absolute().parent.parent, content["best"]["step"])
-    return load_weights(best) if best and best.is_file() else content["model"]
+    return load_weights(best) if best and best.exists() else content["model"]
+
+
+def has_best(run_folder: Path, step: int) -> bool:
+    """Whether the best weights of `step` are there and whole; a line in the log says why not."""
+    try:
+        load_weights(best_file(run_folder, step))
+    except UserError as error:
+        logger.warning("%s; the best is chosen anew", error)
+        return False
+    return True
 
 
 def step_file(run_folder: Path, step: int) -> Path:
     """The checkpoint written after optimizer step `step`."""
-    return run_folder / FOLDER / f"step-{step:08d}.pth"
+    return run_folder / FOLDER / f"step-{step:08d}"
 
 
 def best_file(run_folder: Path, step: int) -> Path:
     """The weights of the best model, as of optimizer step `step`."""
-    return run_folder / FOLDER / f"best-{step:08d}.pth"
+    return run_folder / FOLDER / f"best-{step:08d}"
+
+
+def _entries(run_folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """What bears such a name, by step."""
+    try:
+        names = os.listdir(run_folder / FOLDER)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        logger.warning("passed over: run.resume: %s cannot be read (%s)", run_folder / FOLDER, error.strerror)
+        return []
+    found = [name for name in names if pattern.fullmatch(name)]
+    return [run_folder / FOLDER / name for name in sorted(found, key=lambda name: int(_digits(name)))]
+
+
+def _digits(name: str) -> str:
+    return re.sub(r"\D", "", name)
 
 
 def newest_valid(folders: list[Path]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest readable checkpoint in any of the run folders, and its content; None where there is none."""
-    files = [path for folder in folders for path in (folder / FOLDER).glob("step-*.pth")]
-    for path in sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
-        try:
-            return path, load(path)
-        except UserError as error:
-            logger.warning("%s; trying the one before it", error)
+    """The newest whole checkpoint in any of the run folders, and its content; None where there is none.
+
+    The folder with the newest checkpoint comes first, and in each folder the latest step. Each one passed over
+    gets a line in the log, with the reason.
+
+    Raises:
+        UserError: there are checkpoints of this format, and none is whole: starting anew would hide the loss.
+    """
+    found = {folder: _entries(folder, _STEP) for folder in folders}
+    for old in [path for folder in folders for path in _entries(folder, _OLD)]:
+        logger.warning("passed over: run.resume: %s has format 1, this version reads %d", old, FORMAT)
+    passed: list[str] = []
+    for paths in sorted(filter(None, found.values()), key=lambda paths: max(map(_time, paths)), reverse=True):
+        for path in reversed(paths):
+            try:
+                return path, load(path)
+            except UserError as error:
+                logger.warning("passed over: %s", error)
+                passed += error.faults
+    if passed:
+        raise UserError(
+            [*passed, f"run.resume: none of these {len(passed)} checkpoints is whole; move them away to start anew"]
+        )
     return None
+
+
+def _time(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def find(resume: str, project_folder: Path, job_id: str | None = None) -> tuple[Path, dict[str, Any]] | None:
     """What `run.resume` names.
 
     Args:
-        resume: "auto" (the newest valid checkpoint of the project), a checkpoint file, or a run folder.
+        resume: "auto" (the newest whole checkpoint of the project), a checkpoint, or a run folder.
         project_folder: holds the run folders.
         job_id: with "auto", look in this run folder only.
 
     Returns:
-        The file and its content; None when "auto" finds nothing.
+        The checkpoint and its content; None when "auto" finds nothing.
 
     Raises:
-        UserError: a named file or folder has no readable checkpoint.
+        UserError: there are checkpoints, and none is whole; a named folder has none.
     """
     if resume == "auto":
         return newest_valid([project_folder / job_id] if job_id else sorted(project_folder.glob("*")))
     path = Path(resume)
-    if not path.is_dir():
+    if not path.is_dir() or _STEP.fullmatch(path.name) or (path / state_folder.STATE).exists():
         return path, load(path)
     found = newest_valid([path])
     if found is None:
@@ -145,63 +205,45 @@ def find(resume: str, project_folder: Path, job_id: str | None = None) -> tuple[
     return found
 
 
-def prune(run_folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and the best weights that none of them refers to."""
-    folder = run_folder / FOLDER
-    for path in sorted(folder.glob("step-*.pth"))[:-keep_last]:
-        path.unlink()
-    # Between two kept checkpoints at most one best is written, and one more after the newest.
-    for path in sorted(folder.glob("best-*.pth"))[: -keep_last - 1]:
-        path.unlink()
+def prune(run_folder: Path, keep_last: int, keep_best: int = 1) -> None:
+    """Delete all but the newest checkpoints, and the best weights that neither count nor belong to one of them.
+
+    A checkpoint speaks of the best weights as of its step; without them a resumed job would choose another best.
+
+    Args:
+        keep_last: how many checkpoints stay.
+        keep_best: how many of the newest best weights stay in any case.
+    """
+    steps = _entries(run_folder, _STEP)
+    doomed = steps[:-keep_last]
+    needed = {_best_of(path) for path in steps[-keep_last:]}
+    for path in _entries(run_folder, _BEST)[:-keep_best]:
+        if int(_digits(path.name)) not in needed:
+            doomed.append(path)
+    for path in doomed:
+        try:
+            state_folder.remove(path)
+        except OSError as error:
+            logger.warning("%s cannot be deleted (%s)", path, error.strerror)
+    # What a kill in the middle of a write has left.
+    for path in (run_folder / FOLDER).glob(f".*{state_folder.TEMPORARY}"):
+        state_folder.clear(path)
+
+
+def _best_of(path: Path) -> int | None:
+    try:
+        best = state_folder.read_plain(path)["best"]
+        return best and best["step"]
+    except (DamagedError, LookupError, TypeError):
+        return None
 
 
 def discard_after(run_folder: Path, step: int) -> None:
-    """Delete checkpoints and best weights of later steps: the job goes back to `step` and rewrites them."""
-    for path in (run_folder / FOLDER).glob("*-*.pth"):
-        if int(path.stem.split("-")[1]) > step:
-            path.unlink()
+    """Delete checkpoints and best weights of later steps: the job goes back to `step` and rewrites them.
 
-
-def refusals(
-    saved: dict[str, Any], config: dict[str, Any], teacher_fingerprint: str, world_size: int
-) -> list[str]:
-    """Why a checkpoint cannot be continued with this config, one line per difference.
-
-    Args:
-        saved: a checkpoint's content.
-        config: {"model": ..., "datasets": ..., "run": ...}, plain containers.
-        teacher_fingerprint: of the teacher as built now.
-        world_size: the number of processes now.
+    Raises:
+        OSError: one cannot be deleted.
     """
-    lines = []
-    if saved["teacher_fingerprint"] != teacher_fingerprint:
-        before, now = _short(saved["teacher_fingerprint"]), _short(teacher_fingerprint)
-        lines.append(
-            f"run.resume: the teacher's weights changed (fingerprint {before} in the checkpoint, {now} now)"
-        )
-    pairs = [
-        (section, saved["config"].get(section), config.get(section)) for section in ("model", "datasets")
-    ]
-    pairs += [
-        (f"run.{key}", saved["config"]["run"].get(key), config["run"].get(key)) for key in _FIXED_RUN_KEYS
-    ]
-    pairs.append(("number of processes", saved["position"]["world_size"], world_size))
-    for name, before, now in pairs:
-        lines += [f"run.resume: {line}" for line in _differences(name, before, now)]
-    if lines:
-        lines.append("run.resume: put these back to continue the job, or start a new one without run.resume")
-    return lines
-
-
-def _short(fingerprint: str) -> str:
-    return fingerprint[:12] or "none"
-
-
-def _differences(name: str, before: Any, now: Any) -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(set(before) | set(now), key=str)
-        return [line for key in keys for line in _differences(f"{name}.{key}", before.get(key), now.get(key))]
-    same = before == now or (
-        isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)) and list(before) == list(now)
-    )
-    return [] if same else [f"{name} was {before!r} in the checkpoint, is {now!r} now"]
+    for path in _entries(run_folder, _STEP) + _entries(run_folder, _BEST):
+        if int(_digits(path.name)) > step:
+            state_folder.remove(path)

@@ -55,6 +55,7 @@ class RunConfig:
     warmup: float = 0.1  # a fraction of all steps
     warmup_steps: int | None = None  # the same as a number of steps; wins over warmup
     grad_clip: float | None = None  # the largest gradient norm
+    max_bad_steps: int = 5  # steps with a NaN or infinite loss or gradient are skipped; so many in a row end the job
 
     # What is evaluated, and when
     train_splits: list[str] = field(default_factory=lambda: ["train"])
@@ -78,7 +79,10 @@ class RunConfig:
     # Checkpoints and logs
     save_every: int | None = None  # optimizer steps; a checkpoint is also written at the end of each epoch
     keep_last: int = 2
+    keep_best: int = 1  # best weights; those that a kept checkpoint speaks of stay in any case
     resume: str | None = None  # "auto", a checkpoint, or a run folder
+    # Differences from the checkpoint that a resumed job accepts
+    resume_force: list[Literal["teacher", "data", "recipe", "world_size"]] = field(default_factory=list)
     log_freq: int = 50
 
     # Accepted so that LAVIS's own YAML files load. Derived from the environment (torchrun), hence never read
@@ -172,11 +176,13 @@ _POSITIVE = (
     "head_lr_multiplier",
     "eps",
     "grad_clip",
+    "max_bad_steps",
     "eval_every_epochs",
     "k_test",
     "match_memory_mb",
     "save_every",
     "keep_last",
+    "keep_best",
     "log_freq",
 )
 _NOT_NEGATIVE = ("num_workers", "seed", "min_lr", "weight_decay", "warmup_steps")

@@ -15,14 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.runners.config import RunConfig
 
+# All processes are in the same step, so a peer that is silent for so long is lost: torch ends this one with an error.
+# One that dies is noticed at once, by its closed connections and by torchrun.
+STEP_TIMEOUT = timedelta(minutes=30)
+WAIT_TIMEOUT = timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class Place:
-    """This process: its device, and its rank among `world_size` processes."""
+    """This process: its device, and its rank among `world_size` processes.
+
+    `patient` is the group in which the others wait for what only the main process does.
+    """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    patient: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -34,7 +43,7 @@ class Place:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
@@ -73,10 +82,23 @@ def find_place(run: RunConfig) -> Place:
     if world_size == 1:
         return Place(device)
     if not dist.is_initialized():
-        # While the main process evaluates, the others wait; that can take hours.
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=run.dist_url, timeout=timedelta(days=1))
-    return Place(device, dist.get_rank(), dist.get_world_size())
+        # evaluations and feature banks keep tensors on the host, which nccl does not send
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        _join(backend, run.dist_url)
+    return Place(device, dist.get_rank(), dist.get_world_size(), patient_group())
+
+
+def _join(backend: str, url: str) -> None:
+    store, rank, world_size = next(dist.rendezvous(url, timeout=STEP_TIMEOUT))
+    # torchrun keeps the store of a single node over its restarts, with the addresses of processes that are gone
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT)
+
+
+def patient_group() -> Any:
+    """A group of all processes whose members may wait for hours, for one that builds a feature bank, say."""
+    return dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
 
 def leave_group() -> None:
@@ -85,7 +107,7 @@ def leave_group() -> None:
     Without the barrier a process that is done first closes connections that another is still reading from.
     """
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=patient_group())
         dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lavis_dcd.common.files import atomic_write
+from lavis_dcd.matching.gather import Ranks
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import Place
 
@@ -25,11 +26,13 @@ logger = logging.getLogger(__name__)
 class Evaluations:
     """The evaluations of a run, keyed by split, matcher and optimizer step.
 
-    A resumed job repeats none that was kept (`write`). Only the main process evaluates; the others wait.
+    A resumed job repeats none that was kept (`write`). The processes share an evaluation's work where the task says
+    that it can (`evaluates_over_ranks`); otherwise the main one evaluates and the others wait.
 
     Args:
         folder: the run folder.
-        task: `evaluate_matcher(matcher, dataset, run, device)` returns a dict of metrics.
+        task: `evaluate_matcher(matcher, dataset, run, device)` returns a dict of metrics; with `evaluates_over_ranks`
+            it also takes `ranks`, and every process calls it.
         resume_step: forget evaluations of later steps; None forgets all.
     """
 
@@ -63,17 +66,23 @@ class Evaluations:
         stored = self.get(name, split, step)
         if stored is not None:
             return stored
-        metrics = self._place.share(
-            self._measure(name, matcher, dataset, split) if self._place.is_main else None
-        )
+        measures = self._place.is_main or self._shares_work
+        metrics = self._place.share(self._measure(name, matcher, dataset, split) if measures else None)
         self._done[_key(name, split, step)] = {"step": step, "metrics": metrics}
         return dict(metrics)
+
+    @property
+    def _shares_work(self) -> bool:
+        return self._place.world_size > 1 and getattr(self._task, "evaluates_over_ranks", False)
 
     def _measure(self, name: str, matcher: Any, dataset: Any, split: str) -> dict[str, Any]:
         begin = time.monotonic()
         with torch.no_grad():
-            found = self._task.evaluate_matcher(matcher, dataset, self._run, self._place.device)
+            more = {"ranks": Ranks(self._place.rank, self._place.world_size)} if self._shares_work else {}
+            found = self._task.evaluate_matcher(matcher, dataset, self._run, self._place.device, **more)
         metrics = {key: _plain(value) for key, value in found.items()}
+        if not self._place.is_main:
+            return metrics
         logger.info("%s on %s: %s (%.1f s)", name, split, summary(metrics), time.monotonic() - begin)
         return metrics
 

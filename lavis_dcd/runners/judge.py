@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -111,8 +112,11 @@ class Judge:
             path = checkpoint.best_file(self._folder, self.best["step"])
             self._model.load_state_dict(checkpoint.load_weights(path))
 
-    def write_results(self, title: str, step: int) -> bool:
+    def write_results(self, title: str, step: int, facts: Mapping[str, Any] = MappingProxyType({})) -> bool:
         """results.json and the table in the log, for the learner of optimizer step `step`.
+
+        Args:
+            facts: more of the machine.
 
         Returns:
             False where no split is evaluated, so that there are no results.
@@ -129,7 +133,7 @@ class Judge:
                     self.matchers, self._datasets[splits[0]], run, self._place.device
                 )
         rows = {split: self._rows(split, step) for split in splits}
-        write_results(self._folder, title, rows, gallery, machine(run, self._place))
+        write_results(self._folder, title, rows, gallery, {**machine(run, self._place), **facts})
         for split in splits:
             logger.info("results on %s:\n%s", split, format_table(rows[split]))
         return True

@@ -49,7 +49,9 @@ class Window:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
     def finite_means(self, place: Place, step: int, folder: Path) -> dict[str, float]:
-        """The means over all processes, "loss" first.
+        """The means over all processes, "loss" first; what is no finite number is left out.
+
+        A batch in which no query has a negative has no score of a hardest negative, so its mean is none.
 
         Args:
             step, folder: the optimizer step and the run folder, for the error's words.
@@ -67,7 +69,12 @@ class Window:
                 f"run: the loss is {means['loss']} by step {step}; try a lower run.init_lr, run.grad_clip, or "
                 f"run.amp=off (run folder: {folder})"
             )
-        return means
+        return {name: value for name, value in means.items() if math.isfinite(value)}
+
+    @property
+    def steps(self) -> int:
+        """How many steps were added."""
+        return max(self._counts.values(), default=0)
 
     def clear(self) -> None:
         """Start a new window."""

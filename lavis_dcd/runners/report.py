@@ -15,7 +15,9 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.runners.charts import Series, line_chart
 from lavis_dcd.runners.headline import headline, tiles
+from lavis_dcd.runners.health import SKIPPED
 from lavis_dcd.runners.logs import DATA_WAIT
+from lavis_dcd.runners.memory import words as memory_words
 from lavis_dcd.runners.report_table import Row, body, format_table, used_columns
 
 __all__ = ["RunFiles", "chart_sections", "format_table", "write_report"]
@@ -35,6 +37,8 @@ WORDS = {
     "img_r10": "caption finds picture, R@10",
     "grad_norm": "Gradient norm, before clipping",
     "prescreen_found": "Share of the hardest that the prescreen kept",
+    "student_spread": "Spread of the student's scores of a query, of the largest score",
+    "teacher_match_rank": "Share of the other candidates that the teacher puts above the match",
 }
 
 
@@ -102,7 +106,7 @@ def write_report(run_dir: str | Path) -> Path:
         fold_columns=used_columns(folds),
         sections=chart_sections(run),
         gallery=_gallery(run.results.get("gallery", [])),
-        machine={**run.results.get("machine", {}), **_waiting(run), **_prescreened(run)},
+        machine={**_machine(run), **_waiting(run), **_prescreened(run), **_skipped(run)},
         config=run.config,
     )
     path = Path(run_dir) / "report.html"
@@ -159,7 +163,7 @@ def _validation(run: RunFiles) -> list[tuple[str, str]]:
 
 def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
     """What else the model reported, scores and misrankings of teacher and student side by side."""
-    known = {"kind", "step", "epoch", "lr", DATA_WAIT, *_losses(run)}
+    known = {"kind", "step", "epoch", "lr", DATA_WAIT, SKIPPED, *_losses(run)}
     keys = list(
         dict.fromkeys(k for line in run.train for k, v in line.items() if k not in known and _is_number(v))
     )
@@ -178,6 +182,21 @@ def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
         )
         for title, of_group in groups.items()
     ]
+
+
+def _machine(run: RunFiles) -> dict[str, Any]:
+    """The machine's facts, the peaks of memory in words."""
+    facts = dict(run.results.get("machine", {}))
+    peaks = facts.pop("peak_memory", {})
+    return facts | {f"peak memory of {phase}": memory_words(found) for phase, found in peaks.items()}
+
+
+def _skipped(run: RunFiles) -> dict[str, str]:
+    """How many steps were skipped, in words; nothing where none was."""
+    line = next((line for line in reversed(run.train) if line.get(SKIPPED)), None)
+    if line is None:
+        return {}
+    return {"skipped steps": f"{line[SKIPPED]} of {line['step']}: their loss or gradient was NaN or infinite"}
 
 
 def _waiting(run: RunFiles) -> dict[str, str]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import clear_leftovers
 from lavis_dcd.runners import checkpoint
+from lavis_dcd.runners.changes import check_shapes, data_fingerprint, refusals
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import Place
 from lavis_dcd.runners.folder import new_run_folder
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -35,11 +41,13 @@ class Start:
         folder: the run folder, which exists.
         continued: the content of the checkpoint that training continues, else None.
         weights: the model's tensors to evaluate (run.evaluate with run.resume), else None.
+        data: the fingerprint of the training rows, for checkpoints.
     """
 
     folder: Path
     continued: dict[str, Any] | None = None
     weights: dict[str, Any] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def find_start(
@@ -49,6 +57,8 @@ def find_start(
     job_id: str | None,
     config: Mapping[str, Any],
     teacher: str,
+    model: nn.Module,
+    dataset: Any = None,
 ) -> Start:
     """Follow run.resume and run.job_id. Every process must call it.
 
@@ -57,24 +67,53 @@ def find_start(
         job_id: a proposed name for a new run folder.
         config: {"model", "datasets", "run"} as the job would run now.
         teacher: the teacher's fingerprint.
+        model: as built, whose weights a checkpoint must fit.
+        dataset: the training set, if there is one.
 
     Raises:
-        UserError: the checkpoint cannot be read, or does not belong to this config; the new folder is taken.
+        UserError: the checkpoint cannot be read, does not belong to this config, or is another model's; the new
+            folder is taken.
     """
-    found = checkpoint.find(run.resume, project_folder, run.job_id) if run.resume and place.is_main else None
-    path = place.share(found and found[0])
+    data = data_fingerprint(dataset)
+    found: list[tuple[Path, dict[str, Any]] | None] = []
+
+    def find() -> Path | None:
+        found.append(checkpoint.find(run.resume, project_folder, run.job_id) if run.resume else None)
+        return found[0] and found[0][0]
+
+    path = _from_main(place, find)
     if path is None and run.resume:
         logger.info("run.resume=auto: no checkpoint below %s, starting anew", project_folder)
     if path is not None and not run.evaluate:
-        content = found[1] if found else checkpoint.load(path)
-        refused = checkpoint.refusals(content, config, teacher, place.world_size)
+        content = found[0][1] if found else checkpoint.load(path)
+        refused, passed = refusals(content, config, teacher, place.world_size, data, run.resume_force)
         if refused:
             raise UserError(refused)
+        check_shapes(path, content["model"], model.state_dict())
+        for line in passed:
+            logger.warning("%s", line)
+        folder = path.absolute().parent.parent
+        if place.is_main:
+            clear_leftovers(folder)
         logger.info("continuing %s", path)
-        return Start(path.absolute().parent.parent, continued=content)
-    weights = None if path is None else checkpoint.best_weights(path)
-    return Start(
-        Path(place.share(new_run_folder(project_folder, run, job_id) if place.is_main else None)),
-        None,
-        weights,
-    )
+        return Start(folder, continued=content, data=data)
+    weights = None
+    if path is not None:
+        weights = checkpoint.best_weights(path)
+        check_shapes(path, weights, model.state_dict())
+    folder = _from_main(place, lambda: new_run_folder(project_folder, run, job_id))
+    return Start(folder, weights=weights, data=data)
+
+
+def _from_main(place: Place, work: Callable[[], T]) -> T:
+    """What `work` returns in the main process, in every process; so is a user error of its."""
+    result, error = None, None
+    if place.is_main:
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+    result, error = place.share((result, error))
+    if error is not None:
+        raise error
+    return result

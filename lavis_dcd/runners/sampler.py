@@ -164,6 +164,11 @@ class TrainLoader:
         return iter(self._loader)
 
 
+_GRACE = 30  # seconds that a worker goes on after SIGTERM, as many as torchrun gives its processes
+
+
 def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent finishes its step and needs the workers for it.
+    # Ctrl-C, and a cluster's SIGTERM, reach the whole process group; the parent finishes its step and needs the
+    # workers for it. After SIGTERM they end by themselves, should the parent hang.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import Place, autocast, to_device
+from lavis_dcd.runners.health import Health, LiveBuffers, blame, gradient_norm
 from lavis_dcd.runners.logs import scalars_of
 from lavis_dcd.runners.optim import make_optimizer, make_scheduler
 from lavis_dcd.runners.seeding import seed_everything, seed_for
@@ -43,6 +44,8 @@ class Stepper:
         self.optimizer = make_optimizer(bare_model, run)
         self.scheduler = make_scheduler(self.optimizer, run, total_steps)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=run.amp == "fp16")
+        self.health = Health(place)
+        self._buffers = LiveBuffers(bare_model)
 
     @property
     def lr(self) -> float:
@@ -54,6 +57,9 @@ class Stepper:
     ) -> dict[str, torch.Tensor]:
         """Take `size` micro-batches and one optimizer step whose gradient is their mean.
 
+        Where the loss or the gradient is NaN or infinite in any process, all skip the step: weights, optimizer,
+        schedule and the model's buffers stay as they were, and `health` counts it.
+
         Every generator is seeded from (seed, step, micro-batch, process) before each forward pass, so what
         dropout draws does not depend on what ran before.
 
@@ -63,11 +69,14 @@ class Stepper:
 
         Returns:
             The mean over the micro-batches of every scalar in the model's output; "grad_norm" when clipping.
+            Nothing where the step is skipped.
         """
-        reports = []
+        reports, image_ids = [], []
+        self._buffers.remember()
         for micro in range(size):
             samples = to_device(next(batches), self._place.device)
             samples.update(extra)
+            image_ids.append(samples.get("image_id"))
             seed_everything(seed_for(self._run.seed, "step", number, micro, self._place.rank))
             with self._gradient_exchange(last=micro == size - 1):
                 reports.append(self._backward(samples, size))
@@ -77,7 +86,15 @@ class Stepper:
             ).mean()
             for name in {name: None for report in reports for name in report}
         }
-        return means | self._update()
+        norm = self._gradient_norm()
+        # one flag crosses from the device, and between the processes, in each step
+        if self._place.any(not bool(torch.isfinite(means["loss"] + norm))):
+            scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+            self.health.skip(number, blame(reports, image_ids, self.optimizer), scale)
+            self._drop()
+            return {}
+        self.health.took(number)
+        return means | self._update(norm)
 
     def _backward(self, samples: dict[str, Any], size: int) -> dict[str, torch.Tensor]:
         with autocast(self._run, self._place.device):
@@ -87,17 +104,28 @@ class Stepper:
         self.scaler.scale(output["loss"] / size).backward()
         return scalars_of(output)
 
-    def _update(self) -> dict[str, torch.Tensor]:
+    def _gradient_norm(self) -> torch.Tensor:
+        self.scaler.unscale_(self.optimizer)
+        return gradient_norm(self._parameters())
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _update(self, norm: torch.Tensor) -> dict[str, torch.Tensor]:
         report = {}
         if self._run.grad_clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            report["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self._run.grad_clip).double()
+            nn.utils.clip_grads_with_norm_(self._parameters(), self._run.grad_clip, norm)
+            report["grad_norm"] = norm.double()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return report
+
+    def _drop(self) -> None:
+        self.scaler.update()  # lowers the scale where that is what overflowed
+        self.optimizer.zero_grad(set_to_none=True)
+        self._buffers.restore()
 
     def _gradient_exchange(self, last: bool) -> Any:
         if last or not isinstance(self._model, DistributedDataParallel):
@@ -105,11 +133,12 @@ class Stepper:
         return self._model.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: "optimizer", "scheduler", "scaler"."""
+        """For a checkpoint: "optimizer", "scheduler", "scaler", "health"."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "health": self.health.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,3 +147,5 @@ class Stepper:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+        if "health" in state:  # not in checkpoints of before there was one
+            self.health.load_state_dict(state["health"])

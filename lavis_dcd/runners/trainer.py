@@ -20,14 +20,17 @@ from lavis_dcd.runners import checkpoint
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import find_place, wrap_for_training
 from lavis_dcd.runners.folder import export_model, write_config
+from lavis_dcd.runners.health import SKIPPED
 from lavis_dcd.runners.interrupt import InterruptGuard
 from lavis_dcd.runners.judge import Judge
 from lavis_dcd.runners.logs import DATA_WAIT, DataClock, MetricsLog, Window, log_file, progress
+from lavis_dcd.runners.memory import MemoryPeaks
 from lavis_dcd.runners.report import write_report
 from lavis_dcd.runners.resume import Position, find_start
 from lavis_dcd.runners.sampler import TrainLoader
 from lavis_dcd.runners.seeding import rng_state, seed_everything, seed_for, set_rng_state
 from lavis_dcd.runners.steps import Stepper
+from lavis_dcd.runners.watch import ScoreWatch
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +77,15 @@ class Trainer:
         self.model = model.to(self.place.device)
         self.position = Position(world_size=self.place.world_size)
         self._window, self._clock = Window(), DataClock()
+        self._memory, self._watch = MemoryPeaks(self.place.device), ScoreWatch()
         self._guard = InterruptGuard()
         self._judge: Judge | None = None
         # Hashing a large teacher takes seconds, and it does not change.
         self._teacher = model.teacher_fingerprint() if hasattr(model, "teacher_fingerprint") else ""
         folder = Path(run.output_dir).absolute() / project
-        self._start = find_start(run, self.place, folder, job_id, self.config, self._teacher)
+        self._start = find_start(
+            run, self.place, folder, job_id, self.config, self._teacher, self.model, self.datasets.get("train")
+        )
         self.output_dir = self._start.folder
 
     def _save(self) -> None:
@@ -96,10 +102,11 @@ class Trainer:
             "window": self._window.state_dict(),
             "config": self.config,
             "teacher_fingerprint": self._teacher,
+            "data": self._start.data,
         }
         path = checkpoint.step_file(self.output_dir, self.position.global_step)
         checkpoint.save(path, content)
-        checkpoint.prune(self.output_dir, self.run.keep_last)
+        checkpoint.prune(self.output_dir, self.run.keep_last, self.run.keep_best)
         logger.info("saved %s", path.name)
 
     def _restore(self, content: dict[str, Any]) -> None:
@@ -109,8 +116,7 @@ class Trainer:
         self._window.load_state_dict(content["window"], self.place.device)
         set_rng_state(content["rng"])
         best = content["best"]
-        if best is not None and not checkpoint.best_file(self.output_dir, best["step"]).is_file():
-            logger.warning("the best weights (step %d) are gone; the best is chosen anew", best["step"])
+        if best is not None and not checkpoint.has_best(self.output_dir, best["step"]):
             best = None
         self._judge.best = best
         logger.info("resumed at step %d (epoch %d)", self.position.global_step, self.position.epoch + 1)
@@ -124,8 +130,10 @@ class Trainer:
             The learner's metrics by split of the final table.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, once the step is finished and a checkpoint is saved.
-            UserError: the training set is too small, nothing is trainable, or the loss is not finite.
+            KeyboardInterrupt: after Ctrl-C (`Terminated`: after SIGTERM), once the step is finished and a checkpoint
+                is saved.
+            UserError: the training set is too small, nothing is trainable, or run.max_bad_steps in a row had a NaN
+                or infinite loss or gradient.
         """
         if self.run.evaluate:
             return self.evaluate(skip_reload=True)
@@ -215,14 +223,17 @@ class Trainer:
     def _train_epochs(self) -> None:
         run, position = self.run, self.position
         if position.global_step == 0 and run.evaluate_before and run.table_splits:
-            self._judge.evaluate_learner(run.table_splits, 0)
+            with self._memory.phase("evaluation"):
+                self._judge.evaluate_learner(run.table_splits, 0)
             self._judge.keep()
             self._save()
         while True:
-            self._train_epoch()
+            with self._memory.phase("training"):
+                self._train_epoch()
             done = position.global_step >= self.total_steps
-            if done or (position.epoch + 1) % run.eval_every_epochs == 0:
-                self._judge.validate(position.global_step)
+            if run.valid_splits and (done or (position.epoch + 1) % run.eval_every_epochs == 0):
+                with self._memory.phase("evaluation"):
+                    self._judge.validate(position.global_step)
             if done:
                 return
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
@@ -249,7 +260,7 @@ class Trainer:
                 ):
                     self._save()
                 if interrupted:
-                    raise KeyboardInterrupt
+                    raise guard.error(self.place)
         logger.info("%s: %d steps in %.1f s", label, last - first, time.monotonic() - begin)
 
     def _train_step(self, batches: Iterator[Any], number: int) -> None:
@@ -266,15 +277,19 @@ class Trainer:
             self._window.add(self._stepper.step(batches, size, position.global_step, extra))
         position.global_step += 1
         position.step_in_epoch = number + 1
+        train = self.datasets["train"]
+        self._stepper.health.check(run.max_bad_steps, position.global_step, self.output_dir, train)
         if position.global_step % run.log_freq == 0 or position.global_step == self.total_steps:
             self._log_window(lr)
 
     def _log_window(self, lr: float) -> None:
         means, step = self._finite_means(), self.position.global_step
+        self._watch.see(means, self._window.steps)
         self._window.clear()
-        epoch, waited = step / self.steps_per_epoch, self._clock.share()
-        self.metrics.write("train", step, epoch, {"lr": lr, **means, DATA_WAIT: waited})
-        shown = " ".join(f"{name} {value:.4g}" for name, value in {**means, DATA_WAIT: waited}.items())
+        epoch, waited, skipped = step / self.steps_per_epoch, self._clock.share(), self._stepper.health.skipped
+        self.metrics.write("train", step, epoch, {"lr": lr, **means, DATA_WAIT: waited, SKIPPED: skipped})
+        told = {**means, DATA_WAIT: waited, **({SKIPPED: skipped} if skipped else {})}
+        shown = " ".join(f"{name} {value:.4g}" for name, value in told.items())
         logger.info("epoch %.2f step %d/%d lr %.3g %s", epoch, step, self.total_steps, lr, shown)
 
     def _finite_means(self) -> dict[str, float]:
@@ -283,13 +298,14 @@ class Trainer:
     def _finish(self, export: bool = True) -> dict[str, Any]:
         judge = self._judge
         step = judge.best["step"] if judge.best is not None else self.position.global_step
-        found = judge.evaluate_learner(self.run.table_splits, step, self.position.global_step)
-        judge.keep()
-        judge.evaluate_teacher(self.position.global_step)
+        with self._memory.phase("evaluation"):
+            found = judge.evaluate_learner(self.run.table_splits, step, self.position.global_step)
+            judge.keep()
+            judge.evaluate_teacher(self.position.global_step)
         if self.place.is_main:
             if export:
                 logger.info("model: %s", export_model(self.output_dir, self.model))
-            written = judge.write_results(self.project, step)
+            written = judge.write_results(self.project, step, self._memory.facts())
             if written and self.run.report:
                 logger.info("report: %s", write_report(self.output_dir))
         self.place.share(None)

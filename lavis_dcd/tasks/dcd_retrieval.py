@@ -21,6 +21,7 @@ from lavis_dcd.datasets.verify import verify_pictures
 from lavis_dcd.datasets.views import with_views
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.matching.gather import ALONE, Ranks
 from lavis_dcd.models.building import build_matcher
 from lavis_dcd.models.preprocess import MatcherViews
 from lavis_dcd.tasks.evaluation import Evaluation, Protocol, evaluate
@@ -163,13 +164,23 @@ class DcdRetrievalTask(BaseTask):
 
     # -- evaluation ----------------------------------------------------------------------------------------
 
+    # `evaluate_matcher` takes `ranks`: the runner then calls it in every process, not in the main one alone
+    evaluates_over_ranks = True
+
     def evaluate_matcher(
-        self, matcher: Matcher, dataset: Any, run: Any, device: Any = None, shortlist: Matcher | None = None
+        self,
+        matcher: Matcher,
+        dataset: Any,
+        run: Any,
+        device: Any = None,
+        shortlist: Matcher | None = None,
+        ranks: Ranks = ALONE,
     ) -> Evaluation:
         """Figures and scores of one matcher; the result reads as the mapping of its figures.
 
         Args:
             shortlist: whose joint space makes the shortlist; by default the one that ``run.shortlist`` names.
+            ranks: processes that share the work; all must call.
 
         Raises:
             UserError: ``run.shortlist`` names no matcher of the model, or one without a joint space.
@@ -177,7 +188,7 @@ class DcdRetrievalTask(BaseTask):
         protocol = Protocol.of_run(run)
         shortlist = shortlist or self._shortlist_matcher(protocol)
         own = {"dataset_of": lambda reader: self.dataset_for(reader, dataset)} if self._views.by_name else {}
-        found = evaluate(matcher, dataset, protocol, device, shortlist, **own)
+        found = evaluate(matcher, dataset, protocol, device, shortlist, ranks=ranks, **own)
         self._kept.put(matcher, dataset, found)
         return found
 

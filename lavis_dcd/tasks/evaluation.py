@@ -15,6 +15,7 @@ from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import Storage, encode_dataset
 from lavis_dcd.matching.ensemble import Ensemble, members_of, weights_of
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.gather import ALONE, Ranks, gather_rows
 from lavis_dcd.matching.scoring import Shortlist, require_joint_space, score_exhaustive, score_joint
 from lavis_dcd.tasks.metrics import coco_1k_five_folds, retrieval_metrics
 from lavis_dcd.tasks.timing import milliseconds_per_pair
@@ -101,6 +102,7 @@ def evaluate(
     device: Any = None,
     shortlist: Matcher | Ensemble | None = None,
     dataset_of: DatasetOf | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Scores an evaluation set with ``matcher`` and measures it.
 
@@ -115,6 +117,8 @@ def evaluate(
             standardised mean of its members'.
         dataset_of: the set as a matcher reads it, through its own processors; the same object for the same view.
             By default all read ``dataset``.
+        ranks: processes that share the pictures; all must call, and each gets the scores and the figures. Only the
+            first one takes the time.
 
     Raises:
         UserError: a shortlist from a matcher without a joint space; an empty set.
@@ -125,9 +129,9 @@ def evaluate(
         maker = shortlist or matcher
         require_joint_space(maker)
     uses = [*([] if maker is None else members_of(maker)), *members]
-    encodings = _Encodings(uses, dataset_of or (lambda _: dataset), protocol, device)
-    shortlisted = None if maker is None else _shortlist(maker, encodings, protocol)
-    scored = [_score(member, encodings.take(member), shortlisted, protocol) for member in members]
+    encodings = _Encodings(uses, dataset_of or (lambda _: dataset), protocol, device, ranks)
+    shortlisted = None if maker is None else _shortlist(maker, encodings, protocol, ranks)
+    scored = [_score(member, encodings.take(member), shortlisted, protocol, ranks) for member in members]
     scores_i2t, scores_t2i = _combined([tables for tables, _ in scored], weights_of(matcher))
     if shortlisted is not None:
         scores_i2t, scores_t2i = shortlisted.tables(scores_i2t, scores_t2i)
@@ -153,24 +157,30 @@ def _how(matcher: Matcher | Ensemble, protocol: Protocol, exhaustive: bool) -> s
     return f"ensemble of {len(matcher.members)}, {how}" if isinstance(matcher, Ensemble) else how
 
 
-def _shortlist(maker: Matcher | Ensemble, encodings: _Encodings, protocol: Protocol) -> Shortlist:
+def _shortlist(
+    maker: Matcher | Ensemble, encodings: _Encodings, protocol: Protocol, ranks: Ranks
+) -> Shortlist:
     """What the joint spaces of ``maker``'s members put on top together."""
-    joint = [score_joint(member, *encodings.take(member), amp=protocol.amp) for member in members_of(maker)]
+    joint = []
+    for member in members_of(maker):
+        images, texts = encodings.take(member)
+        own = score_joint(member, images, texts, amp=protocol.amp) if len(images) else torch.empty(0, len(texts))
+        joint.append(gather_rows(own, ranks))
     cheap = _combined([(scores, scores.T) for scores in joint], weights_of(maker))
     return Shortlist.of(*cheap, protocol.k_test)
 
 
 def _score(
-    member: Matcher, features: Features, shortlist: Shortlist | None, protocol: Protocol
+    member: Matcher, features: Features, shortlist: Shortlist | None, protocol: Protocol, ranks: Ranks
 ) -> tuple[Tables, float]:
     """Scores of all pairs, ``[I, T]`` and ``[T, I]``, or at the shortlist, ``[I, k]`` and ``[T, k]``; ms per pair."""
-    options = {"amp": protocol.amp, "memory_mb": protocol.memory_mb, "progress": True}
+    options = {"amp": protocol.amp, "memory_mb": protocol.memory_mb, "progress": True, "ranks": ranks}
     if shortlist is None:
         scores = score_exhaustive(member, *features, **options)
         tables = (scores, scores.T)
     else:
         tables = shortlist.rerank(member, *features, **options)
-    return tables, milliseconds_per_pair(member, *features, amp=protocol.amp)
+    return tables, milliseconds_per_pair(member, *features, amp=protocol.amp) if ranks.rank == 0 else 0.0
 
 
 def _combined(of_members: Sequence[Tables], weights: Sequence[float]) -> Tables:
@@ -194,9 +204,16 @@ class _Encodings:
         uses: the matchers in the order in which ``take`` will be called; features are dropped after their last use.
     """
 
-    def __init__(self, uses: Sequence[Matcher], dataset_of: DatasetOf, protocol: Protocol, device: Any) -> None:
+    def __init__(
+        self,
+        uses: Sequence[Matcher],
+        dataset_of: DatasetOf,
+        protocol: Protocol,
+        device: Any,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._to_come = list(uses)
-        self._dataset_of, self._protocol, self._device = dataset_of, protocol, device
+        self._dataset_of, self._protocol, self._device, self._ranks = dataset_of, protocol, device, ranks
         self._kept: list[tuple[Matcher, Any, Features]] = []
 
     def take(self, matcher: Matcher) -> Features:
@@ -204,7 +221,7 @@ class _Encodings:
         dataset = self._dataset_of(matcher)
         features = next((kept for other, seen, kept in self._kept if self._serves(other, seen, matcher)), None)
         if features is None:
-            features = _encode(matcher, dataset, self._protocol, self._device)
+            features = _encode(matcher, dataset, self._protocol, self._device, self._ranks)
             self._kept.append((matcher, dataset, features))
         self._kept = [
             (other, seen, kept)
@@ -219,25 +236,26 @@ class _Encodings:
         return encoded_by is matcher or encoded_by.shares_encoders_with(matcher)
 
 
-def _encode(matcher: Matcher, dataset: Any, protocol: Protocol, device: Any) -> Features:
+def _encode(matcher: Matcher, dataset: Any, protocol: Protocol, device: Any, ranks: Ranks) -> Features:
     return encode_dataset(
         matcher,
         dataset,
         protocol.batch_size,
         device,
         protocol.num_workers,
-        storage=_storage(matcher, dataset, protocol),
+        storage=_storage(matcher, dataset, protocol, ranks),
         amp=protocol.amp,
         progress=True,
+        ranks=ranks,
     )
 
 
-def _storage(matcher: Matcher, dataset: Any, protocol: Protocol) -> Storage:
+def _storage(matcher: Matcher, dataset: Any, protocol: Protocol, ranks: Ranks) -> Storage:
     """As encoded, or half precision on the host where the set's features would be too big."""
     if getattr(dataset, "banked_features", None) is not None:
         return Storage()
     one = encode_dataset(matcher, _First(dataset), 1, amp=protocol.amp)
-    size = one[0].nbytes * len(dataset) + one[1].nbytes * len(dataset.text)
+    size = one[0].nbytes * len(Ranks(size=ranks.size).share(len(dataset))) + one[1].nbytes * len(dataset.text)
     if size <= HALF_ABOVE_BYTES:
         return Storage()
     log.info("%.1f GB of features: kept in half precision in host memory", size / 2e9)

@@ -17,6 +17,7 @@ from lavis_dcd.datasets.bank_rows import is_evaluation_set
 from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet, leaf_sets
 from lavis_dcd.datasets.feature_bank import build_feature_bank, weights_fingerprint
 from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.runners.devices import patient_group
 from lavis_dcd.runners.seeding import rng_state, seed_host, set_rng_state
 from lavis_dcd.tasks.evaluation import Protocol
 
@@ -83,13 +84,14 @@ def main_process_first(work: Callable[[], T]) -> T:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return work()
+    waiting = patient_group()
     if dist.get_rank() != 0:
-        dist.barrier()
+        dist.barrier(group=waiting)
         return work()
     try:
         return work()
     finally:
-        dist.barrier()
+        dist.barrier(group=waiting)
 
 
 def one_with_shared_encoders(matchers: Mapping[str, Matcher]) -> Matcher:

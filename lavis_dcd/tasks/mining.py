@@ -213,7 +213,7 @@ class Miner:
 
     def _wait(self) -> None:
         if self.place.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.place.patient)
 
     def _finish(
         self, work: WorkFolder, plan: Plan, pairing: Pairing, teachers: Teachers, identity: BankIdentity

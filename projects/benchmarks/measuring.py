@@ -68,6 +68,12 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def resident_memory() -> int:
+    """What this process holds now, in bytes, once freed memory is given back."""
+    release_memory()
+    return _resident("VmRSS")
+
+
 def _resident(field: str) -> int:
     if _STATUS.exists():
         return next(1024 * int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith(field))

@@ -27,6 +27,32 @@ def test_atomic_write_replaces_whole_or_not_at_all(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_atomic_write_brings_the_file_and_then_its_name_to_the_disk(tmp_path, monkeypatch):
+    events = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def sync(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_sync(descriptor)
+
+    def replace(old, new):
+        events.append("rename")
+        real_replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    with files.atomic_write(tmp_path / "x"):
+        pass
+    assert events[1:] == ["rename", tmp_path] and events[0].parent == tmp_path
+
+
+def test_leftovers_of_killed_processes_are_cleared(tmp_path):
+    for name in (".config.yaml.abc.tmp", "config.yaml", ".hidden", "notes.tmp"):
+        (tmp_path / name).touch()
+    files.clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "config.yaml", "notes.tmp"]
+
+
 def test_atomic_write_gives_ordinary_permissions(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
@@ -72,15 +98,12 @@ def test_tensors_of_safetensors_and_of_torch(tmp_path):
 
 @pytest.fixture
 def foreign(monkeypatch, tmp_path):
-    """A module of classes that a reader of the file need not have; unpickling one would make a folder."""
+    """A module of classes that a reader of the file need not have."""
     module = types.ModuleType("foreign_trainer")
 
     class ModelCheckpoint:
         def __init__(self):
             self.best = 1.0
-
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "was run"),))
 
     class Settings(dict):
         pass
@@ -108,7 +131,66 @@ def test_a_lightning_file_gives_its_tensors_and_runs_nothing(tmp_path, foreign, 
     torch.testing.assert_close(dict(loaded["state_dict"]), content["state_dict"])
     assert loaded["epoch"] == 7
     assert "hyper_parameters" not in loaded
-    assert not (tmp_path / "was run").exists()
+
+
+def malicious(reduced):
+    class Payload:
+        def __reduce__(self):
+            return reduced
+
+    return Payload()
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """A file that must not appear."""
+    return tmp_path / "was run"
+
+
+@pytest.fixture(params=["posix.system", "builtins.exec", "posix.mkdir", "torch.serialization.load", "main.own"])
+def code(request, marker, monkeypatch):
+    """(what a file calls when it is unpickled, the object that makes it so)"""
+    own = types.ModuleType("main")
+    own.own = lambda path: Path(path).touch()
+    own.own.__module__, own.own.__qualname__ = "main", "own"
+    monkeypatch.setitem(sys.modules, "main", own)
+    calls = {
+        "posix.system": (os.system, (f"touch '{marker}'",)),
+        "builtins.exec": (exec, (f"open({str(marker)!r}, 'w')",)),
+        "posix.mkdir": (os.mkdir, (str(marker),)),
+        "torch.serialization.load": (torch.load, (str(marker),)),
+        "main.own": (own.own, (str(marker),)),
+    }
+    return request.param, malicious(calls[request.param])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_with_code_is_refused_with_the_reason_and_runs_nothing(tmp_path, marker, code, zipped):
+    name, payload = code
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "callbacks": payload}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError) as caught:
+        files.load_tensors(path)
+    assert caught.value.faults == [
+        f"checkpoint {path} holds code: it would call {name} when it is unpickled; nothing of it was run. Name a file "
+        "from another place, or one of tensors only"
+    ]
+    assert not marker.exists()
+
+
+def test_the_malicious_file_is_a_real_one(tmp_path, marker):
+    path = tmp_path / "evil.ckpt"
+    torch.save({"callbacks": malicious((os.mkdir, (str(marker),)))}, path)
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+def test_a_bare_pickle_with_code_runs_nothing(tmp_path, marker):
+    path = tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps({"model": malicious((os.mkdir, (str(marker),)))}))
+    with pytest.raises(UserError, match=r"holds code: it would call posix\.mkdir|not a readable"):
+        files.load_tensors(path)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"a": 1})])

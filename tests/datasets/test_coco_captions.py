@@ -95,12 +95,13 @@ def test_empty_captions_are_left_out_and_counted(coco, caplog):
         ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"id": 1, "image_id": 1, "bbox": []}]}',
          r"no caption file of COCO's \(annotations.caption missing\)"),
         ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"id": 1, "image_id": 2, "caption": "y"}]}',
-         "holds no caption"),
+         "image_id: 2 is the id of none of the images"),
         ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"id": 8, "image_id": 1, "caption": null}]}',
-         "caption 8: null, expected text"),
+         r"annotations\[0\]: caption: null, expected text"),
         ('{"images": [{"id": 3, "file_name": 5}], "annotations": [{"id": 1, "image_id": 3, "caption": "y"}]}',
-         "image 3: file_name: a number, expected text"),
-        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [7]}', "not in COCO's format"),
+         r"images\[0\]: file_name: a number, expected a path"),
+        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [7]}',
+         r"annotations\[0\]: a number, expected an object"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_caption_files(coco, content, what):

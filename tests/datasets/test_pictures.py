@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.pictures import load_picture
 
 
@@ -23,11 +24,11 @@ def test_files_come_as_rgb_whatever_their_mode(tmp_path, mode):
     assert (picture.mode, picture.size) == ("RGB", (5, 4))
 
 
-def test_a_missing_or_broken_file_is_an_os_error(tmp_path):
+def test_a_missing_or_broken_file_is_a_fault_of_its_name(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     dataset = SimpleNamespace(vis_root=str(tmp_path), annotation=[{"image": "none.png"}, {"image": "broken.png"}])
     for index in range(2):
-        with pytest.raises(OSError):
+        with pytest.raises(UserError, match=r"(none|broken)\.png: no readable picture"):
             load_picture(dataset, index)
 
 

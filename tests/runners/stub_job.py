@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from lavis_dcd.cli import guarded
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import leave_group
 from lavis_dcd.runners.trainer import Trainer
@@ -125,7 +127,9 @@ class Task:
         return [{"query": "q", "names": sorted(matchers)}]
 
 
-def job(folder: Path, task: Task | None = None, model: nn.Module | None = None, **run) -> Trainer:
+def job(
+    folder: Path, task: Task | None = None, model: nn.Module | None = None, rows: int = 22, **run
+) -> Trainer:
     keys = {
         "output_dir": str(folder),
         "max_epoch": 3,
@@ -138,7 +142,7 @@ def job(folder: Path, task: Task | None = None, model: nn.Module | None = None, 
         "report": False,
         "keep_last": 3,
     }
-    datasets = {"train": Pictures(), "val": Pictures(6, noise=0), "test": Pictures(5, noise=0)}
+    datasets = {"train": Pictures(rows), "val": Pictures(6, noise=0), "test": Pictures(5, noise=0)}
     config = {"model": {"arch": "stub", "size": {"width": WIDTH}}, "datasets": {"noise": {"size": 22}}}
     return Trainer(
         RunConfig(**{**keys, **run}), config, task or Task(), model or Distiller(), datasets, "stub"
@@ -154,16 +158,40 @@ def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def signal_group() -> None:
+    """SIGTERM to this process and its loader workers."""
+    os.killpg(os.getpgid(0), signal.SIGTERM)
+
+
+def signal_self() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main() -> None:
+    """`kill_at`: SIGKILL before that step; `terminate_at`: SIGTERM, to `terminate_rank` if that is given."""
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
     options = json.loads(sys.argv[1])
     at_step = {}
     if "kill_at" in options:
         at_step[options.pop("kill_at")] = kill_self
-    trainer = job(Path(options.pop("folder")), Task(at_step), **options)
-    trainer.train()
-    leave_group()
+    rank = options.pop("terminate_rank", None)
+    if "terminate_at" in options:
+        number = options.pop("terminate_at")
+        if rank is None:
+            os.setpgrp()
+            at_step[number] = signal_group
+        elif rank == int(os.environ["RANK"]):
+            at_step[number] = signal_self
+
+    def work() -> None:
+        job(Path(options.pop("folder")), Task(at_step), **options).train()
+        leave_group()
+
+    status = guarded(work)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import torch
 import yaml
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.runners import checkpoint
+from lavis_dcd.runners import checkpoint, state_folder
+from lavis_dcd.runners.interrupt import Terminated, terminations_raised
 
 SCRIPT = Path(__file__).with_name("stub_job.py")
 
@@ -95,19 +97,21 @@ def test_results(whole):
     assert results["rows"][2]["r_mean"] > results["rows"][1]["r_mean"]
     assert results["gallery"] == [{"query": "q", "names": ["student", "teacher"]}]
     assert results["machine"]["device"] == "cpu"
+    peaks = results["machine"]["peak_memory"]
+    assert set(peaks) == {"training", "evaluation"} and all(50 < peak["host_mb"] < 1e5 for peak in peaks.values())
 
 
 def test_metrics_log(whole):
     train = lines(whole.output_dir, "train")
     assert [line["step"] for line in train] == [2, 4, 6, 8, 10, 12, 14, 15]
-    assert set(train[0]) == {"kind", "step", "epoch", "lr", "loss", "distill_loss", "data_wait"}
-    assert all(0 < line["data_wait"] < 1 for line in train)
+    assert set(train[0]) == {"kind", "step", "epoch", "lr", "loss", "distill_loss", "data_wait", "skipped_steps"}
+    assert all(0 < line["data_wait"] < 1 and line["skipped_steps"] == 0 for line in train)
     assert f"data_wait {train[0]['data_wait']:.4g}\n" in (whole.output_dir / "log.txt").read_text()
     for line in train:
         assert line["distill_loss"] == pytest.approx(2 * line["loss"])
         assert line["epoch"] == pytest.approx(line["step"] / 5)
     found = [(line["step"], line["split"], line["model"]) for line in lines(whole.output_dir, "eval")]
-    best = max(int(path.stem.split("-")[1]) for path in whole.output_dir.glob("checkpoints/best-*.pth"))
+    best = max(int(path.stem.split("-")[1]) for path in whole.output_dir.glob("checkpoints/best-*"))
     assert [line["weights_of_step"] for line in lines(whole.output_dir, "eval")] == [0, 5, 10, 15, best, None]
     assert found == [
         (0, "test", "student"),
@@ -212,11 +216,11 @@ def test_best_weights_are_exported(stubs, tmp_path):
     task.evaluate_matcher = scripted
     trainer = stubs.job(tmp_path, task)
     trainer.train()
-    best = torch.load(checkpoint.best_file(trainer.output_dir, 10), weights_only=True)
+    best = state_folder.read(checkpoint.best_file(trainer.output_dir, 10))
     assert best["metric"] == 5.0
     exported = stubs.weights(trainer.output_dir)
     assert_same(exported, {k.removeprefix("student."): v for k, v in best["model"].items()})
-    last = torch.load(checkpoint.step_file(trainer.output_dir, 15), weights_only=True)
+    last = checkpoint.load(checkpoint.step_file(trainer.output_dir, 15))
     assert last["best"] == {"step": 10, "metric": 5.0}
     assert not torch.equal(last["model"]["student.head.weight"], exported["head.weight"])
 
@@ -261,13 +265,18 @@ def test_kill_9_and_resume_is_exact(stubs, tmp_path, whole):
     killed = script(tmp_path, kill_at=8, save_every=2)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = next((tmp_path / "stub").iterdir())
-    # What a kill in the middle of a write leaves: a temporary file, or (on a damaged disk) half a checkpoint.
-    (folder / "checkpoints" / ".step-00000009.pth.x.tmp").write_bytes(b"half")
-    newest = (folder / "checkpoints" / "step-00000008.pth").read_bytes()
-    (folder / "checkpoints" / "step-00000009.pth").write_bytes(newest[: len(newest) // 2])
+    # What a kill in the middle of a write leaves: a temporary folder, or (on a damaged disk) half a checkpoint.
+    half = folder / "checkpoints" / ".step-00000009.x.tmp"
+    half.mkdir()
+    (half / "tensors.safetensors").write_bytes(b"half")
+    shutil.copytree(checkpoint.step_file(folder, 8), checkpoint.step_file(folder, 9))
+    damaged = checkpoint.step_file(folder, 9) / "tensors.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
     resumed = script(tmp_path, resume="auto", save_every=2)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step 8" in resumed.stderr
+    assert "step-00000009 is not whole: tensors.safetensors is cut short" in resumed.stderr
+    assert not half.exists()
     assert_same(stubs.weights(folder), stubs.weights(whole.output_dir))
 
 
@@ -309,16 +318,99 @@ def test_resume_refuses_what_changed(stubs, tmp_path):
     assert "run.init_lr was 0.05 in the checkpoint, is 0.1 now" in text
 
 
+def test_resume_refuses_other_rows_unless_told(stubs, tmp_path, caplog):
+    first = stubs.job(tmp_path, max_epoch=1)
+    first.train()
+    with pytest.raises(UserError) as caught:
+        stubs.job(tmp_path, resume="auto", rows=26)
+    assert caught.value.faults[0] == "run.resume: the rows of train.rows was 22 in the checkpoint, is 26 now"
+    assert caught.value.faults[1].endswith("run.resume_force=[data] continues with the change")
+    again = stubs.job(tmp_path, resume="auto", resume_force=["data"], rows=26, max_epoch=2)
+    assert "the rows of train.rows was 22 in the checkpoint, is 26 now (run.resume_force)" in caplog.text
+    again.train()
+    assert again.position.global_step == 12  # two epochs of 26 rows
+
+
+def test_resume_refuses_another_model_whatever_is_forced(stubs, tmp_path):
+    stubs.job(tmp_path, model=stubs.Learner(), max_epoch=1).train()
+    everything = ["teacher", "data", "recipe", "world_size"]
+    for keys in ({}, {"evaluate": True}):
+        with pytest.raises(UserError, match="it is another model's; start a new job"):
+            stubs.job(tmp_path, model=stubs.Learner(norm=False), resume="auto", resume_force=everything, **keys)
+
+
 def test_ctrl_c_finishes_the_step_saves_and_raises(stubs, tmp_path, whole):
     trainer = stubs.job(tmp_path, stubs.Task({6: lambda: os.kill(os.getpid(), signal.SIGINT)}))
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert signal.getsignal(signal.SIGINT) is handler
-    assert checkpoint.step_file(trainer.output_dir, 7).is_file()
+    assert checkpoint.step_file(trainer.output_dir, 7).is_dir()
     resumed = stubs.job(tmp_path, resume="auto")
     resumed.train()
     assert_same(stubs.weights(resumed.output_dir), stubs.weights(whole.output_dir))
+
+
+def test_sigterm_finishes_the_step_saves_and_raises(stubs, tmp_path, whole):
+    trainer = stubs.job(tmp_path, stubs.Task({6: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert checkpoint.step_file(trainer.output_dir, 7).is_dir()
+    resumed = stubs.job(tmp_path, resume="auto")
+    resumed.train()
+    assert_same(stubs.weights(resumed.output_dir), stubs.weights(whole.output_dir))
+
+
+def test_sigterm_to_a_job_and_its_loader_workers(stubs, tmp_path, whole):
+    stopped = script(tmp_path, terminate_at=6, num_workers=2)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "SIGTERM: finishing this step, then saving" in stopped.stderr and "Traceback" not in stopped.stderr
+    folder = next((tmp_path / "stub").iterdir())
+    assert checkpoint.step_file(folder, 7).is_dir()
+    resumed = script(tmp_path, resume="auto", num_workers=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same(stubs.weights(folder), stubs.weights(whole.output_dir))
+
+
+def test_sigterm_to_one_of_two_processes(stubs, tmp_path):
+    options = {"processes": 2, "batch_size_train": 2, "max_epoch": 2}
+    stopped = script(tmp_path / "a", terminate_at=3, terminate_rank=1, **options)
+    assert stopped.returncode != 0 and "exitcode  : 143" in stopped.stderr, stopped.stderr
+    folder = next((tmp_path / "a" / "stub").iterdir())
+    assert checkpoint.load(checkpoint.step_file(folder, 4))["position"]["world_size"] == 2
+    for done in (script(tmp_path / "a", resume="auto", **options), script(tmp_path / "b", **options)):
+        assert done.returncode == 0, done.stderr
+    assert_same(stubs.weights(folder), stubs.weights(next((tmp_path / "b" / "stub").iterdir())))
+
+
+def test_every_process_refuses_and_none_waits_for_another(stubs, tmp_path):
+    stubs.job(tmp_path, max_epoch=1).train()
+    for words, options in (
+        ("number of processes was 1 in the checkpoint, is 2 now", {}),
+        (f"{tmp_path}/nothing does not exist", {"resume": f"{tmp_path}/nothing"}),
+    ):
+        refused = script(tmp_path, **{"processes": 2, "resume": "auto", "max_epoch": 1, **options})
+        assert refused.returncode != 0 and refused.stderr.count(words) == 2, refused.stderr
+
+
+def test_sigterm_during_an_evaluation_keeps_what_was_kept(stubs, tmp_path, whole):
+    task = stubs.Task()
+    evaluate = task.evaluate_matcher
+
+    def stopped(*args):
+        if task.evaluated == 2:  # the second validation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    task.evaluate_matcher = stopped
+    with pytest.raises(Terminated), terminations_raised():
+        stubs.job(tmp_path, task).train()
+    resumed = stubs.job(tmp_path, resume="auto")
+    resumed.train()
+    assert_same(stubs.weights(resumed.output_dir), stubs.weights(whole.output_dir))
+    assert lines(resumed.output_dir, "eval") == lines(whole.output_dir, "eval")
 
 
 def test_two_jobs_in_one_process_are_independent(stubs, tmp_path, whole):
@@ -342,7 +434,7 @@ def test_evaluate_only(stubs, tmp_path):
 
 
 def test_evaluate_only_with_the_weights_of_a_job(stubs, tmp_path, whole):
-    best = max(whole.output_dir.glob("checkpoints/best-*.pth"))
+    best = max(whole.output_dir.glob("checkpoints/best-*"))
     path = checkpoint.step_file(whole.output_dir, int(best.stem.split("-")[1]))
     trainer = stubs.job(tmp_path, evaluate=True, resume=str(path))
     rows = json.loads((whole.output_dir / "results.json").read_text())["rows"]

@@ -189,7 +189,8 @@ def test_under_torchrun_the_main_process_works_first(monkeypatch, fails):
     rank, meet, order, errors = threading.local(), threading.Barrier(2, timeout=30), [], []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: rank.value)
-    monkeypatch.setattr(dist, "barrier", meet.wait)
+    monkeypatch.setattr(dist, "new_group", lambda **_: "both")
+    monkeypatch.setattr(dist, "barrier", lambda group: meet.wait())
 
     def work() -> None:
         order.append(rank.value)

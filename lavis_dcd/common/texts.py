@@ -1,0 +1,35 @@
+"""Texts of other people's files: what of them can be read, and how a message may show them."""
+
+from __future__ import annotations
+
+import re
+
+# Control characters that are no white space, marks of writing direction, and byte order marks inside a text. None is
+# a part of a word. Zero-width joiners are not among them: Persian words and many emoji need them.
+_INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text without control characters and marks of writing direction; white space stays."""
+    return _INVISIBLE.sub("", text)
+
+
+def half_character(text: str) -> str | None:
+    """The first lone surrogate of a text, which no tokenizer and no file can take; None where there is none."""
+    found = _HALF.search(text)
+    return found[0] if found else None
+
+
+def one_line(text: str, longest: int = 400) -> str:
+    """The text as a message may show it: what cannot be printed is escaped, the middle of a long one is left out."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """The value as written in Python, shortened to about ``longest`` characters."""
+    return one_line(repr(value), longest)

@@ -1,0 +1,60 @@
+"""Two processes train as one does at the same global batch: losses, gradients and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+TWO = ("--nproc_per_node=2",)
+
+
+def of_one_and_two(write_job, finished, metrics, tmp_path: Path, model: dict, **run):
+    """Train steps and final weights with one process and with two of half the batch each."""
+    found = []
+    for name, size, flags in (("one", 8, ()), ("two", 4, TWO)):
+        finished(write_job(name, model, batch_size_train=size, **run), *flags)
+        folder = tmp_path / "output" / "job" / name
+        file = next(path for path in (folder / "student.pth", folder / "model.pth") if path.is_file())
+        found.append((metrics(name, "train"), torch.load(file, weights_only=True)["model"]))
+    return found
+
+
+def assert_same(one, two) -> None:
+    (steps_one, weights_one), (steps_two, weights_two) = one, two
+    assert len(steps_one) == len(steps_two) == 4
+    for line_one, line_two in zip(steps_one, steps_two, strict=True):
+        assert line_one.keys() == line_two.keys()
+        for key, value in line_one.items():
+            if isinstance(value, float):
+                assert line_two[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (key, line_one["step"])
+    assert len({line["loss"] for line in steps_one}) == 4
+    for name, value in weights_one.items():
+        torch.testing.assert_close(weights_two[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def distilled(teacher: dict, student: dict, **more) -> dict:
+    return {"arch": "dcd", "teacher": teacher, "student": student, "selection": {"hard_negatives": 3}, **more}
+
+
+@pytest.mark.parametrize("case", ["learning encoders", "entropy share", "bank of captions", "dual", "own loss"])
+def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, meter, teacher, dual):
+    """AdamW's eps is 1e-4 here: a gradient that is zero but for rounding would otherwise step by its sign."""
+    run = {"eps": 1e-4}
+    if case == "learning encoders":  # both sides encode for themselves; gradients cross the processes
+        model = distilled(teacher, meter, share_encoders=False)
+    elif case == "entropy share":
+        model = distilled(teacher, {"init_from_teacher": {"layers": [1]}}, loss={"weighting": "entropy_share"})
+        run |= {"cache_features": "memory", "accum_grad_iters": 1}
+    elif case == "bank of captions":
+        candidates = {"image_to_text": {"source": "random", "count": 5}, "text_to_image": None}
+        model = distilled(teacher, {"init_from_teacher": {"layers": [1]}}, candidates=candidates)
+    elif case == "dual":
+        model = distilled(teacher, dual, share_encoders=False, loss={"in_batch_weight": 1.0})
+    else:  # every negative of the batch is taken, so that nothing is left to chance
+        loss = {"negatives": 16, "sharpness": 0.0, "sharpness_start": 0.0}
+        model = {**meter, "loss": loss}
+    assert_same(*of_one_and_two(write_job, finished, metrics, tmp_path, model, **run))
