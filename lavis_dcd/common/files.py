@@ -24,19 +24,29 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         mode: "wb" (default) yields a binary file, "w" a UTF-8 text file.
 
     Yields:
-        The open temporary file, in the same folder. Leaving the block without an error flushes it to the disk
-        and renames it over `path`; an exception removes it and passes through.
+        The open temporary file, as :func:`atomic_path` names and keeps it.
     """
     if mode not in ("wb", "w"):
         raise ValueError(f"atomic_write: mode must be 'wb' or 'w', got {mode!r}")
+    with atomic_path(path) as temporary, open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
+        yield handle
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As :func:`atomic_write`, for writers that want the name of a file.
+
+    Yields:
+        An empty temporary file in the same folder. Leaving the block without an error brings it to the disk and
+        renames it over `path`; an exception removes it and passes through.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(descriptor)
     try:
-        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield Path(name)
+        sync(Path(name))
         os.chmod(name, 0o666 & ~umask())
         os.replace(name, target)
     except BaseException:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import atomic_write
+from lavis_dcd.common.files import atomic_path, atomic_write, clear_leftovers
 from lavis_dcd.matching.features import Features
 
 log = logging.getLogger(__name__)
@@ -201,6 +201,7 @@ class ShardWriter:
             self._resume(folder)
 
     def _resume(self, folder: Path) -> None:
+        clear_leftovers(folder)
         for path in shard_files(folder, self._kind):
             try:
                 self.rows += len(_opened(path))
@@ -243,20 +244,14 @@ class ShardWriter:
 
 
 def _save(shard: Shard, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in shard.named().items()}, str(partial))
-        # safetensors leaves files that only their owner may read; a cache can be shared like its folder
-        partial.chmod(path.parent.stat().st_mode & 0o666)
-        os.replace(partial, path)
+        with atomic_path(path) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in shard.named().items()}, str(partial))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"run.cache_features: {path.name} cannot be written to {path.parent} ({error}); what is there serves the "
             "next start. Make room, or choose another place with LAVIS_CACHE"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import atomic_write, cache_root
+from lavis_dcd.common.files import atomic_path, atomic_write, cache_root
 from lavis_dcd.common.schema import plain
 from lavis_dcd.distillation.candidates import DIRECTIONS
 
@@ -112,14 +111,8 @@ class ScoreBank:
             for direction, table in self.tables.items()
             for name in ("candidates", "scores")
         }
-        partial = folder / f".{SCORES}.{os.getpid()}.tmp"
-        try:
+        with atomic_path(folder / SCORES) as partial:
             save_file(columns, str(partial))
-            with open(partial, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(partial, folder / SCORES)
-        finally:
-            partial.unlink(missing_ok=True)
         meta = {
             "format": _FORMAT,
             "identity": dataclasses.asdict(self.identity),

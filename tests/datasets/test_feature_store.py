@@ -120,7 +120,7 @@ def test_a_writer_goes_on_behind_whole_shards_and_forgets_the_rest(tmp_path):
     written(tmp_path, *(ragged([4], seed) for seed in range(3)))
     second = tmp_path / "images-00001.safetensors"
     second.write_bytes(second.read_bytes()[:-1])
-    (tmp_path / "images-00003.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / ".images-00003.safetensors.x.tmp").write_bytes(b"half")
     writer = ShardWriter(tmp_path, "images")
     assert writer.rows == 1
     assert [path.name for path in tmp_path.iterdir()] == ["images-00000.safetensors"]

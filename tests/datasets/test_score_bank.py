@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_write_cut_short_leaves_no_bank(tmp_path, monkeypatch, step, former):
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(*((score_bank.os, "replace") if step == "scores" else (score_bank.json, "dump")), fail)
+    monkeypatch.setattr(*((os, "replace") if step == "scores" else (score_bank.json, "dump")), fail)
     with pytest.raises(KeyboardInterrupt):
         bank().save(tmp_path)
     monkeypatch.undo()
