@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,26 @@ def shared_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared folder at {folder} (set LAVIS_DCD_SHARED)")
     return folder
+
+
+@pytest.fixture
+def permissions_count() -> Iterator[None]:
+    """While the test runs, files' permissions hold for root, too: Linux's two capabilities to pass them by are off."""
+    if os.geteuid():
+        yield
+        return
+    libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    now = (ctypes.c_uint32 * 6)()  # twice: effective, permitted, inheritable
+    if libc.capget(header, now):
+        pytest.skip("root may read and write everything, and this system cannot take that away")
+    before = now[0]
+    now[0] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    libc.capset(header, now)
+    try:
+        yield
+    finally:
+        now[0] = before
+        libc.capset(header, now)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,7 +91,7 @@ def test_files_that_are_not_there_or_folders(tmp_path):
     assert _faults(read_json, long, tmp_path) == [f"{long}: not readable: File name too long"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.usefixtures("permissions_count")
 def test_no_permission(tmp_path):
     file = _written(tmp_path, [])
     file.chmod(0)

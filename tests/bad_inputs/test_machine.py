@@ -101,7 +101,7 @@ def test_a_disk_that_takes_nothing_is_one_line(capsys, name):
     assert capsys.readouterr().err == f"error: /data/x: {message}\n"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("permissions_count")
 def test_an_output_folder_that_may_not_be_written(tmp_path, capsys):
     tmp_path.chmod(0o500)
     assert guarded(lambda: new_run_folder(tmp_path / "job", RunConfig(), "x") and None) == EXIT_USER_ERROR
