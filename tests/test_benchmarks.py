@@ -92,12 +92,22 @@ def test_matching_measures_every_matcher_in_both_layouts(benchmark: Run) -> None
     assert len(table_rows(printed)) == len(content["rows"])
 
 
+def test_a_long_job_does_not_grow(benchmark: Run) -> None:
+    content, printed = benchmark("steps_memory", "--steps", "150", "--every", "50", "--scenes", "24")
+    check_header(content, printed, "steps_memory")
+    assert [row["step"] for row in content["rows"]] == [50, 100, 150]
+    assert content["rows"][0]["growth_mb"] == 0 and content["rows"][-1]["growth_mb"] < 20
+    assert all(row["resident_mb"] > 100 for row in content["rows"])
+    assert len(table_rows(printed)) == 3
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
         ("evaluation", ["--images", "4", "--texts", "7"], "--texts: 7"),
         ("training_step", ["--rows", "plain,fastest"], "--rows: unknown fastest"),
         ("matching", ["--matchers", "metre"], "--matchers: unknown metre"),
+        ("steps_memory", ["--steps", "100", "--every", "60"], "--steps: 100 gives no two readings"),
     ],
 )
 def test_wrong_options_are_told_in_a_line(

@@ -16,7 +16,7 @@ class ScoreWatch:
     """Warns once, in plain words, of a student without opinions and of a teacher without knowledge."""
 
     def __init__(self) -> None:
-        self._dead = self._dead_steps = 0
+        self._dead_steps = 0
         self._rank, self._rank_steps = 0.0, 0
         self._told: set[str] = set()
 

@@ -126,6 +126,7 @@ def _body(folder: str, command: str, options: list[str], fault: Fault | None) ->
     with open("err.txt", "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 2)
         os.dup2(log.fileno(), 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     multiprocessing.set_start_method("fork", force=True)  # a loader's workers meet the fault, too
     if fault is not None:
         install(fault)

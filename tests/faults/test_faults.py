@@ -51,6 +51,12 @@ def run_folder(folder: Path) -> Path:
     return folder / "output/quickstart/job"
 
 
+def saved_before(fault: Fault) -> int:
+    """The step of a checkpoint that is whole when the fault comes; the first of them is of step 0."""
+    checkpoints = {"step": (fault.number - 1) // JOB["save_every"], "checkpoint": fault.number - 2}
+    return checkpoints.get(fault.site, 0) * JOB["save_every"]
+
+
 @pytest.mark.parametrize("fault", chosen(), ids=str)
 def test_a_resumed_job_ends_as_if_nothing_had_happened(fault: Fault, tmp_path: Path, undisturbed: bytes) -> None:
     workers = ["run.num_workers=1"] if fault.site == "sample" else []
@@ -61,13 +67,14 @@ def test_a_resumed_job_ends_as_if_nothing_had_happened(fault: Fault, tmp_path: P
     log = (tmp_path / "err.txt").read_text()
     survived = run_folder(tmp_path) / "checkpoints"
     steps = {int(re.search(r"(\d+)", path.name)[1]) for path in survived.glob("step-*")} if survived.exists() else set()
+    assert max(steps, default=0) >= saved_before(fault), "a good checkpoint did not survive"
     assert harness.run(tmp_path, options=["run.resume=auto"]) == 0, (tmp_path / "err.txt").read_text()[-3000:]
     log = (tmp_path / "err.txt").read_text()[len(log) :]
     if steps:
         at = int(re.search(r"resumed at step (\d+)", log)[1])
         assert at in steps, "a good checkpoint was passed over"
         if fault.site == "step":
-            assert fault.number - 1 - at <= JOB["save_every"]
+            assert fault.number - 1 - at <= JOB["save_every"], "too many steps are repeated"
     assert (run_folder(tmp_path) / "student.pth").read_bytes() == undisturbed
     lines = [json.loads(line) for line in (run_folder(tmp_path) / "metrics.jsonl").read_text().splitlines()]
     logged = [line["step"] for line in lines if line["kind"] == "train"]
