@@ -115,10 +115,15 @@ def free_port() -> int:
 
 @pytest.fixture
 def launch(environment: dict[str, str], tmp_path: Path, free_port: int) -> Callable[..., subprocess.Popen]:
-    """Starts ``python -m lavis.train`` on a job file, by torchrun with these flags or, without any, alone."""
+    """Starts ``python -m lavis.train`` on a job file, by torchrun with these flags or, without any, alone.
+
+    What else it is given goes to the process's environment.
+    """
     started = []
 
-    def start(job: Path, *flags: str, script: Path | None = None, plugin: str | None = None) -> subprocess.Popen:
+    def start(
+        job: Path, *flags: str, script: Path | None = None, plugin: str | None = None, **more: str
+    ) -> subprocess.Popen:
         torchrun = [sys.executable, "-m", "torch.distributed.run", *flags]
         torchrun += ["--master_addr=127.0.0.1", f"--master_port={free_port}"]
         what = ["-m", "lavis.train", "--cfg-path"] if script is None else [str(script)]
@@ -126,7 +131,7 @@ def launch(environment: dict[str, str], tmp_path: Path, free_port: int) -> Calla
         log = (tmp_path / f"{job.stem}-{len(started)}.out").open("w+")
         command += [str(job), *(["--plugins", plugin] if plugin else [])]
         process = subprocess.Popen(
-            command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, text=True
+            command, env={**environment, **more}, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, text=True
         )
         process.log = log
         started.append(process)

@@ -90,20 +90,18 @@ def test_torchrun_restarts_and_the_job_goes_on(dying_job, launch, outcome, finis
     assert [line["loss"] for line in metrics("again", "train")] == [line["loss"] for line in metrics("whole", "train")]
 
 
-def test_two_nodes(write_job, launch, outcome, metrics, tmp_path, teacher, free_port):
-    """Two agents on the loopback, a process each: a job of two nodes is the job of two processes."""
-    model = {"arch": "dcd", "teacher": teacher, "student": {"init_from_teacher": {"layers": [1]}},
-             "selection": {"hard_negatives": 3}}  # fmt: skip
-    job = write_job("nodes", model, batch_size_train=4, test_splits=["test"])
-    agents = [launch(job, "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1") for rank in (0, 1)]
-    for agent in agents:
-        status, output = outcome(agent)
-        assert status == 0, output
-    status, output = outcome(launch(write_job("node", model, batch_size_train=4, test_splits=["test"]),
-                                    "--nproc_per_node=2"))  # fmt: skip
-    assert status == 0, output
+def test_two_nodes(dying_job, launch, outcome, finished, metrics, tmp_path, free_port):
+    """Two agents on the loopback, a process each, one of which dies: restarted, the job is that of one node."""
+    job = dying_job("nodes", resume="auto", test_splits=["test"])
+    flags = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port}",
+             "--rdzv_id=nodes", "--max-restarts=2"]  # fmt: skip
+    agents = [launch(job, *flags, plugin="dying", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") for _ in range(2)]
+    ends = [outcome(agent) for agent in agents]
+    assert [status for status, _ in ends] == [0, 0], ends
+    assert (tmp_path / "died").exists() and any("resumed at step 2" in output for _, output in ends)
+    finished(dying_job("node", test_splits=["test"]), "--nproc_per_node=2")
     assert [line["loss"] for line in metrics("nodes", "train")] == [line["loss"] for line in metrics("node", "train")]
     runs = tmp_path / "output" / "job"
     results = [json.loads((runs / name / "results.json").read_text()) for name in ("nodes", "node")]
     assert results[0]["rows"][-1]["r_mean"] == results[1]["rows"][-1]["r_mean"]
-    assert_whole_files(tmp_path / "output" / "job" / "nodes")
+    assert_whole_files(runs / "nodes")
