@@ -1,7 +1,9 @@
-"""`coco_captions`: COCO's official caption files."""
+"""`coco_captions`: COCO's official caption files, checked row by row, then indexed by pycocotools."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from dataclasses import dataclass
@@ -104,14 +106,16 @@ def read_coco(file: Path, folder: Path | None = None) -> list[Row]:
     Raises:
         UserError: the file is missing, no JSON, or no caption file of COCO's; all faulty rows are listed.
     """
-    images, annotations = _parts(file)
+    content = _content(file)
     faults = Faults(file)
-    names = _names(images, (folder or file.parent).absolute(), faults)
-    captions = _captions(annotations, names, faults)
+    names = _names(content["images"], (folder or file.parent).absolute(), faults)
+    _check_captions(content["annotations"], names, faults)
     faults.raise_any()
+    captions = _indexed(content).imgToAnns
     rows, empty, without = [], 0, 0
     for image_id in sorted(names, key=_by_number):
-        of_image = [captions[image_id][key] for key in sorted(captions.get(image_id, {}), key=_by_number)]
+        found = sorted(captions.get(image_id, []), key=lambda caption: _by_number(caption["id"]))
+        of_image = [caption["caption"] for caption in found]
         rows += [Row(names[image_id], text, image_id) for text in of_image if visible(text).strip()]
         empty += sum(not visible(text).strip() for text in of_image)
         without += not of_image
@@ -128,7 +132,17 @@ def _by_number(key: str | int) -> tuple[bool, str | int]:
     return isinstance(key, str), key
 
 
-def _parts(file: Path) -> tuple[list[Any], list[Any]]:
+def _indexed(content: dict[str, Any]) -> Any:
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        coco.createIndex()
+    return coco
+
+
+def _content(file: Path) -> dict[str, Any]:
     content = load_json(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: not in COCO's format: it holds {kind_of(content)}, expected an object with images "
@@ -143,7 +157,7 @@ def _parts(file: Path) -> tuple[list[Any], list[Any]]:
     if lacking:
         raise UserError(f"{file}: is no caption file of COCO's ({', '.join(lacking)} missing); "
                         "expected one such as captions_val2017.json")  # fmt: skip
-    return content["images"], content["annotations"]
+    return content
 
 
 def _names(images: list[Any], folder: Path, faults: Faults) -> dict[str | int, str | None]:
@@ -160,9 +174,7 @@ def _names(images: list[Any], folder: Path, faults: Faults) -> dict[str | int, s
     return names
 
 
-def _captions(annotations: list[Any], names: dict[str | int, Any], faults: Faults) -> dict[str | int, dict]:
-    """{image id: {caption id: text}}."""
-    found: dict[str | int, dict] = {}
+def _check_captions(annotations: list[Any], names: dict[str | int, Any], faults: Faults) -> None:
     seen = set()
     for number, caption in enumerate(annotations):
         where = f"annotations[{number}]"
@@ -179,10 +191,7 @@ def _captions(annotations: list[Any], names: dict[str | int, Any], faults: Fault
             faults.add(where, f"caption: {kind_of(text)}, expected text")
         elif half := half_character(text):
             faults.add(where, f"caption: holds {half!r}, half of a character; write it again from its source")
-        else:
-            found.setdefault(image_id, {})[caption_id] = text
         seen.add(caption_id)
-    return found
 
 
 def _id_of(row: Any, keys: tuple[str, ...], where: str, faults: Faults) -> str | int | None:
