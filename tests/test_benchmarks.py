@@ -101,6 +101,18 @@ def test_a_long_job_does_not_grow(benchmark: Run) -> None:
     assert len(table_rows(printed)) == 3
 
 
+@pytest.mark.slow
+def test_sharding_halves_what_a_process_holds(benchmark: Run) -> None:
+    content, printed = benchmark("sharding", "--size", "tiny")
+    check_header(content, printed, "sharding")
+    ddp, *fsdp = content["rows"]
+    assert [row["row"] for row in content["rows"]] == [cells[0] for cells in table_rows(printed)]
+    assert len(fsdp) == 2
+    for row in fsdp:
+        assert row["parameters"] == ddp["parameters"]
+        assert 0.45 < row["held_mb"] / ddp["held_mb"] < 0.6
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
@@ -108,6 +120,7 @@ def test_a_long_job_does_not_grow(benchmark: Run) -> None:
         ("training_step", ["--rows", "plain,fastest"], "--rows: unknown fastest"),
         ("matching", ["--matchers", "metre"], "--matchers: unknown metre"),
         ("steps_memory", ["--steps", "100", "--every", "60"], "--steps: 100 gives no two readings"),
+        ("sharding", ["--processes", "1"], "--processes: 1"),
     ],
 )
 def test_wrong_options_are_told_in_a_line(

@@ -81,6 +81,15 @@ class Matcher(ABC):
         """The modules that ``encode_images`` and ``encode_texts`` run, in a fixed order."""
         return []
 
+    def sharding_units(self) -> list[nn.Module]:
+        """The layers that ``run.strategy: fsdp`` gathers one at a time, in the order in which they run.
+
+        Each must be run by its own ``forward`` and in no other way, equally often in every process at each training
+        step: as the layers of encoders are, but not those that ``match`` runs chunk by chunk. Nobody may read their
+        weights elsewhere. All else stays gathered throughout a step, which is always right and the default.
+        """
+        return []
+
     def encoder_signature(self) -> str | None:
         """A hash of all that shapes frozen encoders' features (kind, settings, weights); ``None`` where unknown.
 

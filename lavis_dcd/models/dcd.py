@@ -170,6 +170,10 @@ class DynamicContrastiveDistillation(BaseModel):
         """Whether some step leaves trainable parameters without a gradient, as distributed training must know."""
         return bool(getattr(self.student, "find_unused_parameters", False))
 
+    def sharding_units(self) -> list[nn.Module]:
+        """What ``run.strategy: fsdp`` gathers one at a time: the student's."""
+        return self.student.sharding_units()
+
     def teacher_fingerprint(self) -> str:
         """SHA-256 over the teachers' tensors, or over what the score bank with their scores was made from."""
         return self.teachers.fingerprint()

@@ -15,6 +15,7 @@ from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import parse
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.layers import repeated_layers
 from lavis_dcd.models import weights
 from lavis_dcd.models.lavis_evaluation import LavisEvaluation
 from lavis_dcd.models.tower_signature import towers_signature
@@ -137,6 +138,9 @@ class TwoTowers(Retriever):
 
     def encoder_modules(self) -> list[nn.Module]:
         return [self.vision_tower, self.text_tower]
+
+    def sharding_units(self) -> list[nn.Module]:
+        return [layer for tower in self.encoder_modules() for layer in repeated_layers(tower)]
 
     def encoder_signature(self) -> str | None:
         return towers_signature(self.vision_tower, self.text_tower)

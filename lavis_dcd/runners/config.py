@@ -29,6 +29,7 @@ class RunConfig:
     # The machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     amp: Literal["off", "bf16", "fp16"] = "off"  # fp16 needs CUDA
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # of several processes; fsdp shards what learns
     num_threads: int | None = None  # torch's CPU threads; default: torch's own choice
     num_workers: int = 0
     seed: int = 42
@@ -111,6 +112,8 @@ class RunConfig:
             found.append(
                 f"run.warmup: {self.warmup!r} is a fraction of all steps, 0 to 1 (see run.warmup_steps)"
             )
+        if self.strategy not in ("ddp", "fsdp"):
+            found.append(f"run.strategy: {self.strategy!r} must be 'ddp' or 'fsdp'")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"run.betas: {self.betas!r} must be two numbers in [0, 1)")
         if not self.train_splits and not self.evaluate:

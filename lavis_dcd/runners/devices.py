@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.runners.config import RunConfig
+from lavis_dcd.runners.sharding import shard
+
+logger = logging.getLogger(__name__)
 
 # All processes are in the same step, so a peer that is silent for so long is lost: torch ends this one with an error.
 # One that dies is noticed at once, by its closed connections and by torchrun.
@@ -52,6 +57,25 @@ class Place:
             dist.all_reduce(values)
             values /= self.world_size
         return values
+
+    def share_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give all processes the main one's values, in place."""
+        for tensor in tensors:
+            sent = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor  # gloo sends no bool
+            found = sent.contiguous()
+            dist.broadcast(found, src=0)
+            if found is not sent:
+                sent.copy_(found)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give 0-dim parameters the mean over the processes of their gradients; one without counts as 0."""
+        if not parameters:
+            return
+        none = torch.zeros((), device=self.device)
+        found = [none if p.grad is None else p.grad.float() for p in parameters]
+        means, having = self.mean(torch.stack([*found, *(none + (p.grad is not None) for p in parameters)])).chunk(2)
+        for parameter, mean, share in zip(parameters, means, having.tolist(), strict=True):
+            parameter.grad = mean.to(parameter.dtype).clone() if share else None
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -111,12 +135,20 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def wrap_for_training(model: nn.Module, place: Place) -> nn.Module:
-    """The model itself, or DistributedDataParallel around it when several processes train.
+def wrap_for_training(model: nn.Module, place: Place, strategy: str = "ddp") -> nn.Module:
+    """The model itself; when several processes train, inside DistributedDataParallel, or sharded in place.
 
     A model whose loss may leave trainable parameters out says so in an attribute `find_unused_parameters`.
+
+    Args:
+        strategy: "ddp" or "fsdp".
     """
     if place.world_size == 1:
+        if strategy == "fsdp":
+            logger.info("run.strategy: fsdp has nothing to share out with one process; the model stays whole")
+        return model
+    if strategy == "fsdp":
+        shard(model, place.device, place.world_size)
         return model
     ids = [place.device.index] if place.device.type == "cuda" else None
     unused = bool(getattr(model, "find_unused_parameters", False))

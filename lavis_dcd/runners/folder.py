@@ -18,6 +18,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.runners.checkpoint import FOLDER
 from lavis_dcd.runners.config import RunConfig
+from lavis_dcd.runners.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +96,20 @@ def write_results(
             json.dump(content, handle, indent=1)
 
 
-def export_model(folder: Path, model: nn.Module) -> Path:
+def export_model(folder: Path, model: nn.Module, write: bool = True) -> Path:
     """Write the model that the job produced, on its own: student.pth, or model.pth for a plain model.
+
+    Every process must call it where the model is sharded; the main one writes.
 
     The file holds `checkpoint()` of `model.exported()` (of the model itself where it has no such method):
     tensors and plain containers, which load with `weights_only=True`.
     """
     exported = model.exported() if hasattr(model, "exported") else model
     content = exported.checkpoint() if hasattr(exported, "checkpoint") else {"model": exported.state_dict()}
+    content = {key: whole(value, write) for key, value in content.items()}
     path = folder / ("student.pth" if exported is not model else "model.pth")
+    if not write:
+        return path
     with atomic_write(path) as handle:
         torch.save({key: _on_cpu(value) for key, value in content.items()}, handle)
     return path

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.banked import leaf_sets
 from lavis_dcd.runners import checkpoint
 from lavis_dcd.runners.devices import Place
+from lavis_dcd.runners.sharding import kept_whole, local
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ def _broken_groups(optimizer: torch.optim.Optimizer) -> list[str]:
     return [
         str(group.get("name", number))
         for number, group in enumerate(optimizer.param_groups)
-        if not math.isfinite(gradient_norm(group["params"]))
+        if not math.isfinite(_own_norm(group["params"]))
     ]
 
 
@@ -87,9 +89,20 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The 2-norm of all gradients together, 0-dim; NaN or infinite where any of them is.
 
     A gradient whose norm overflows counts as infinite: its square would stay in the optimizer's state for good.
+    Where some of the parameters are sharded, every process must call.
     """
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    if not sharded:
+        return _own_norm(parameters)
+    total = _own_norm(sharded).double().square()
+    dist.all_reduce(total)
+    return (total + _own_norm(kept_whole(parameters)).double().square()).sqrt().float()
+
+
+def _own_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Of what this process holds of the gradients."""
+    norm = nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None])
+    return norm.to(parameters[0].device) if len(parameters) else norm
 
 
 class Health:
@@ -215,7 +228,8 @@ class LiveBuffers:
         self._model = model
         self._kept: dict[str, Tensor] = {}
 
-    def _live(self) -> dict[str, Tensor]:
+    def live(self) -> dict[str, Tensor]:
+        """By name."""
         return {
             f"{path}.{name}": buffer
             for path, module in self._model.named_modules()
@@ -226,7 +240,7 @@ class LiveBuffers:
     @torch.no_grad()
     def remember(self) -> None:
         """Before the forward passes of a step."""
-        live = self._live()
+        live = self.live()
         self._kept = {name: kept for name, kept in self._kept.items() if name in live}
         for name, buffer in live.items():
             kept = self._kept.get(name)
@@ -238,6 +252,6 @@ class LiveBuffers:
     @torch.no_grad()
     def restore(self) -> None:
         """Put back what the forward passes since `remember` changed."""
-        for name, buffer in self._live().items():
+        for name, buffer in self.live().items():
             if name in self._kept:
                 buffer.copy_(self._kept[name])

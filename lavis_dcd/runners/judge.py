@@ -18,6 +18,7 @@ from lavis_dcd.runners.evaluations import Evaluations, machine
 from lavis_dcd.runners.folder import write_results
 from lavis_dcd.runners.logs import MetricsLog
 from lavis_dcd.runners.report_table import format_table
+from lavis_dcd.runners.sharding import load_model, whole
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class Judge:
         metric = sum(metrics["agg_metrics"] for metrics in found.values()) / len(found)
         if self.best is None or metric > self.best["metric"]:
             self.best = {"step": step, "metric": metric}
+            content = {"model": whole(self._model.state_dict(), self._place.is_main), **self.best}
             if self._place.is_main:
-                content = {"model": self._model.state_dict(), **self.best}
                 checkpoint.save(checkpoint.best_file(self._folder, step), content)
             logger.info("best so far: %.2f at step %d", metric, step)
         # After the weights, so that a stored evaluation always has the file it speaks of.
@@ -110,7 +111,7 @@ class Judge:
         if self.best is not None:
             self._place.share(None)  # the main process has written the file
             path = checkpoint.best_file(self._folder, self.best["step"])
-            self._model.load_state_dict(checkpoint.load_weights(path))
+            load_model(self._model, checkpoint.load_weights(path))
 
     def write_results(self, title: str, step: int, facts: Mapping[str, Any] = MappingProxyType({})) -> bool:
         """results.json and the table in the log, for the learner of optimizer step `step`.

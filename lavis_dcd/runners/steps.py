@@ -16,6 +16,7 @@ from lavis_dcd.runners.health import Health, LiveBuffers, blame, gradient_norm
 from lavis_dcd.runners.logs import scalars_of
 from lavis_dcd.runners.optim import make_optimizer, make_scheduler
 from lavis_dcd.runners.seeding import seed_everything, seed_for
+from lavis_dcd.runners.sharding import is_sharded, kept_whole, load_optimizer, whole
 
 
 class Stepper:
@@ -23,7 +24,7 @@ class Stepper:
 
     Args:
         task: `train_step(model, samples)` returns the model's output dict with "loss", or the loss itself.
-        model: as it trains (perhaps inside DistributedDataParallel).
+        model: as it trains (perhaps inside DistributedDataParallel, or sharded).
         bare_model: the model without that wrapper.
         total_steps: of the whole job, for the schedule.
 
@@ -72,6 +73,8 @@ class Stepper:
             Nothing where the step is skipped.
         """
         reports, image_ids = [], []
+        if is_sharded(self._model):
+            self._place.share_tensors(self._buffers.live().values())
         self._buffers.remember()
         for micro in range(size):
             samples = to_device(next(batches), self._place.device)
@@ -105,8 +108,11 @@ class Stepper:
         return scalars_of(output)
 
     def _gradient_norm(self) -> torch.Tensor:
+        parameters = self._parameters()
+        if is_sharded(self._model):
+            self._place.average_gradients(kept_whole(parameters))
         self.scaler.unscale_(self.optimizer)
-        return gradient_norm(self._parameters())
+        return gradient_norm(parameters)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -128,14 +134,19 @@ class Stepper:
         self._buffers.restore()
 
     def _gradient_exchange(self, last: bool) -> Any:
+        if is_sharded(self._model):
+            self._model.set_requires_gradient_sync(last)
         if last or not isinstance(self._model, DistributedDataParallel):
             return nullcontext()
         return self._model.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: "optimizer", "scheduler", "scaler", "health"."""
+        """For a checkpoint: "optimizer", "scheduler", "scaler", "health". Every process must call it.
+
+        Of a sharded model the main process alone has the optimizer's tensors.
+        """
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict(), self._place.is_main),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "health": self.health.state_dict(),
@@ -143,7 +154,7 @@ class Stepper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,18 @@ from lavis_dcd.runners import checkpoint
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import find_place, wrap_for_training
 from lavis_dcd.runners.folder import export_model, write_config
-from lavis_dcd.runners.health import SKIPPED
 from lavis_dcd.runners.interrupt import InterruptGuard
 from lavis_dcd.runners.judge import Judge
-from lavis_dcd.runners.logs import DATA_WAIT, DataClock, MetricsLog, Window, log_file, progress
+from lavis_dcd.runners.logs import MetricsLog, log_file, progress
 from lavis_dcd.runners.memory import MemoryPeaks
 from lavis_dcd.runners.report import write_report
 from lavis_dcd.runners.resume import Position, find_start
 from lavis_dcd.runners.sampler import TrainLoader
-from lavis_dcd.runners.seeding import rng_state, seed_everything, seed_for, set_rng_state
+from lavis_dcd.runners.saving import Saver
+from lavis_dcd.runners.seeding import seed_everything, seed_for
+from lavis_dcd.runners.sharding import load_model, unsharded
+from lavis_dcd.runners.step_log import StepLog
 from lavis_dcd.runners.steps import Stepper
-from lavis_dcd.runners.watch import ScoreWatch
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Trainer:
             run.valid_splits); optionally `prepare(model, datasets, run, device)` (may return other sets),
             `wrap_training_set(dataset, model)` and `gallery(matchers, dataset, run, device) -> list`.
         model: optionally `matchers()`, `exported()`, `teacher_fingerprint()`, `head_parameter_names()`,
-            `find_unused_parameters`.
+            `find_unused_parameters`, `sharding_units()`.
         datasets: by split; "train" is the training set, concatenated from run.train_splits.
         project: the name of the folder below run.output_dir.
         job_id: a proposed name of the run folder.
@@ -76,8 +76,7 @@ class Trainer:
             torch.set_num_threads(run.num_threads)
         self.model = model.to(self.place.device)
         self.position = Position(world_size=self.place.world_size)
-        self._window, self._clock = Window(), DataClock()
-        self._memory, self._watch = MemoryPeaks(self.place.device), ScoreWatch()
+        self._memory = MemoryPeaks(self.place.device)
         self._guard = InterruptGuard()
         self._judge: Judge | None = None
         # Hashing a large teacher takes seconds, and it does not change.
@@ -87,39 +86,6 @@ class Trainer:
             run, self.place, folder, job_id, self.config, self._teacher, self.model, self.datasets.get("train")
         )
         self.output_dir = self._start.folder
-
-    def _save(self) -> None:
-        self._finite_means()
-        if not self.place.is_main:
-            return
-        content = {
-            "format": checkpoint.FORMAT,
-            "model": self.model.state_dict(),
-            **self._stepper.state_dict(),
-            "rng": rng_state(),
-            "position": asdict(self.position),
-            "best": self._judge.best,
-            "window": self._window.state_dict(),
-            "config": self.config,
-            "teacher_fingerprint": self._teacher,
-            "data": self._start.data,
-        }
-        path = checkpoint.step_file(self.output_dir, self.position.global_step)
-        checkpoint.save(path, content)
-        checkpoint.prune(self.output_dir, self.run.keep_last, self.run.keep_best)
-        logger.info("saved %s", path.name)
-
-    def _restore(self, content: dict[str, Any]) -> None:
-        self.model.load_state_dict(content["model"])
-        self._stepper.load_state_dict(content)
-        self.position = Position(**content["position"])
-        self._window.load_state_dict(content["window"], self.place.device)
-        set_rng_state(content["rng"])
-        best = content["best"]
-        if best is not None and not checkpoint.has_best(self.output_dir, best["step"]):
-            best = None
-        self._judge.best = best
-        logger.info("resumed at step %d (epoch %d)", self.position.global_step, self.position.epoch + 1)
 
     # -- the life of a job
 
@@ -153,7 +119,7 @@ class Trainer:
         del cur_epoch, skip_reload
         with self._open():
             if self._start.weights is not None:
-                self.model.load_state_dict(self._start.weights)
+                load_model(self.model, self._start.weights)
             return self._finish(export=False)
 
     @contextmanager
@@ -207,7 +173,8 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(self._loader) / run.accum_grad_iters)
         self.total_steps = min(run.max_epoch * self.steps_per_epoch, run.max_steps or math.inf)
         self._judge.steps_per_epoch = self.steps_per_epoch
-        wrapped = wrap_for_training(self.model, place)
+        wrapped = wrap_for_training(self.model, place, run.strategy)
+        self._log = StepLog(run, place, self.output_dir, self.metrics, self.steps_per_epoch, self.total_steps)
         self._stepper = Stepper(self.task, wrapped, self.model, run, place, self.total_steps)
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         logger.info(
@@ -217,13 +184,17 @@ class Trainer:
             self.total_steps,
             f"{trainable:,}",
         )
+        origin = {"config": self.config, "teacher_fingerprint": self._teacher, "data": self._start.data}
+        self._saver = Saver(
+            self.output_dir, run, place, self.model, self._stepper, self._log.window, self._judge, origin
+        )
         if self._start.continued is not None:
-            self._restore(self._start.continued)
+            self.position = self._saver.restore(self._start.continued)
 
     def _train_epochs(self) -> None:
         run, position = self.run, self.position
         if position.global_step == 0 and run.evaluate_before and run.table_splits:
-            with self._memory.phase("evaluation"):
+            with self._evaluating():
                 self._judge.evaluate_learner(run.table_splits, 0)
             self._judge.keep()
             self._save()
@@ -232,7 +203,7 @@ class Trainer:
                 self._train_epoch()
             done = position.global_step >= self.total_steps
             if run.valid_splits and (done or (position.epoch + 1) % run.eval_every_epochs == 0):
-                with self._memory.phase("evaluation"):
+                with self._evaluating():
                     self._judge.validate(position.global_step)
             if done:
                 return
@@ -246,7 +217,7 @@ class Trainer:
         if last <= first:
             return
         self.model.train()
-        batches = self._clock.timed(self._loader.epoch(position.epoch, first * run.accum_grad_iters))
+        batches = self._log.clock.timed(self._loader.epoch(position.epoch, first * run.accum_grad_iters))
         label = f"epoch {position.epoch + 1}/{run.max_epoch}"
         with self._guard as guard, progress(self.steps_per_epoch, first, label, self.place.is_main) as bar:
             for number in range(first, last):
@@ -272,41 +243,38 @@ class Trainer:
             "num_iters_per_epoch": self.steps_per_epoch,
             "progress": position.global_step / self.total_steps,
         }
-        lr = self._stepper.lr
-        with self._clock.step():
-            self._window.add(self._stepper.step(batches, size, position.global_step, extra))
+        lr, health = self._stepper.lr, self._stepper.health
+        with self._log.clock.step():
+            report = self._stepper.step(batches, size, position.global_step, extra)
         position.global_step += 1
         position.step_in_epoch = number + 1
-        train = self.datasets["train"]
-        self._stepper.health.check(run.max_bad_steps, position.global_step, self.output_dir, train)
-        if position.global_step % run.log_freq == 0 or position.global_step == self.total_steps:
-            self._log_window(lr)
+        health.check(run.max_bad_steps, position.global_step, self.output_dir, self.datasets["train"])
+        self._log.add(report, position.global_step, lr, health.skipped)
 
-    def _log_window(self, lr: float) -> None:
-        means, step = self._finite_means(), self.position.global_step
-        self._watch.see(means, self._window.steps)
-        self._window.clear()
-        epoch, waited, skipped = step / self.steps_per_epoch, self._clock.share(), self._stepper.health.skipped
-        self.metrics.write("train", step, epoch, {"lr": lr, **means, DATA_WAIT: waited, SKIPPED: skipped})
-        told = {**means, DATA_WAIT: waited, **({SKIPPED: skipped} if skipped else {})}
-        shown = " ".join(f"{name} {value:.4g}" for name, value in told.items())
-        logger.info("epoch %.2f step %d/%d lr %.3g %s", epoch, step, self.total_steps, lr, shown)
+    def _save(self) -> None:
+        self._log.finite_means(self.position.global_step)
+        self._saver.save(self.position)
 
-    def _finite_means(self) -> dict[str, float]:
-        return self._window.finite_means(self.place, self.position.global_step, self.output_dir)
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        with self._memory.phase("evaluation"), unsharded(self.model):
+            yield
 
     def _finish(self, export: bool = True) -> dict[str, Any]:
-        judge = self._judge
+        judge, place = self._judge, self.place
         step = judge.best["step"] if judge.best is not None else self.position.global_step
-        with self._memory.phase("evaluation"):
-            found = judge.evaluate_learner(self.run.table_splits, step, self.position.global_step)
-            judge.keep()
-            judge.evaluate_teacher(self.position.global_step)
-        if self.place.is_main:
-            if export:
-                logger.info("model: %s", export_model(self.output_dir, self.model))
-            written = judge.write_results(self.project, step, self._memory.facts())
-            if written and self.run.report:
-                logger.info("report: %s", write_report(self.output_dir))
-        self.place.share(None)
+        with unsharded(self.model):
+            with self._memory.phase("evaluation"):
+                found = judge.evaluate_learner(self.run.table_splits, step, self.position.global_step)
+                judge.keep()
+                judge.evaluate_teacher(self.position.global_step)
+            written = place.is_main and judge.write_results(self.project, step, self._memory.facts())
+            place.share(None)
+        if export:
+            path = export_model(self.output_dir, self.model, write=place.is_main)
+            if place.is_main:
+                logger.info("model: %s", path)
+        if written and self.run.report:
+            logger.info("report: %s", write_report(self.output_dir))
+        place.share(None)
         return found

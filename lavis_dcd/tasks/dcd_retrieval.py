@@ -255,7 +255,8 @@ class _KeptEvaluations:
 
 def _weights_state(matcher: Matcher) -> list[tuple[int, int]]:
     """Which tensors hold the weights, and how often each was written in place."""
-    return [(t.data_ptr(), t._version) for t in matcher.state_dict(keep_vars=True).values()]
+    # not of state_dict(), which would take a sharded model's whole weights away
+    return [(t.data_ptr(), t._version) for t in (*matcher.parameters(), *matcher.buffers())]
 
 
 def _option(run: Any, name: str, default: Any) -> Any:

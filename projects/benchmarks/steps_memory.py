@@ -41,7 +41,7 @@ def measure(steps: int, every: int, batch_size: int, scenes: int, workers: int) 
     """A row per `every` steps; to be called in a process of its own."""
     from lavis_dcd.job import run_job
 
-    handler, trainer_log = MemoryAtLogLines(), logging.getLogger("lavis_dcd.runners.trainer")
+    handler, trainer_log = MemoryAtLogLines(), logging.getLogger("lavis_dcd.runners.step_log")
     trainer_log.addHandler(handler)
     trainer_log.setLevel(logging.INFO)
     scene_options = {"train": scenes, "val": 12, "test": 12}

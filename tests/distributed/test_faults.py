@@ -62,9 +62,13 @@ def assert_whole_files(folder: Path) -> None:
             load_file(path)
 
 
-@pytest.mark.parametrize("death, rank", [(KILLED, 1), (KILLED, 0), (RAISES, 1)], ids=["other", "main", "error"])
-def test_a_rank_that_dies_ends_the_job(death, rank, dying_job, launch, outcome, tmp_path):
-    process = launch(dying_job("dying", death, rank), "--nproc_per_node=2", plugin="dying")
+@pytest.mark.parametrize(
+    "death, rank, strategy",
+    [(KILLED, 1, "ddp"), (KILLED, 0, "ddp"), (RAISES, 1, "ddp"), (KILLED, 1, "fsdp")],
+    ids=["other", "main", "error", "sharded"],
+)
+def test_a_rank_that_dies_ends_the_job(death, rank, strategy, dying_job, launch, outcome, tmp_path):
+    process = launch(dying_job("dying", death, rank, strategy=strategy), "--nproc_per_node=2", plugin="dying")
     status, output = outcome(process)
     died = (tmp_path / "died").stat().st_mtime
     assert status != 0
