@@ -27,6 +27,7 @@ _FIELDS = {
     "optimizer",
     "scheduler",
     "scaler",
+    "health",
     "rng",
     "position",
     "best",

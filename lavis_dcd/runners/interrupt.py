@@ -23,8 +23,8 @@ class Terminated(KeyboardInterrupt):
 class InterruptGuard:
     """While inside, Ctrl-C and SIGTERM only set `requested`; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    A second SIGTERM changes nothing: a cluster and torchrun may both send one. Outside the main thread, where
-    Python delivers no signals, the guard does nothing.
+    A second SIGTERM changes nothing: a cluster and torchrun may both send one. Leaving raises what was requested and
+    not answered by then. Outside the main thread, where Python delivers no signals, the guard does nothing.
     """
 
     def __init__(self) -> None:
@@ -34,15 +34,18 @@ class InterruptGuard:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
+        self.requested = self.terminated = False
         if threading.current_thread() is threading.main_thread():
             actions = {signal.SIGINT: self._note_interrupt, signal.SIGTERM: self._note_termination}
             self._previous = {number: signal.signal(number, action) for number, action in actions.items()}
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, action in self._previous.items():
             signal.signal(number, action)
         self._previous = {}
+        if kind is None and self.requested:  # since somebody last looked
+            raise self._error(self.terminated)
 
     def error(self, place: Any) -> KeyboardInterrupt:
         """What to raise once the step is finished and saved; every process must ask, and gets the same.
@@ -50,7 +53,11 @@ class InterruptGuard:
         Args:
             place: `any(flag)` tells whether the flag is set in any process.
         """
-        return Terminated() if place.any(self.terminated) else KeyboardInterrupt()
+        return self._error(place.any(self.terminated))
+
+    @staticmethod
+    def _error(terminated: bool) -> KeyboardInterrupt:
+        return Terminated() if terminated else KeyboardInterrupt()
 
     def _note_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -158,5 +158,4 @@ class Stepper:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        if "health" in state:  # not in checkpoints of before there was one
-            self.health.load_state_dict(state["health"])
+        self.health.load_state_dict(state["health"])

@@ -223,14 +223,12 @@ class Trainer:
             for number in range(first, last):
                 self._train_step(batches, number)
                 bar.update()
-                interrupted = self.place.any(guard.requested)
-                if (
-                    interrupted
-                    or number + 1 == last
-                    or position.global_step % (run.save_every or math.inf) == 0
-                ):
+                due = number + 1 == last or position.global_step % (run.save_every or math.inf) == 0
+                if due:
                     self._save()
-                if interrupted:
+                if self.place.any(guard.requested):  # perhaps while the checkpoint was being written
+                    if not due:
+                        self._save()
                     raise guard.error(self.place)
         logger.info("%s: %d steps in %.1f s", label, last - first, time.monotonic() - begin)
 

@@ -21,6 +21,7 @@ def content(step=0, **changes):
         "optimizer": {},
         "scheduler": {},
         "scaler": {},
+        "health": {},
         "rng": rng_state(),
         "position": {"global_step": step, "world_size": 1},
         "best": None,

@@ -18,7 +18,7 @@ def send(number):
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_a_signal_is_noted_and_the_handlers_come_back(number, error):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with InterruptGuard() as guard:
+    with pytest.raises(error), InterruptGuard() as guard:
         assert not guard.requested
         send(number)
         assert guard.requested
@@ -29,7 +29,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number, error):
 def test_a_second_ctrl_c_stops_at_once_but_not_one_that_torchrun_passes_on(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: clock[0])
-    with InterruptGuard():
+    with pytest.raises(KeyboardInterrupt), InterruptGuard():
         send(signal.SIGINT)
         clock[0] += 0.5
         send(signal.SIGINT)
@@ -39,10 +39,19 @@ def test_a_second_ctrl_c_stops_at_once_but_not_one_that_torchrun_passes_on(monke
 
 
 def test_any_number_of_sigterms_is_one():
-    with InterruptGuard() as guard:
+    with pytest.raises(Terminated), InterruptGuard() as guard:
         for _ in range(5):
             send(signal.SIGTERM)
         assert guard.requested and guard.terminated
+
+
+def test_an_error_inside_goes_first_and_a_new_start_forgets():
+    guard = InterruptGuard()
+    with pytest.raises(ValueError), guard:
+        send(signal.SIGTERM)
+        raise ValueError
+    with guard:
+        assert not guard.requested
 
 
 def test_another_process_had_the_sigterm():
