@@ -113,9 +113,27 @@ def test_sharding_halves_what_a_process_holds(benchmark: Run) -> None:
         assert 0.45 < row["held_mb"] / ddp["held_mb"] < 0.6
 
 
+def test_bounded_evaluations_need_less_memory_for_equal_scores(benchmark: Run, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    sizes = ("--images", "120", "--image-tokens", "64", "--eval-memory-mb", "4")
+    content, printed = benchmark("evaluation_memory", *sizes, "--folder", str(files))
+    check_header(content, printed, "evaluation_memory")
+    rows = content["rows"]
+    ways = ["fusion", "dual", "shortlist", "ensemble"]
+    assert [(row["evaluation"], row["setting"]) for row in rows] == [(w, s) for w in ways for s in ("no bound", "4")]
+    for unbounded, bounded in zip(rows[::2], rows[1::2], strict=True):
+        assert bounded["equal"] == "equal" and bounded["sha256"] == unbounded["sha256"]
+        assert unbounded["features_mb"] == 120 * (64 + 5 * 24) * 768 * 4 / 1e6
+        tables = 1 if unbounded["evaluation"] in ("fusion", "dual") else 2
+        assert unbounded["tables_mb"] == tables * 120 * 600 * 4 / 1e6
+    assert len(table_rows(printed)) == len(rows) and not list(files.iterdir())
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
+        ("evaluation_memory", ["--images", "1"], "--images, --image-tokens, --text-tokens: at least 2"),
         ("evaluation", ["--images", "4", "--texts", "7"], "--texts: 7"),
         ("training_step", ["--rows", "plain,fastest"], "--rows: unknown fastest"),
         ("matching", ["--matchers", "metre"], "--matchers: unknown metre"),

@@ -13,6 +13,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.bank_rows import read_rows
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.streamed import StreamedFeatures
 
 if TYPE_CHECKING:
     from lavis_dcd.datasets.feature_bank import FeatureBank
@@ -106,12 +107,19 @@ class BankedEvaluationSet(_Delegating):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[index]
 
-    def banked_features(self, matcher: Matcher) -> tuple[ImageFeatures, TextFeatures] | None:
-        """Float32 features of all pictures and captions, in order; ``None`` for other encoders than the bank's."""
+    def banked_rows(
+        self, matcher: Matcher
+    ) -> tuple[StreamedFeatures[ImageFeatures], StreamedFeatures[TextFeatures]] | None:
+        """Float32 features of all pictures and captions, in order, which nobody has read yet; ``None`` for other
+        encoders than the bank's."""
         if not self.bank.serves(matcher):
             return None
-        rows = self.bank.picture_rows[self.name_in_bank]
-        return self.bank.images(rows).float(), self.bank.texts(self.source.text).float()
+        return self.bank.image_rows(self.bank.picture_rows[self.name_in_bank]), self.bank.text_rows(self.source.text)
+
+    def banked_features(self, matcher: Matcher) -> tuple[ImageFeatures, TextFeatures] | None:
+        """``banked_rows`` in memory."""
+        rows = self.banked_rows(matcher)
+        return None if rows is None else (rows[0][:], rows[1][:])
 
 
 def leaf_sets(dataset: Any, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.hashing import update_with_tensors
 from lavis_dcd.datasets.bank_contents import BankContents
+from lavis_dcd.datasets.bank_stream import stream
 from lavis_dcd.datasets.feature_store import (
     RowStore,
     Shard,
@@ -29,6 +30,7 @@ from lavis_dcd.datasets.feature_store import (
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import encode_captions, encode_pictures, reported
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
+from lavis_dcd.matching.streamed import StreamedFeatures
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,14 @@ class FeatureBank:
         """
         found = self.text_store.gather([self.caption_rows[caption] for caption in captions], TextFeatures)
         return TextFeatures(found.tokens, found.full_mask(), found.embeds)
+
+    def image_rows(self, rows: Sequence[int]) -> StreamedFeatures[ImageFeatures]:
+        """``images(rows)`` in float32, read when they are indexed."""
+        return stream(self.image_store, rows, ImageFeatures)
+
+    def text_rows(self, captions: Sequence[str]) -> StreamedFeatures[TextFeatures]:
+        """``texts(captions)`` in float32, read when they are indexed; raises as that does."""
+        return stream(self.text_store, [self.caption_rows[c] for c in captions], TextFeatures, masked=True)
 
     def serves(self, matcher: Matcher) -> bool:
         """Whether ``matcher`` would make the same features."""

@@ -92,6 +92,8 @@ class RowStore:
     Args:
         shards: at least one.
         source: folder and kind of shards that lie on disk, so that other processes open them by themselves.
+
+    ``lengths``, ``shard_of`` and ``start_of`` int64 ``[rows]``: a row's tokens, its shard, its first token in it.
     """
 
     def __init__(self, shards: Sequence[Shard], source: tuple[Path, str] | None = None) -> None:
@@ -99,9 +101,9 @@ class RowStore:
         self.lengths = torch.cat([shard.lengths for shard in self.shards]).numpy()
         counts = [len(shard) for shard in self.shards]
         self.masked = any(bool(shard.masked) for shard in self.shards) or len(np.unique(self.lengths)) > 1
-        self._shard = np.repeat(np.arange(len(counts)), counts)
+        self.shard_of = np.repeat(np.arange(len(counts)), counts)
         self._place = np.concatenate([np.arange(count) for count in counts])
-        self._start = np.concatenate([(s.lengths.cumsum(0) - s.lengths).numpy() for s in self.shards])
+        self.start_of = np.concatenate([(s.lengths.cumsum(0) - s.lengths).numpy() for s in self.shards])
         self._tokens = [_words(shard.tokens) for shard in self.shards]
 
     def __reduce__(self) -> Any:
@@ -120,7 +122,7 @@ class RowStore:
         Each row is copied once, and no other row is read.
         """
         picked = np.asarray(rows, dtype=np.int64)
-        lengths, shards, starts = self.lengths[picked], self._shard[picked], self._start[picked]
+        lengths, shards, starts = self.lengths[picked], self.shard_of[picked], self.start_of[picked]
         longest = max(1, int(lengths.max()))
         first = self.shards[0].tokens
         # NumPy's memory comes in huge pages: half the time of torch.empty for batches of many megabytes
@@ -130,10 +132,11 @@ class RowStore:
             row[:length] = self._tokens[shard][start : start + length]
             row[length:] = 0
         mask = torch.from_numpy(np.arange(longest) < lengths[:, None]) if self.masked else None
-        return kind(torch.from_numpy(words).view(first.dtype), mask, self._embeds(picked, shards))
+        return kind(torch.from_numpy(words).view(first.dtype), mask, self.embeds(picked))
 
-    def _embeds(self, picked: np.ndarray, shards: np.ndarray) -> Tensor | None:
-        kept = self.shards[0].embeds
+    def embeds(self, picked: np.ndarray) -> Tensor | None:
+        """The vectors of rows int64 ``[B]``; ``None`` where rows have none."""
+        kept, shards = self.shards[0].embeds, self.shard_of[picked]
         if kept is None:
             return None
         found = torch.empty(len(picked), *kept.shape[1:], dtype=kept.dtype)

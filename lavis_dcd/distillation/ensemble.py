@@ -13,6 +13,8 @@ from torch import BoolTensor, Tensor
 
 from lavis_dcd.distillation.losses import full_precision
 
+SCORES_PER_BLOCK = 2**20
+
 
 @torch.no_grad()
 def standardise(scores: Tensor, valid: BoolTensor) -> Tensor:
@@ -28,9 +30,7 @@ def standardise(scores: Tensor, valid: BoolTensor) -> Tensor:
     Raises:
         ValueError: when the shapes differ.
     """
-    mean, deviation = _moments(scores, valid)
-    apart = valid & (deviation > 0)
-    return torch.where(apart, (full_precision(scores) - mean) / deviation, 0.0)
+    return _standardised(scores, valid, *_moments(scores, valid))
 
 
 @torch.no_grad()
@@ -54,13 +54,7 @@ def combine(tables: Sequence[Tensor], valid: BoolTensor, weights: Sequence[float
     Raises:
         ValueError: on no table, shapes that differ, or weights that do not fit.
     """
-    if len(tables) != len(weights) or any(not 0 <= weight < float("inf") for weight in weights) or not sum(weights):
-        raise ValueError(
-            f"an ensemble needs one weight per table, none negative and not all 0; "
-            f"got {len(tables)} tables and weights {list(weights)}"
-        )
-    total = sum(weights)
-    shares = [(table, weight / total) for table, weight in zip(tables, weights, strict=True) if weight > 0]
+    shares = [(table, share) for table, share in zip(tables, _shares(weights, len(tables)), strict=True) if share > 0]
     for table, _ in shares:
         _check(table, valid)
     if len(shares) == 1:
@@ -68,9 +62,70 @@ def combine(tables: Sequence[Tensor], valid: BoolTensor, weights: Sequence[float
     average, mean, deviation = 0.0, 0.0, 0.0
     for table, share in shares:
         moments = _moments(table, valid)
-        average = average + share * standardise(table, valid)
+        average = average + share * _standardised(table, valid, *moments)
         mean, deviation = mean + share * moments[0], deviation + share * moments[1]
     return torch.where(valid, average * deviation + mean, 0.0)
+
+
+class Combination:
+    """``combine`` of tables that come one after another, every entry valid: no more than their sum is kept.
+
+    Args:
+        weights: as those of ``combine``, in the order in which the tables will come.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self._shares = _shares(weights, len(weights))
+        self._come = 0
+        self._sum: Tensor | None = None
+        self._mean = self._deviation = torch.empty(0)
+
+    @torch.no_grad()
+    def add(self, table: Tensor) -> None:
+        """The next table, Float [Q, N], on the CPU. An only one of weight above 0 is kept as it is."""
+        share, self._come = self._shares[self._come], self._come + 1
+        if share == 0:
+            return
+        if sum(other > 0 for other in self._shares) == 1:
+            self._sum = full_precision(table)
+            return
+        if self._sum is None:
+            self._sum = torch.zeros(table.shape)
+            self._mean, self._deviation = torch.zeros(len(table), 1), torch.zeros(len(table), 1)
+        # by rows: the temporaries of a whole COCO matrix would take gigabytes
+        rows = max(1, SCORES_PER_BLOCK // max(1, table.shape[1]))
+        parts = (t.split(rows) for t in (table, self._sum, self._mean, self._deviation))
+        for scores, total, mean, deviation in zip(*parts, strict=True):
+            valid = torch.ones_like(scores, dtype=torch.bool)
+            moments = _moments(scores, valid)
+            total += share * _standardised(scores, valid, *moments)
+            mean += share * moments[0]
+            deviation += share * moments[1]
+
+    @torch.no_grad()
+    def result(self) -> Tensor:
+        """``combine`` of all tables, float32 [Q, N]; no other may come.
+
+        Raises:
+            ValueError: fewer tables came than there are weights.
+        """
+        if self._come < len(self._shares) or self._sum is None:
+            raise ValueError(f"{self._come} tables for {len(self._shares)} weights")
+        return self._sum.mul_(self._deviation).add_(self._mean) if len(self._mean) else self._sum
+
+
+def _shares(weights: Sequence[float], tables: int) -> list[float]:
+    """The weights with a sum of 1."""
+    if tables != len(weights) or any(not 0 <= weight < float("inf") for weight in weights) or not sum(weights):
+        raise ValueError(
+            f"an ensemble needs one weight per table, none negative and not all 0; "
+            f"got {tables} tables and weights {list(weights)}"
+        )
+    return [weight / sum(weights) for weight in weights]
+
+
+def _standardised(scores: Tensor, valid: BoolTensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    return torch.where(valid & (deviation > 0), (full_precision(scores) - mean) / deviation, 0.0)
 
 
 def _moments(scores: Tensor, valid: BoolTensor) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,11 @@ class Features:
         return sum(t.nbytes for t in self._tensors() if t is not None)
 
     @property
+    def row_shape(self) -> tuple[int, int]:
+        """Tokens of every row, with its padding, and their width: ``(N, D)``."""
+        return self.tokens.shape[1], self.tokens.shape[2]
+
+    @property
     def device(self) -> torch.device:
         return self.tokens.device
 

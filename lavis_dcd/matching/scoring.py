@@ -1,11 +1,9 @@
-"""Scores of a whole evaluation set: every pair, or only what a cheap joint space puts on the shortlist.
-
-Features may lie on another device or in half precision (``encoding.Storage``); blocks of rows move
-to the matcher as they are needed, so a big gallery never stands on the accelerator as a whole.
-"""
+"""Scores of a whole evaluation set: every pair, or only what a cheap joint space puts on the shortlist."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,61 +11,14 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.matching.blocks import block_sides, dual_sides, finite, order_by_length, pairs_that_fit, ready, slices
+from lavis_dcd.matching.block_scoring import match_pairs, score_exhaustive
+from lavis_dcd.matching.blocks import Rows, finite, ready, rows_that_fit
 from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.matching.encoding import encode_dataset, reported, scoring_mode
+from lavis_dcd.matching.encoding import encode_dataset, scoring_mode
 from lavis_dcd.matching.ensemble import Ensemble, members_of
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.matching.gather import ALONE, Ranks, gather_rows
 
-ROWS_PER_SORT = 256
-
-
-def score_exhaustive(
-    matcher: Matcher,
-    images: ImageFeatures,
-    texts: TextFeatures,
-    memory_mb: float = 512,
-    *,
-    amp: str = "off",
-    progress: bool = False,
-    ranks: Ranks = ALONE,
-) -> Tensor:
-    """The score of every pair, float32 ``[I, T]`` on the CPU; a dual encoder's by products of whole blocks.
-
-    A dual encoder's products are made in float32 whatever ``amp``: in half precision close candidates would tie.
-
-    Args:
-        memory_mb: the feature rows gathered for one call of ``match`` take this many MiB at most (a dual encoder's
-            ``match_all``: the rows of a block and its scores).
-        ranks: processes of which each brings its own ``images``, in the order of the processes, and all ``texts``;
-            each gets the scores of all.
-
-    Raises:
-        ValueError: a score is not a finite number.
-    """
-    own = _score_blocks(matcher, images, texts, memory_mb, amp, progress) if len(images) else torch.empty(0, len(texts))
-    return finite(gather_rows(own, ranks))
-
-
-def _score_blocks(
-    matcher: Matcher, images: ImageFeatures, texts: TextFeatures, memory_mb: float, amp: str, progress: bool
-) -> Tensor:
-    dual = matcher.family == "dual"
-    side_i, side_t = (dual_sides if dual else block_sides)(images, texts, memory_mb)
-    by_length = order_by_length(texts)
-    scores = torch.empty(len(images), len(texts))
-    blocks = [
-        (range(i, min(i + side_i, len(images))), by_length[t : t + side_t])
-        for t in range(0, len(texts), side_t)
-        for i in range(0, len(images), side_i)
-    ]
-    with scoring_mode(matcher, "off" if dual else amp) as device:
-        for rows, columns in reported(blocks, len(blocks), "blocks of pairs scored", progress):
-            here = ready(images[rows.start : rows.stop], device)
-            there = ready(texts[columns.to(texts.device)].trimmed(), device)
-            scores[rows.start : rows.stop, columns] = matcher.match_all(here, there).float().cpu()
-    return scores
+SCORES_PER_SORT = 2**20  # their order and ranks take about ten times their memory
 
 
 @dataclass(frozen=True)
@@ -102,8 +53,8 @@ class Shortlist:
     def rerank(
         self,
         matcher: Matcher,
-        images: ImageFeatures,
-        texts: TextFeatures,
+        images: Rows,
+        texts: Rows,
         memory_mb: float = 512,
         *,
         amp: str = "off",
@@ -138,18 +89,25 @@ class Shortlist:
         matched = finite(gather_rows(matched, ranks))
         return matched[torch.searchsorted(keys, keys_i2t)], matched[torch.searchsorted(keys, keys_t2i)]
 
-    def tables(self, reranked_i2t: Tensor, reranked_t2i: Tensor) -> tuple[Tensor, Tensor]:
-        """Full tables ``[I, T]`` and ``[T, I]``: the reranked, and below them the rest in its cheap order."""
-        return (
-            _above_rest(self.cheap_i2t, self.texts_of_image, reranked_i2t),
-            _above_rest(self.cheap_t2i, self.images_of_text, reranked_t2i),
-        )
+    def tables(
+        self, reranked_i2t: Tensor, reranked_t2i: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Full tables ``[I, T]`` and ``[T, I]``: the reranked, and below them the rest in its cheap order.
+
+        Args:
+            in_place: the tables take the memory of the cheap scores, which are lost.
+        """
+        i2t, t2i = self.cheap_i2t, self.cheap_t2i
+        one = i2t.untyped_storage().data_ptr() == t2i.untyped_storage().data_ptr()
+        # where one is a view of the other, only the one written last can take its place
+        below_t2i = _above_rest(t2i, self.images_of_text, reranked_t2i, t2i if in_place and not one else None)
+        return _above_rest(i2t, self.texts_of_image, reranked_i2t, i2t if in_place else None), below_t2i
 
 
 def score_shortlist(
     matcher: Matcher,
-    images: ImageFeatures,
-    texts: TextFeatures,
+    images: Rows,
+    texts: Rows,
     joint_scores: Tensor,
     k_test: int,
     memory_mb: float = 512,
@@ -179,30 +137,47 @@ def score_shortlist(
 
 
 def score_joint(
-    matcher: Matcher, images: ImageFeatures, texts: TextFeatures, rows: int = 1024, amp: str = "off"
+    matcher: Matcher,
+    images: Rows,
+    texts: Rows,
+    rows: int = 1024,
+    amp: str = "off",
+    memory_mb: float = math.inf,
 ) -> Tensor:
     """Scores of the matcher's joint space, float32 ``[I, T]`` on the CPU.
 
     Args:
-        rows: items embedded at a time, and picture vectors multiplied at a time.
+        rows: items embedded at a time, and picture vectors multiplied at a time, at most.
+        memory_mb: the rows embedded at a time take this many MiB at most.
 
     Raises:
         UserError: the matcher has no joint space.
     """
     require_joint_space(matcher)
-    with scoring_mode(matcher, amp) as device:
-        of_images, of_texts = (
-            torch.cat([embed(ready(part, device)).float().cpu() for part in slices(features, rows)])
-            for embed, features in ((matcher.embed_images, images), (matcher.embed_texts, texts))
-        )
+    of_images, of_texts = (
+        _embedded(matcher, embed, features, min(rows, rows_that_fit(features, memory_mb)), amp)
+        for embed, features in ((matcher.embed_images, images), (matcher.embed_texts, texts))
+    )
     vectors = of_images.shape[1] if of_images.ndim == 3 else 1  # a picture may have several
+    scores = torch.empty(len(images), len(texts))
     with scoring_mode(matcher) as device:
         of_texts = of_texts.to(device)
-        parts = [
-            matcher.joint_scores(part.to(device), of_texts).float().cpu()
-            for part in of_images.split(max(1, rows // vectors))
-        ]
-    return finite(torch.cat(parts))
+        parts = of_images.split(max(1, rows // vectors))
+        for part, place in zip(parts, scores.split(len(parts[0])), strict=True):
+            place.copy_(matcher.joint_scores(part.to(device), of_texts))
+    return finite(scores)
+
+
+def _embedded(matcher: Matcher, embed: Callable[[Any], Tensor], features: Rows, rows: int, amp: str) -> Tensor:
+    """``embed(features)``, float32 on the CPU, ``rows`` items at a time."""
+    found = torch.empty(0)
+    with scoring_mode(matcher, amp) as device:
+        for start in range(0, len(features), rows):
+            part = embed(ready(features[start : start + rows], device))
+            found = torch.empty(len(features), *part.shape[1:]) if start == 0 else found
+            found[start : start + rows] = part
+            del part  # it may be a view of its features
+    return found
 
 
 def require_joint_space(matcher: Matcher | Ensemble) -> None:
@@ -243,43 +218,30 @@ def score_dataset(
     return score_shortlist(matcher, images, texts, score_joint(matcher, images, texts), k_test)
 
 
-def match_pairs(
-    matcher: Matcher,
-    images: ImageFeatures,
-    texts: TextFeatures,
-    keys: Tensor,
-    memory_mb: float,
-    amp: str = "off",
-    progress: bool = False,
-) -> Tensor:
-    """Scores ``[P]``, float32 on the CPU, of the pairs ``keys = image row * T + text row``, sorted.
-
-    A picture's pairs stand together, so that what it costs once per call of ``match`` is paid seldom.
-    """
-    chunks = torch.split(keys, max(1, pairs_that_fit(images, texts, memory_mb)))
-    scores = []
-    with scoring_mode(matcher, amp) as device:
-        for chunk in reported(chunks, len(chunks), "blocks of shortlisted pairs scored", progress):
-            rows, image_of_pair = torch.unique(chunk // len(texts), return_inverse=True)
-            columns, text_of_pair = torch.unique(chunk % len(texts), return_inverse=True)
-            here = ready(images[rows.to(images.device)], device)
-            there = ready(texts[columns.to(texts.device)].trimmed(), device)
-            pairs = torch.stack([image_of_pair, text_of_pair], dim=1).to(device)
-            scores.append(matcher.match(here, there, pairs).float().cpu())
-    return torch.cat(scores)
+def _rows_per_sort(scores: Tensor) -> int:
+    return max(1, SCORES_PER_SORT // max(1, scores.shape[1]))
 
 
 def _top_columns(scores: Tensor, k: int) -> Tensor:
     """The ``k`` best columns of every row, int64 ``[R, min(k, C)]``; among ties the lower column first."""
-    parts = scores.split(ROWS_PER_SORT)
-    return torch.cat([part.sort(dim=1, descending=True, stable=True).indices[:, :k] for part in parts])
+    found = torch.empty(len(scores), min(k, scores.shape[1]), dtype=torch.long)
+    at_once = _rows_per_sort(scores)
+    # into their place: slices would keep the order of all columns in memory, two tables' worth
+    for part, place in zip(scores.split(at_once), found.split(at_once), strict=True):
+        place.copy_(part.sort(dim=1, descending=True, stable=True).indices[:, :k])
+    return found
 
 
-def _above_rest(cheap: Tensor, columns: Tensor, reranked: Tensor) -> Tensor:
-    """``reranked [R, k]`` at ``columns [R, k]``; below, the rest of ``cheap [R, C]`` in its own order."""
-    out = torch.empty(cheap.shape)
-    for start in range(0, len(cheap), ROWS_PER_SORT):
-        rows = slice(start, start + ROWS_PER_SORT)
+def _above_rest(cheap: Tensor, columns: Tensor, reranked: Tensor, out: Tensor | None = None) -> Tensor:
+    """``reranked [R, k]`` at ``columns [R, k]``; below, the rest of ``cheap [R, C]`` in its own order.
+
+    Args:
+        out: where they are written, by default into new memory; it may be ``cheap``.
+    """
+    out = torch.empty(cheap.shape) if out is None else out
+    at_once = _rows_per_sort(cheap)
+    for start in range(0, len(cheap), at_once):
+        rows = slice(start, start + at_once)
         values, order = cheap[rows].sort(dim=1, descending=True, stable=True)
         steps = torch.zeros_like(values)
         steps[:, 1:] = (values[:, 1:] != values[:, :-1]).float()

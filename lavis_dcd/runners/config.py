@@ -70,6 +70,7 @@ class RunConfig:
     k_test: int | None = None
     shortlist: str | None = None
     match_memory_mb: float = 1024
+    eval_memory_mb: float = 4096  # features of one evaluation that take more are read from disk; the scores are equal
     coco_1k_folds: bool = False
 
     # Data
@@ -183,6 +184,7 @@ _POSITIVE = (
     "eval_every_epochs",
     "k_test",
     "match_memory_mb",
+    "eval_memory_mb",
     "save_every",
     "keep_last",
     "keep_best",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lavis.common.registry import registry
@@ -183,10 +185,11 @@ class DcdRetrievalTask(BaseTask):
             ranks: processes that share the work; all must call.
 
         Raises:
-            UserError: ``run.shortlist`` names no matcher of the model, or one without a joint space.
+            UserError: ``run.shortlist`` names no matcher of the model, or one without a joint space; see `evaluate`.
         """
-        protocol = Protocol.of_run(run)
+        protocol = replace(Protocol.of_run(run), spill_folder=_run_folder())
         shortlist = shortlist or self._shortlist_matcher(protocol)
+        self._kept.drop(matcher)  # its tables would stand beside the new ones
         own = {"dataset_of": lambda reader: self.dataset_for(reader, dataset)} if self._views.by_name else {}
         found = evaluate(matcher, dataset, protocol, device, shortlist, ranks=ranks, **own)
         self._kept.put(matcher, dataset, found)
@@ -246,6 +249,9 @@ class _KeptEvaluations:
     def put(self, matcher: Matcher, dataset: Any, found: Evaluation) -> None:
         self._last[id(matcher)] = (matcher, dataset, _weights_state(matcher), found)
 
+    def drop(self, matcher: Matcher) -> None:
+        self._last.pop(id(matcher), None)
+
     def get(self, matcher: Matcher, dataset: Any) -> Evaluation | None:
         kept = self._last.get(id(matcher))
         if kept is None or kept[1] is not dataset or kept[2] != _weights_state(matcher):
@@ -257,6 +263,12 @@ def _weights_state(matcher: Matcher) -> list[tuple[int, int]]:
     """Which tensors hold the weights, and how often each was written in place."""
     # not of state_dict(), which would take a sharded model's whole weights away
     return [(t.data_ptr(), t._version) for t in (*matcher.parameters(), *matcher.buffers())]
+
+
+def _run_folder() -> Path | None:
+    """Where the runner that is at work puts its outputs: LAVIS keeps it under this name."""
+    folder = registry.get_path("output_dir")
+    return Path(folder) if folder and Path(folder).is_dir() else None
 
 
 def _option(run: Any, name: str, default: Any) -> Any:

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lavis_dcd.distillation.ensemble import combine
+from lavis_dcd.distillation.ensemble import Combination
 from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.matching.encoding import Storage, encode_dataset
 from lavis_dcd.matching.ensemble import Ensemble, members_of, weights_of
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.matching.gather import ALONE, Ranks, gather_rows
 from lavis_dcd.matching.scoring import Shortlist, require_joint_space, score_exhaustive, score_joint
+from lavis_dcd.tasks.evaluation_features import DatasetOf, Encodings, FeaturePair
 from lavis_dcd.tasks.metrics import coco_1k_five_folds, retrieval_metrics
 from lavis_dcd.tasks.timing import milliseconds_per_pair
 
 log = logging.getLogger(__name__)
 
-Features = tuple[ImageFeatures, TextFeatures]
 Tables = tuple[Tensor, Tensor]  # of pictures as queries, of texts as queries
-DatasetOf = Callable[[Matcher], Any]
+
+EMBED_MB = 256  # more rows at a time make no embedding faster
 
 COCO_TEST_IMAGES = 5000  # of the Karpathy split: five folds of a thousand
-
-# Sets whose float32 features would take more wait in half precision in host memory.
-HALF_ABOVE_BYTES = 4 * 2**30
-
-ROWS_PER_COMBINATION = 256
 
 
 @dataclass
@@ -65,7 +60,10 @@ class Protocol:
     Args:
         k_test: rerank that many per query; ``None`` scores every pair.
         shortlist: name of the matcher whose joint space makes the shortlist; ``None`` or "joint": its own.
+        memory_mb: the rows gathered for one call of a matcher.
+        eval_memory_mb: features that take more MiB wait on disk, see ``run.eval_memory_mb``.
         coco_1k_folds: add COCO's 1K protocol under the prefix ``1k_``.
+        spill_folder: where they wait; no key of ``run:``. The system's temporary folder by default.
     """
 
     k_test: int | None = None
@@ -74,7 +72,9 @@ class Protocol:
     num_workers: int = 0
     amp: str = "off"
     memory_mb: float = 1024
+    eval_memory_mb: float = 4096
     coco_1k_folds: bool = False
+    spill_folder: Path | None = None
 
     @classmethod
     def of_run(cls, run: Any) -> Protocol:
@@ -121,7 +121,8 @@ def evaluate(
             first one takes the time.
 
     Raises:
-        UserError: a shortlist from a matcher without a joint space; an empty set.
+        UserError: a shortlist from a matcher without a joint space; an empty set; no room on the disk for features
+            that shall not stay in memory.
     """
     members = members_of(matcher)
     maker = None
@@ -129,15 +130,21 @@ def evaluate(
         maker = shortlist or matcher
         require_joint_space(maker)
     uses = [*([] if maker is None else members_of(maker)), *members]
-    encodings = _Encodings(uses, dataset_of or (lambda _: dataset), protocol, device, ranks)
-    shortlisted = None if maker is None else _shortlist(maker, encodings, protocol, ranks)
-    scored = [_score(member, encodings.take(member), shortlisted, protocol, ranks) for member in members]
-    scores_i2t, scores_t2i = _combined([tables for tables, _ in scored], weights_of(matcher))
+    milliseconds = 0.0
+    with Encodings(uses, dataset_of or (lambda _: dataset), protocol, device, ranks) as encodings:
+        shortlisted = None if maker is None else _shortlist(maker, encodings, protocol, ranks)
+        combined = _Combined(weights_of(matcher))
+        for member in members:
+            tables, of_pair = _score(member, encodings.take(member), shortlisted, protocol, ranks)
+            combined.add(tables)
+            milliseconds += of_pair
+            del tables  # before the next member's
+    scores_i2t, scores_t2i = combined.tables()
     if shortlisted is not None:
-        scores_i2t, scores_t2i = shortlisted.tables(scores_i2t, scores_t2i)
+        scores_i2t, scores_t2i = shortlisted.tables(scores_i2t, scores_t2i, in_place=True)
     metrics = _metrics(scores_i2t, scores_t2i, dataset, protocol)
     metrics["fusion_parameters"] = matcher.fusion_parameters()
-    metrics["ms_per_pair"] = sum(milliseconds for _, milliseconds in scored)
+    metrics["ms_per_pair"] = milliseconds
     metrics["how"] = _how(matcher, protocol, exhaustive=shortlisted is None)
     return Evaluation(metrics, scores_i2t, scores_t2i)
 
@@ -158,122 +165,54 @@ def _how(matcher: Matcher | Ensemble, protocol: Protocol, exhaustive: bool) -> s
 
 
 def _shortlist(
-    maker: Matcher | Ensemble, encodings: _Encodings, protocol: Protocol, ranks: Ranks
+    maker: Matcher | Ensemble, encodings: Encodings, protocol: Protocol, ranks: Ranks
 ) -> Shortlist:
     """What the joint spaces of ``maker``'s members put on top together."""
-    joint = []
+    cheap = _Combined(weights_of(maker))
     for member in members_of(maker):
-        images, texts = encodings.take(member)
-        own = score_joint(member, images, texts, amp=protocol.amp) if len(images) else torch.empty(0, len(texts))
-        joint.append(gather_rows(own, ranks))
-    cheap = _combined([(scores, scores.T) for scores in joint], weights_of(maker))
-    return Shortlist.of(*cheap, protocol.k_test)
+        cheap.add(_transposed(gather_rows(_joint(member, encodings.take(member), protocol), ranks)))
+    return Shortlist.of(*cheap.tables(), protocol.k_test)
+
+
+def _joint(member: Matcher, features: FeaturePair, protocol: Protocol) -> Tensor:
+    images, texts = features
+    if not len(images):
+        return torch.empty(0, len(texts))
+    return score_joint(member, images, texts, amp=protocol.amp, memory_mb=min(EMBED_MB, protocol.memory_mb))
 
 
 def _score(
-    member: Matcher, features: Features, shortlist: Shortlist | None, protocol: Protocol, ranks: Ranks
+    member: Matcher, features: FeaturePair, shortlist: Shortlist | None, protocol: Protocol, ranks: Ranks
 ) -> tuple[Tables, float]:
     """Scores of all pairs, ``[I, T]`` and ``[T, I]``, or at the shortlist, ``[I, k]`` and ``[T, k]``; ms per pair."""
+    # first, so that the rows drawn for it do not stand beside a table
+    milliseconds = 0.0
+    if ranks.rank == 0:
+        milliseconds = milliseconds_per_pair(member, *features, amp=protocol.amp, memory_mb=protocol.memory_mb)
     options = {"amp": protocol.amp, "memory_mb": protocol.memory_mb, "progress": True, "ranks": ranks}
     if shortlist is None:
-        scores = score_exhaustive(member, *features, **options)
-        tables = (scores, scores.T)
-    else:
-        tables = shortlist.rerank(member, *features, **options)
-    return tables, milliseconds_per_pair(member, *features, amp=protocol.amp) if ranks.rank == 0 else 0.0
+        return _transposed(score_exhaustive(member, *features, **options)), milliseconds
+    return shortlist.rerank(member, *features, **options), milliseconds
 
 
-def _combined(of_members: Sequence[Tables], weights: Sequence[float]) -> Tables:
-    """One table per direction, of the members' standardised over each row's entries."""
-    if len(of_members) == 1:
-        return of_members[0]
-    scores_i2t, scores_t2i = (_combined_rows(tables, weights) for tables in zip(*of_members, strict=True))
-    return scores_i2t, scores_t2i
+def _transposed(scores: Tensor) -> Tables:
+    """One table in memory for both directions."""
+    return scores, scores.T
 
 
-def _combined_rows(tables: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """In blocks of rows: the temporaries of a whole COCO matrix would take gigabytes."""
-    blocks = zip(*(table.split(ROWS_PER_COMBINATION) for table in tables), strict=True)
-    return torch.cat([combine(block, torch.ones_like(block[0], dtype=torch.bool), weights) for block in blocks])
+class _Combined:
+    """The members' tables of both directions, each standardised over its rows' entries, as they come."""
 
+    def __init__(self, weights: Sequence[float]) -> None:
+        self._directions = Combination(weights), Combination(weights)
 
-class _Encodings:
-    """Features for the matchers of an evaluation, made once for those that share encoders and read the same set.
+    def add(self, tables: Tables) -> None:
+        for direction, table in zip(self._directions, tables, strict=True):
+            direction.add(table)
 
-    Args:
-        uses: the matchers in the order in which ``take`` will be called; features are dropped after their last use.
-    """
-
-    def __init__(
-        self,
-        uses: Sequence[Matcher],
-        dataset_of: DatasetOf,
-        protocol: Protocol,
-        device: Any,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self._to_come = list(uses)
-        self._dataset_of, self._protocol, self._device, self._ranks = dataset_of, protocol, device, ranks
-        self._kept: list[tuple[Matcher, Any, Features]] = []
-
-    def take(self, matcher: Matcher) -> Features:
-        self._to_come.remove(matcher)
-        dataset = self._dataset_of(matcher)
-        features = next((kept for other, seen, kept in self._kept if self._serves(other, seen, matcher)), None)
-        if features is None:
-            features = _encode(matcher, dataset, self._protocol, self._device, self._ranks)
-            self._kept.append((matcher, dataset, features))
-        self._kept = [
-            (other, seen, kept)
-            for other, seen, kept in self._kept
-            if any(self._serves(other, seen, later) for later in self._to_come)
-        ]
-        return features
-
-    def _serves(self, encoded_by: Matcher, dataset: Any, matcher: Matcher) -> bool:
-        if self._dataset_of(matcher) is not dataset:
-            return False
-        return encoded_by is matcher or encoded_by.shares_encoders_with(matcher)
-
-
-def _encode(matcher: Matcher, dataset: Any, protocol: Protocol, device: Any, ranks: Ranks) -> Features:
-    return encode_dataset(
-        matcher,
-        dataset,
-        protocol.batch_size,
-        device,
-        protocol.num_workers,
-        storage=_storage(matcher, dataset, protocol, ranks),
-        amp=protocol.amp,
-        progress=True,
-        ranks=ranks,
-    )
-
-
-def _storage(matcher: Matcher, dataset: Any, protocol: Protocol, ranks: Ranks) -> Storage:
-    """As encoded, or half precision on the host where the set's features would be too big."""
-    if getattr(dataset, "banked_features", None) is not None:
-        return Storage()
-    one = encode_dataset(matcher, _First(dataset), 1, amp=protocol.amp)
-    size = one[0].nbytes * len(Ranks(size=ranks.size).share(len(dataset))) + one[1].nbytes * len(dataset.text)
-    if size <= HALF_ABOVE_BYTES:
-        return Storage()
-    log.info("%.1f GB of features: kept in half precision in host memory", size / 2e9)
-    return Storage.half_on_host()
-
-
-class _First(torch.utils.data.Dataset):
-    """The first picture of an evaluation set with its longest caption: a sample of the features' size."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        self.text = [max(dataset.text, key=len)] if len(dataset.text) else []
-
-    def __len__(self) -> int:
-        return min(1, len(self.dataset))
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.dataset[index]
+    def tables(self) -> Tables:
+        i2t, t2i = (direction.result() for direction in self._directions)
+        return i2t, t2i
 
 
 def _read(run: Any, key: str) -> Any:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.matching.block_scoring import match_pairs
 from lavis_dcd.matching.blocks import ready
 from lavis_dcd.matching.encoding import encode_captions, encode_pictures, reported, scoring_mode
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.matching.scoring import match_pairs
 from lavis_dcd.tasks.mining_pools import Pairing
 from lavis_dcd.tasks.mining_reading import Reader, ReadSet
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,19 +11,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lavis_dcd.matching.blocks import Rows, rows_that_fit
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import scoring_mode
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
 def milliseconds_per_pair(
     matcher: Matcher,
-    images: ImageFeatures,
-    texts: TextFeatures,
+    images: Rows,
+    texts: Rows,
     pairs: int = 256,
     repeats: int = 5,
     *,
     amp: str = "off",
+    memory_mb: float = math.inf,
 ) -> float:
     """Median milliseconds per pair on cached features, after one untimed call.
 
@@ -33,10 +35,13 @@ def milliseconds_per_pair(
     Args:
         pairs: pairs in one call of ``match``; of a dual encoder, rows drawn on either side.
         repeats: timed calls; the median is reported.
+        memory_mb: no more rows are drawn than take that many MiB, in float32.
     """
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(images), (pairs,), generator=generator).unique()
-    columns = torch.randint(len(texts), (pairs,), generator=generator).unique()
+    rows, columns = (
+        torch.randint(len(features), (min(pairs, rows_that_fit(features, memory_mb)),), generator=generator).unique()
+        for features in (images, texts)
+    )
     chosen = torch.stack(
         [torch.randint(len(n), (pairs,), generator=generator) for n in (rows, columns)], dim=1
     )

@@ -117,6 +117,7 @@ OPTIONS = {
     "run.max_epoch=true": "run.max_epoch: True (true or false) is not an integer",
     "run.max_epoch=[1]": "run.max_epoch: [1] (a list) is not an integer",
     "run.batch_size_train=0": "run.batch_size_train: 0 must be greater than 0",
+    "run.eval_memory_mb=0": "run.eval_memory_mb: 0.0 must be greater than 0",
     "run.num_workers=-1": "run.num_workers: -1 must not be negative",
     "run.warmup=2": "run.warmup: 2.0 is a fraction of all steps, 0 to 1 (see run.warmup_steps)",
     "run.betas=[0.9]": "run.betas: [0.9] must be two numbers in [0, 1)",

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lavis_dcd.distillation.ensemble import combine, standardise
+from lavis_dcd.distillation import ensemble
+from lavis_dcd.distillation.ensemble import Combination, combine, standardise
 
 
 @st.composite
@@ -144,3 +145,25 @@ def test_faults_are_named():
         combine([table, torch.zeros(2, 4)], valid, [1.0, 1.0])
     with pytest.raises(ValueError, match=r"\(1, 3\) and \(2, 3\)"):
         standardise(table[:1], valid)
+
+
+@given(ensembles())
+@settings(deadline=None)
+def test_tables_that_come_one_after_another_give_the_same_to_the_bit(case):
+    tables, valid, weights = case
+    expected = combine(tables, torch.ones_like(valid), weights)
+    found = Combination(weights)
+    for table in tables:
+        found.add(table.clone())
+    assert torch.equal(found.result(), expected)
+
+
+def test_many_rows_are_combined_in_blocks(monkeypatch):
+    monkeypatch.setattr(ensemble, "SCORES_PER_BLOCK", 21)
+    tables = [torch.randn(10, 7), 5 * torch.randn(10, 7)]
+    found = Combination([1.0, 2.0])
+    found.add(tables[0])
+    with pytest.raises(ValueError, match="1 tables for 2 weights"):
+        found.result()
+    found.add(tables[1])
+    assert torch.equal(found.result(), combine(tables, torch.ones(10, 7, dtype=torch.bool), [1.0, 2.0]))

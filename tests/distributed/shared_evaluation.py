@@ -2,13 +2,14 @@
 
 Argument: a JSON file {"models": [model sections], "counts": [numbers of pictures], "out": a file}. Writes, per case,
 the greatest difference of the scores (relative where the greatest score is above 1), whether the figures are the same,
-and which pictures each process read.
+whether features on disk give the same scores to the bit, and which pictures each process read.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ def compare(name: str, matcher, count: int, protocol: Protocol, ranks: Ranks) ->
     alone, shared = Noise(count), Noise(count)
     expected = evaluate(matcher, alone, protocol)
     found = evaluate(matcher, shared, protocol, ranks=ranks)
+    on_disk = evaluate(matcher, Noise(count), replace(protocol, eval_memory_mb=1e-3), ranks=ranks)
     figures = {key for key in expected if key not in ("ms_per_pair",)}
     return {
         "case": f"{name}, {count} pictures, {expected['how']}",
@@ -53,6 +55,8 @@ def compare(name: str, matcher, count: int, protocol: Protocol, ranks: Ranks) ->
                 (found.scores_t2i, expected.scores_t2i),
             )
         ),
+        "same_on_disk": torch.equal(on_disk.scores_i2t, found.scores_i2t)
+        and torch.equal(on_disk.scores_t2i, found.scores_t2i),
         "same_figures": all(found[key] == expected[key] for key in figures),
         "figures": sorted(figures),
         # the set's first picture is read once more, to see how big features are

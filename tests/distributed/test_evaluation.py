@@ -24,6 +24,7 @@ def test_any_number_of_pictures(processes, launch, outcome, tmp_path, meter, dua
     assert len(cases) == 3 * 4 * 2
     for case in cases:
         assert case["difference"] <= 1e-5, case  # other batches, so other roundings
+        assert case["same_on_disk"], case
         assert case["same_figures"] and "r_mean" in case["figures"], case
         if case["case"].startswith("ensemble"):
             continue  # its members read for themselves

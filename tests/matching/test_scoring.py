@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -11,8 +14,12 @@ from torch import Tensor, nn
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import Storage, device_of, encode_captions, encode_dataset, scoring_mode
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
 from lavis_dcd.matching.scoring import Shortlist, score_dataset, score_exhaustive, score_joint, score_shortlist
+from lavis_dcd.matching.spill import Spill
+from lavis_dcd.matching.streamed import RowSource, StreamedFeatures
+
+F = TypeVar("F", bound=Features)
 
 
 class Toy(nn.Module, Matcher):
@@ -207,6 +214,75 @@ def test_each_direction_may_have_cheap_scores_of_its_own() -> None:
             assert torch.allclose(row[order[:2]], true_row[order[:2]], atol=1e-5)
             assert row[order[2:]].max() < row[order[:2]].min()
             assert row[order[2:]].argsort(descending=True).tolist() == list(range(len(order) - 2))
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_tables_may_take_the_place_of_the_cheap_scores(one: bool) -> None:
+    matcher, (images, texts) = Toy(), features()
+    cheap = torch.randn(7, 11)
+    kept = Shortlist.of(cheap, cheap.T, 2)
+    reranked = kept.rerank(matcher, images, texts)
+    expected = kept.tables(*reranked)
+    assert torch.equal(kept.cheap_i2t, cheap)
+    own = cheap.clone()
+    lost = Shortlist.of(own, own.T if one else own.T.clone(), 2)
+    found = lost.tables(*reranked, in_place=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert found[0].data_ptr() == own.data_ptr()
+    assert (found[1].data_ptr() == lost.cheap_t2i.data_ptr()) is not one
+
+
+def streamed(features: F, folder: Path, block_bytes: int) -> StreamedFeatures[F]:
+    rows = Spill(folder, block_bytes).rows(len(features))
+    rows.put(torch.arange(len(features)), features)
+    return rows.all()
+
+
+@pytest.mark.parametrize("which", ["images", "texts", "both"])
+@pytest.mark.parametrize("memory_mb", [0.0005, 512])
+@pytest.mark.parametrize("dual", [True, False])
+def test_features_on_disk_give_the_same_scores_to_the_bit(
+    which: str, memory_mb: float, dual: bool, tmp_path: Path
+) -> None:
+    matcher, (images, texts) = Dual() if dual else Toy(), features(13, 17)
+    block = 3 * images.nbytes // 13  # three pictures
+    here = images if which == "texts" else streamed(images, tmp_path, block)
+    there = texts if which == "images" else streamed(texts, tmp_path, block)
+    expected = score_exhaustive(matcher, images, texts, memory_mb)
+    assert torch.equal(score_exhaustive(matcher, here, there, memory_mb), expected)
+    joint = score_joint(matcher, images, texts, memory_mb=memory_mb)
+    assert torch.equal(score_joint(matcher, here, there, memory_mb=memory_mb), joint)
+    in_memory = score_shortlist(matcher, images, texts, joint, 4, memory_mb)
+    on_disk = score_shortlist(matcher, here, there, joint, 4, memory_mb)
+    assert all(torch.equal(one, other) for one, other in zip(in_memory, on_disk, strict=True))
+
+
+def test_the_disk_is_read_few_times(tmp_path: Path) -> None:
+    """Pictures once; texts once for every block of pictures that stands in memory."""
+    images, texts = features(13, 17)
+    read: list[int] = []
+
+    class Counted:
+        def __init__(self, source: RowSource) -> None:
+            self.source = source
+
+        def read(self, rows: Tensor, tokens: Tensor, embeds: Tensor | None) -> None:
+            read.append(len(rows))
+            self.source.read(rows, tokens, embeds)
+
+    block = 6 * images.nbytes // 13
+    here, there = (
+        replace(found, source=Counted(found.source))
+        for found in (streamed(images, tmp_path, block), streamed(texts, tmp_path, block))
+    )
+    score_exhaustive(Toy(), here, texts, 0.0005)  # blocks of one picture or two
+    assert sum(read) == 13 and len(read) <= 4
+    read.clear()
+    score_exhaustive(Toy(), images, there, 0.0005)
+    assert sum(read) == 17
+    read.clear()
+    score_exhaustive(Toy(), here, there, 0.0005)
+    assert sum(read) <= 13 + 4 * 17
 
 
 def test_pictures_with_several_vectors_are_multiplied_a_few_at_a_time() -> None:

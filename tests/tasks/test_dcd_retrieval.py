@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.tasks import dcd_retrieval
 from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
+from lavis_dcd.tasks.evaluation import evaluate
 
 
 class Tower(nn.Module):
@@ -144,6 +146,32 @@ def test_the_gallery_scores_again_only_what_changed() -> None:
     matched = model.teacher.matched
     task.gallery(model.matchers(), Evaluation(), None)
     assert model.teacher.matched > matched
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_features_that_wait_on_disk_do_so_in_the_run_folder(there: bool, tmp_path, monkeypatch) -> None:
+    folder = tmp_path if there else tmp_path / "removed since"
+    monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(folder))
+    seen = []
+
+    def watched(matcher: Any, dataset: Any, protocol: Any, *args: Any, **more: Any) -> Any:
+        seen.append((protocol.spill_folder, protocol.eval_memory_mb))
+        return evaluate(matcher, dataset, protocol, *args, **more)
+
+    monkeypatch.setattr(dcd_retrieval, "evaluate", watched)
+    task, model = DcdRetrievalTask(), Pair()
+    assert task.evaluate_matcher(model.teacher, Evaluation(), {"eval_memory_mb": 1e-6})["r_sum"] == 600.0
+    assert seen == [(tmp_path if there else None, 1e-6)] and not list(tmp_path.iterdir())
+
+
+def test_a_matchers_last_tables_go_before_the_next_are_made(monkeypatch) -> None:
+    task, model, numbers = DcdRetrievalTask(), Pair(), Evaluation()
+    last = weakref.ref(task.evaluate_matcher(model.teacher, numbers, None))
+    assert last() is not None  # for the gallery
+    alive = []
+    monkeypatch.setattr(dcd_retrieval, "evaluate", lambda *args, **_: alive.append(last()) or evaluate(*args))
+    task.evaluate_matcher(model.teacher, numbers, None)
+    assert alive == [None]
 
 
 def test_the_shortlist_by_name() -> None:

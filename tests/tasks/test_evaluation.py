@@ -102,18 +102,6 @@ def test_a_shortlist_needs_a_joint_space_before_anything_is_encoded(monkeypatch:
         evaluate(matcher, Numbers(), Protocol(k_test=2))
 
 
-def test_big_sets_wait_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers, seen = Numbers(), []
-    exact = evaluate(Reader(), numbers, Protocol())
-    monkeypatch.setattr(evaluation, "HALF_ABOVE_BYTES", 10)
-    monkeypatch.setattr(
-        evaluation, "score_exhaustive",
-        lambda matcher, images, texts, **_: seen.append(images.tokens.dtype) or exact.scores_i2t,
-    )  # fmt: skip
-    evaluate(Reader(), numbers, Protocol())
-    assert seen == [torch.float16]
-
-
 def test_the_1k_protocol_is_added_under_its_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = Numbers(10)
     monkeypatch.setattr(
@@ -264,18 +252,6 @@ def test_members_that_share_encoders_are_encoded_once(k_test: int | None) -> Non
     assert (one.encoded, other.encoded, apart.encoded) == (8 + size_probe, 0, 8 + size_probe)
 
 
-def test_features_are_dropped_after_their_last_use() -> None:
-    tower = nn.Linear(1, 1)
-    one, apart, other = Noisy(0, tower=tower), Noisy(2), Noisy(1, tower=tower)
-    numbers = Numbers()
-    encodings = evaluation._Encodings([one, apart, other], lambda _: numbers, Protocol(), None)
-    kept = []
-    for member in (one, apart, other):
-        encodings.take(member)
-        kept.append([matcher for matcher, _, _ in encodings._kept])
-    assert kept == [[one], [one], []]
-
-
 class Shifted(Numbers):
     """The same pictures as a matcher sees them that counts from seven down."""
 
@@ -307,8 +283,9 @@ def test_the_protocol_of_a_run_section() -> None:
         batch_size_eval: int = 7
         amp: str = "bf16"
         match_memory_mb: float = 5
+        eval_memory_mb: float = 6
 
-    assert Protocol.of_run(Run()) == Protocol(batch_size=7, amp="bf16", memory_mb=5)
+    assert Protocol.of_run(Run()) == Protocol(batch_size=7, amp="bf16", memory_mb=5, eval_memory_mb=6)
     assert Protocol.of_run({"k_test": 4, "amp": False, "other": 1}) == Protocol(k_test=4)
     assert Protocol.of_run(None) == Protocol()
 
