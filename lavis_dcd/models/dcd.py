@@ -84,13 +84,8 @@ class DynamicContrastiveDistillation(BaseModel):
             self.objective = build_objective(self.loss_config)
         except ValueError as error:
             raise UserError([f"model.{line}" for line in str(error).splitlines()]) from error
-        log.info(
-            "%s teacher, %s student: distill %s, contrastive %s",
-            self.teachers.family,
-            student.family,
-            self.loss_config.distill,
-            self.loss_config.contrastive,
-        )
+        families, terms = (self.teachers.family, student.family), self.loss_config
+        log.info("%s teacher, %s student: distill %s, contrastive %s", *families, terms.distill, terms.contrastive)
 
     @classmethod
     def config_schema(cls) -> type:
@@ -124,7 +119,8 @@ class DynamicContrastiveDistillation(BaseModel):
         """Who reads pictures and captions of their own, by view: teachers with other encoders than the student's, and
         whoever's section names a ``preprocess``.
         """
-        sections, named = self._sections(), {**self.teachers.named(), MAIN_VIEW: self.student}
+        sections = self.config.sections_by_view(self.teachers.named())
+        named = {**self.teachers.named(), MAIN_VIEW: self.student}
         return {
             name: matcher
             for name, matcher in named.items()
@@ -133,13 +129,8 @@ class DynamicContrastiveDistillation(BaseModel):
 
     def views(self) -> dict[str, dict[str, Any]]:
         """The ``model:`` sections of :meth:`view_matchers`, whose ``preprocess`` says what they read."""
-        sections = self._sections()
+        sections = self.config.sections_by_view(self.teachers.named())
         return {name: sections[name] for name in self.view_matchers()}
-
-    def _sections(self) -> dict[str, dict[str, Any]]:
-        # no teacher is named where a bank has its scores
-        of_teachers = zip(self.teachers.named(), self.config.teacher_sections, strict=False)
-        return {**{name: section for name, (_, section) in of_teachers}, MAIN_VIEW: self.config.student}
 
     def exported(self) -> nn.Module:
         """What the final file holds."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lavis_dcd.distillation.objective import LossConfig
+from lavis_dcd.matching.views import MAIN_VIEW
 
 IN_BATCH, BANK = "in_batch", "bank"
 
@@ -129,3 +131,12 @@ class DcdConfig:
         if self.teachers:
             return [(f"model.teachers.{i}", section) for i, section in enumerate(self.teachers)]
         return [("model.teacher", self.teacher or {})]
+
+    def sections_by_view(self, teachers: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The matchers' sections by the view that each reads.
+
+        Args:
+            teachers: their views, in the order of their sections; none where a bank has their scores.
+        """
+        named = zip(teachers, self.teacher_sections, strict=False)
+        return {**{name: section for name, (_, section) in named}, MAIN_VIEW: self.student}
