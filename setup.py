@@ -64,7 +64,7 @@ setup(
         "tqdm",
         "pillow",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "ruff", "setuptools>=64,<81", "wheel"]},
+    extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=64,<81", "wheel"]},
     classifiers=[
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
