@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.leaves import leaf_sets
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import one_line
-from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.leaves import leaf_sets
 from lavis_dcd.datasets.pictures import check_mode, reason_of, whole_files_only
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 from lavis.processors.base_processor import BaseProcessor
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.leaves import leaf_sets
 from lavis_dcd.matching.views import MAIN_VIEW
 
 Processor = Callable[[Any], Any]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.leaves import leaf_sets
 
 Force = Literal["teacher", "data", "recipe", "world_size"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.leaves import leaf_sets
 from lavis_dcd.runners import checkpoint
 from lavis_dcd.runners.devices import Place
 from lavis_dcd.runners.sharding import kept_whole, local

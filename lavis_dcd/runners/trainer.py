@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.banked import batch_groups
+from lavis_dcd.datasets.leaves import batch_groups
 from lavis_dcd.runners import checkpoint
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import find_place, wrap_for_training

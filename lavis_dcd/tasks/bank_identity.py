@@ -22,7 +22,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import sha256_of
 from lavis_dcd.common.schema import plain
 from lavis_dcd.datasets.bank_rows import is_evaluation_set
-from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.leaves import leaf_sets
 from lavis_dcd.datasets.pictures import load_picture
 from lavis_dcd.datasets.score_bank import BankIdentity
 from lavis_dcd.datasets.views import View

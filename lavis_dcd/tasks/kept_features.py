@@ -14,8 +14,9 @@ import torch.distributed as dist
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
 from lavis_dcd.datasets.bank_rows import is_evaluation_set
-from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet, leaf_sets
+from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.datasets.feature_bank import build_feature_bank, weights_fingerprint
+from lavis_dcd.datasets.leaves import leaf_sets
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.runners.devices import patient_group
 from lavis_dcd.runners.seeding import rng_state, seed_host, set_rng_state

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.bank_rows import is_evaluation_set
-from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.leaves import leaf_sets
 from lavis_dcd.datasets.score_bank import META, BankIdentity, ScoreBank
 from lavis_dcd.datasets.views import View
 from lavis_dcd.distillation.candidates import DIRECTIONS

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_dcd.datasets.banked import leaf_sets
+from lavis_dcd.datasets.leaves import leaf_sets
 from lavis_dcd.datasets.views import View, alike, with_views
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.views import MAIN_VIEW, view_of

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset, default_collate
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets import feature_bank, feature_store
-from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet, batch_groups, leaf_sets
+from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.datasets.feature_bank import FeatureBank, build_feature_bank, weights_fingerprint
+from lavis_dcd.datasets.leaves import batch_groups, leaf_sets
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import encode_dataset
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
