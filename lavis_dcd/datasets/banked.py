@@ -115,11 +115,6 @@ class BankedEvaluationSet(_Delegating):
             return None
         return self.bank.image_rows(self.bank.picture_rows[self.name_in_bank]), self.bank.text_rows(self.source.text)
 
-    def banked_features(self, matcher: Matcher) -> tuple[ImageFeatures, TextFeatures] | None:
-        """``banked_rows`` in memory."""
-        rows = self.banked_rows(matcher)
-        return None if rows is None else (rows[0][:], rows[1][:])
-
 
 def _as_rows(dataset: Any, bank: FeatureBank, name: str) -> Any:
     if hasattr(dataset, "datasets"):

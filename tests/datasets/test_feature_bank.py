@@ -190,7 +190,7 @@ def test_an_evaluation_set_answers_from_the_bank_for_matchers_with_the_same_enco
     assert_same(from_bank[1], direct[1])
     assert banked.txt2img == plain.txt2img and len(banked) == 2
     stranger = Toy()
-    assert banked.banked_features(stranger) is None
+    assert banked.banked_rows(stranger) is None
     encode_dataset(stranger, banked)
     assert stranger.pictures == 2
 
@@ -219,7 +219,7 @@ def test_half_precision_is_kept_and_float32_is_evaluated() -> None:
     assert images.tokens.dtype == images.embeds.dtype == bank.texts(["a no 0"]).tokens.dtype == torch.float16
     assert torch.allclose(images.tokens.float(), matcher.encode_images(picture("a")[None]).tokens, atol=2e-3)
     bank = build_feature_bank(matcher, {"val": Evaluation()})
-    assert BankedEvaluationSet(Evaluation(), bank, "val").banked_features(matcher)[0].tokens.dtype == torch.float32
+    assert BankedEvaluationSet(Evaluation(), bank, "val").banked_rows(matcher)[0][:].tokens.dtype == torch.float32
 
 
 def same_bank(one: FeatureBank, other: FeatureBank) -> bool:

@@ -287,7 +287,7 @@ def test_a_banked_set_is_read_from_its_pictures(photos):
     source = evaluation(photos)
     banked = BankedEvaluationSet(source, SimpleNamespace(serves=lambda matcher: True), "val")
     viewed = evaluation_view(banked, TEACHER)
-    assert not hasattr(viewed, "banked_features")
+    assert not hasattr(viewed, "banked_rows")
     assert viewed[2]["image"].shape == (3, 24, 24) and viewed.text[0] == "seen: picture 0."
     assert banked[2]["image"].shape == (3, 16, 16)
 

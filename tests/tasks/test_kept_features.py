@@ -91,7 +91,7 @@ def test_training_and_evaluation_read_their_own_processors(photos, monkeypatch, 
     fresh = matcher.encode_images(torch.stack([plain["train"][row]["image"] for row in range(4)]))
     assert torch.equal(batch["image"].tokens, fresh.tokens)
     assert torch.equal(batch["text_features"].tokens, matcher.encode_texts(batch["text_input"]).tokens)
-    images, texts = sets["val"].banked_features(matcher)
+    images, texts = (rows[:] for rows in sets["val"].banked_rows(matcher))
     fresh = matcher.encode_images(torch.stack([plain["val"][row]["image"] for row in range(3)]))
     assert torch.equal(images.tokens, fresh.tokens) and len(texts) == 3
 
