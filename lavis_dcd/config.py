@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,7 @@ def merge_defaults(user: DictConfig) -> DictConfig:
     for name, section in user.datasets.items():
         kind = section.get("type", "default") if isinstance(section, DictConfig) else None
         files = getattr(registry.get_builder_class(name), "DATASET_CONFIG_DICT", {})
-        if isinstance(kind, str) and kind in files:
+        if among(files, kind):
             default = OmegaConf.load(registry.get_builder_class(name).default_config_path(type=kind))
             merged = OmegaConf.merge(merged, {"datasets": {name: default.datasets.get(name, {})}})
     return merge(merged, model, user)
@@ -273,11 +273,19 @@ def model_defaults(section: DictConfig) -> DictConfig:
     """The default YAML (`model:`, perhaps `preprocess:`) of a section's `arch` and `model_type`, or empty."""
     from lavis.common.registry import registry
 
-    arch = section.get("arch")
-    model = registry.get_model_class(arch) if isinstance(arch, str) else None
+    model = registered(registry.get_model_class, section.get("arch"))
     types = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
     kind = section.get("model_type")
     if kind is None and len(types) == 1:
         kind = next(iter(types))
-    known = isinstance(kind, str) and kind in types
-    return OmegaConf.load(model.default_config_path(kind)) if known else OmegaConf.create({})
+    return OmegaConf.load(model.default_config_path(kind)) if among(types, kind) else OmegaConf.create({})
+
+
+def registered(find: Callable[[str], Any], name: Any) -> Any:
+    """What is registered under a name; None where nothing is, or the name is no text."""
+    return find(name) if isinstance(name, str) else None
+
+
+def among(names: Collection[str], name: Any) -> bool:
+    """Whether a value that a user wrote, of any kind, is one of the names."""
+    return isinstance(name, str) and name in names

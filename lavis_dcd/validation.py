@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import unknown_key
 from lavis_dcd.common.texts import shown
-from lavis_dcd.config import model_defaults
+from lavis_dcd.config import among, model_defaults, registered
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.models.dcd_config import DISTILLER_KEYS, SuccessionConfig
 from lavis_dcd.runners.config import RunConfig
@@ -49,16 +49,11 @@ def unknown_name(path: str, name: Any, registered: Iterable[str]) -> str:
     return f"{path}: {shown(name)} is not registered; {hint}registered: {', '.join(names)}"
 
 
-def _registered(find: Callable[[str], Any], name: Any) -> Any:
-    """What is registered under a name; None where nothing is, or the name is no text."""
-    return find(name) if isinstance(name, str) else None
-
-
 def _run_faults(run: DictConfig) -> list[str]:
     found = []
     if run.task not in registry.list_tasks():
         found.append(unknown_name("run.task", run.task, registry.list_tasks()))
-    runner = _registered(registry.get_runner_class, run.runner)
+    runner = registered(registry.get_runner_class, run.runner)
     if runner is None:
         return [*found, unknown_name("run.runner", run.runner, registry.list_runners())]
     schema = runner.config_schema() if hasattr(runner, "config_schema") else RunConfig
@@ -68,11 +63,11 @@ def _run_faults(run: DictConfig) -> list[str]:
 def model_faults(section: DictConfig, path: str) -> list[str]:
     """The faults of a model section, those of the models inside it (a teacher, a student) included."""
     arch, kind = section.get("arch"), section.get("model_type")
-    model = _registered(registry.get_model_class, arch)
+    model = registered(registry.get_model_class, arch)
     if model is None:
         return [unknown_name(f"{path}.arch", arch, registry.list_models())]
     types = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
-    if kind is not None and not (isinstance(kind, str) and kind in types):
+    if kind is not None and not among(types, kind):
         return [unknown_name(f"{path}.model_type", kind, types)]
     adapter = adapter_for(arch)
     options = adapter.option_names() if adapter else set()
@@ -123,7 +118,7 @@ def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> l
         return found
     first = next((part for name, part in inner_models(section).items() if name != "student"), {})
     arch = first.get("arch")
-    teacher = _registered(adapter_for, arch) or _registered(registry.get_model_class, arch)
+    teacher = registered(adapter_for, arch) or registered(registry.get_model_class, arch)
     if start.get("layers") and teacher is not None and not hasattr(teacher, "init_from_teacher"):
         return [f"{path}.layers: {arch} cannot be thinned; leave init_from_teacher out, and name the student's arch"]
     return []
@@ -140,7 +135,7 @@ def _preprocess_faults(section: Any, path: str) -> list[str]:
 
 def section_schema(section: Mapping[str, Any]) -> type | None:
     """The dataclass that a model section must fit; None where its arch has none."""
-    model = _registered(registry.get_model_class, section.get("arch"))
+    model = registered(registry.get_model_class, section.get("arch"))
     return model.config_schema() if hasattr(model, "config_schema") else None
 
 
@@ -199,7 +194,7 @@ def _datasets_faults(datasets: DictConfig) -> list[str]:
             continue
         types = builder.DATASET_CONFIG_DICT
         kind = section.get("type", "default")
-        if not isinstance(kind, str) or kind not in types:
+        if not among(types, kind):
             found.append(unknown_name(f"{path}.type", kind, types))
             continue
         found += _dataset_faults(builder, section, path)
@@ -242,7 +237,7 @@ def _processor_faults(section: Any, path: str) -> list[str]:
     if not isinstance(section, DictConfig) or "name" not in section:
         return [f"{path}: expected a section with the processor's name; registered: "
                 f"{', '.join(registry.list_processors())}"]  # fmt: skip
-    processor = _registered(registry.get_processor_class, section.name)
+    processor = registered(registry.get_processor_class, section.name)
     if processor is None:
         return [unknown_name(f"{path}.name", section.name, registry.list_processors())]
     if hasattr(processor, "config_class"):

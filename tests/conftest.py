@@ -118,6 +118,15 @@ def words(pictures: list[dict]) -> list[str]:
 
 
 @pytest.fixture
+def vocabulary(tmp_path: Path, words: list[str]) -> str:
+    """BERT's kind of vocabulary, of the pictures' captions."""
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    return str(folder / "vocab.txt")
+
+
+@pytest.fixture
 def retrieval_files(pictures: list[dict], tmp_path: Path) -> dict[str, Any]:
     """The ``build_info`` of LAVIS's retrieval builders for ``pictures``: 8 to train on, 2 val, 2 test."""
     files = {}

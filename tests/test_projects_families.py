@@ -29,15 +29,6 @@ NO_WEIGHTS = {"load_finetuned": False, "finetuned": None, "pretrained": None}
 # -- models of a few thousand weights ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def vocabulary(tmp_path: Path, words: list[str]) -> str:
-    """BERT's kind of vocabulary, of the pictures' captions."""
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    return str(folder / "vocab.txt")
-
-
 def reads(matcher: Callable, image_size: int = SIDE) -> dict[str, Any]:
     """``vis_processor`` and ``text_processor`` of a data set or a ``preprocess`` section, as one of these reads."""
     pictures = {"name": "blip_image_eval", "image_size": image_size}

@@ -1,4 +1,4 @@
-"""Texts of other people's files: what of them can be read, and how a message may show them."""
+"""Texts of other people's files: what of them can be read, and how a message may show them, or a size."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def one_line(text: str, longest: int = 400) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def size_in_words(size: float) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def shown(value: object, longest: int = 80) -> str:

@@ -126,9 +126,13 @@ def caption_fault(caption: Any) -> str | None:
         return f"{kind_of(caption)}, expected text or a list of texts"
     if not visible(caption).strip():
         return "empty" if not caption.strip() else f"{shown(caption)} holds nothing that can be seen"
-    if half := half_character(caption):
-        return f"holds {half!r}, half of a character; write it again from its source"
-    return None
+    return half_fault(caption)
+
+
+def half_fault(text: str) -> str | None:
+    """What is wrong with a text that holds a lone surrogate; None for all others."""
+    half = half_character(text)
+    return None if half is None else f"holds {half!r}, half of a character; write it again from its source"
 
 
 def path_below(value: Any, key: str, where: str, root: Path, faults: Faults) -> str | None:

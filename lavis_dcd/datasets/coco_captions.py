@@ -14,12 +14,13 @@ from lavis.common.registry import registry
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
-from lavis_dcd.common.texts import half_character, shown, visible
+from lavis_dcd.common.texts import shown, visible
 from lavis_dcd.datasets.annotations import (
     SPLITS,
     Faults,
     Row,
     evaluation_rows,
+    half_fault,
     path_below,
     place,
     training_rows,
@@ -116,8 +117,9 @@ def read_coco(file: Path, folder: Path | None = None) -> list[Row]:
     for image_id in sorted(names, key=_by_number):
         found = sorted(captions.get(image_id, []), key=lambda caption: _by_number(caption["id"]))
         of_image = [caption["caption"] for caption in found]
-        rows += [Row(names[image_id], text, image_id) for text in of_image if visible(text).strip()]
-        empty += sum(not visible(text).strip() for text in of_image)
+        told = [text for text in of_image if visible(text).strip()]
+        rows += [Row(names[image_id], text, image_id) for text in told]
+        empty += len(of_image) - len(told)
         without += not of_image
     if empty:
         log.warning("%s: %d empty captions are left out", file, empty)
@@ -189,8 +191,8 @@ def _check_captions(annotations: list[Any], names: dict[str | int, Any], faults:
                               "in, or take the caption out")  # fmt: skip
         elif not isinstance(text, str):
             faults.add(where, f"caption: {kind_of(text)}, expected text")
-        elif half := half_character(text):
-            faults.add(where, f"caption: holds {half!r}, half of a character; write it again from its source")
+        elif fault := half_fault(text):
+            faults.add(where, f"caption: {fault}")
         seen.add(caption_id)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.hashing import update_with_tensors
+from lavis_dcd.common.texts import size_in_words
 from lavis_dcd.datasets.bank_contents import BankContents
 from lavis_dcd.datasets.bank_stream import stream
 from lavis_dcd.datasets.feature_store import (
@@ -195,8 +196,8 @@ class _Build:
             UserError: the disk has no room for it.
         """
         kind, need = str(self.dtype).removeprefix("torch."), images + texts
-        parts = f"pictures {_words(images)}, captions {_words(texts)}"
-        said = f"features of {self.wanted}: {_words(need)} as {kind} ({parts})"
+        parts = f"pictures {size_in_words(images)}, captions {size_in_words(texts)}"
+        said = f"features of {self.wanted}: {size_in_words(need)} as {kind} ({parts})"
         if folder is None:
             log.info("%s in memory", said)
             return
@@ -205,11 +206,11 @@ class _Build:
         if need > free:
             smaller = "" if self.dtype != torch.float32 else "halve it with run.cache_dtype=float16, "
             raise UserError(
-                f"run.cache_features: the features of {self.wanted} need about {_words(need)} of disk, and {there} has "
-                f"{_words(free)} free; make room, choose another place with LAVIS_CACHE, {smaller}or set "
-                "run.cache_features=off"
+                f"run.cache_features: the features of {self.wanted} need about {size_in_words(need)} of disk, and "
+                f"{there} has {size_in_words(free)} free; make room, choose another place with LAVIS_CACHE, "
+                f"{smaller}or set run.cache_features=off"
             )
-        log.info("%s to be written to %s (%s free)", said, folder, _words(free))
+        log.info("%s to be written to %s (%s free)", said, folder, size_in_words(free))
 
     def _images(self, start: int) -> Iterator[ImageFeatures]:
         source = _Pictures(self.datasets, self.wanted.places[start:])
@@ -251,7 +252,3 @@ def _peeked(items: Iterable[F]) -> tuple[F | None, Iterator[F]]:
 def _size(first: Features | None, rows: int) -> float:
     """Bytes of ``rows`` rows like the first ones: exact where all are of one length, else estimated from these."""
     return 0.0 if first is None else Shard.of(first).nbytes / len(first) * rows
-
-
-def _words(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -15,10 +15,11 @@ from lavis_dcd.matching.gather import Ranks
 class Recomputed(nn.Module):
     """``step`` under fairscale's ``checkpoint_wrapper``: the same values and gradients, dropout replayed.
 
-    Without gradients the step runs as it is. Under torchrun it is torch's own ``checkpoint``: fairscale's runs a
-    backward pass of its own for each call, and DistributedDataParallel takes a weight's gradient for finished after
-    the first of them. fairscale 0.4.4 knows of ``torch.cuda.amp`` only, so the autocast of
-    the forward pass, of any device and type, is entered again in the recomputation.
+    Without gradients the step runs as it is. fairscale 0.4.4 knows of ``torch.cuda.amp`` only, so the autocast of the
+    forward pass, of any device and type, is entered again in the recomputation.
+
+    Under torchrun it is torch's own ``checkpoint``: fairscale's runs a backward pass of its own for each call, and
+    DistributedDataParallel takes a weight's gradient for finished after the first of them.
 
     Args:
         step: a module of tensors in and tensors out; other arguments must not need gradients.

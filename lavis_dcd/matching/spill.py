@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.texts import size_in_words
 from lavis_dcd.matching.features import Features
 from lavis_dcd.matching.rows import MaskRows
 from lavis_dcd.matching.streamed import BLOCK_BYTES, StreamedFeatures
@@ -55,7 +56,7 @@ class Spill:
         except OSError as error:
             raise cannot_write(self.folder, error) from error
         if size > free:
-            raise cannot_write(self.folder, f"they need {words(size)}, {words(free)} are free")
+            raise cannot_write(self.folder, f"they need {size_in_words(size)}, {size_in_words(free)} are free")
 
     def rows(self, count: int) -> SpilledRows[Any]:
         """An empty file for that many rows.
@@ -190,8 +191,3 @@ def cannot_write(folder: Path, error: OSError | str) -> UserError:
         f"run.eval_memory_mb: the features of an evaluation that take more cannot be kept in {folder}: {why}; make "
         "room, choose another disk with run.output_dir, or raise run.eval_memory_mb to keep them in memory"
     )
-
-
-def words(size: float) -> str:
-    """A number of bytes as people read it."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

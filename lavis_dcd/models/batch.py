@@ -88,19 +88,23 @@ def sample_features(matcher: Matcher, samples: Mapping[str, Any], view: str = MA
     own = view_of(samples, view)
     if view != MAIN_VIEW and own.get("text_features") is not None:
         raise UserError("run.cache_features: the kept features serve the student's encoders; set it to off")
-    image_features = _encoded_images(matcher, own, distinct(pictures)[0])
-    text_features = _encoded_texts(matcher, own, distinct(captions)[0])
-    ranks, device = Ranks.here(), image_features.device
-    told = gather_objects((len(image_id), pictures, captions), ranks)
-    queries, of_pictures, of_captions = zip(*told, strict=True)
-    images, pictures, image_rows = _joined(image_features, of_pictures, queries, ranks)
-    texts, captions, text_rows = _joined(text_features, of_captions, queries, ranks)
+    image_first, image_rows = distinct(pictures)
+    text_first, text_rows = distinct(captions)
+    images = _encoded_images(matcher, own, image_first)
+    texts = _encoded_texts(matcher, own, text_first)
+    ranks, device, queries = Ranks.here(), images.device, (len(image_id),)
+    images_of, texts_of = [pictures[i] for i in image_first], [captions[i] for i in text_first]
+    if not ranks.alone:
+        told = gather_objects((len(image_id), pictures, captions), ranks)
+        queries, of_pictures, of_captions = zip(*told, strict=True)
+        images, images_of, image_rows = _joined(images, of_pictures, queries, ranks)
+        texts, texts_of, text_rows = _joined(texts, of_captions, queries, ranks)
     size, rows, seen = sum(queries), torch.tensor(text_rows, device=device), torch.tensor(image_rows, device=device)
     return BatchFeatures(
         images=images,
         texts=texts,
-        image_ids=torch.tensor(pictures, device=device),
-        text_image_ids=torch.tensor([owner for _, owner in captions], device=device),
+        image_ids=torch.tensor(images_of, device=device),
+        text_image_ids=torch.tensor([owner for _, owner in texts_of], device=device),
         match_pairs=torch.stack([seen[:size], rows[:size]], dim=1),
         extra_texts=rows[size:].view(size, -1) if texts_drawn else None,
         extra_images=seen[size:].view(size, -1) if pictures_drawn else None,
@@ -125,8 +129,6 @@ def _joined(
     items = [item for own, size in zip(of_ranks, queries, strict=True) for item in own[:size]]
     items += [item for own, size in zip(of_ranks, queries, strict=True) for item in own[size:]]
     first, rows = distinct(items)
-    if ranks.alone:
-        return features, [items[i] for i in first], rows
     place: dict[Hashable, int] = {}
     start = 0
     for own in of_ranks:

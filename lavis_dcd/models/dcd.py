@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -294,8 +295,5 @@ class DynamicContrastiveDistillation(BaseModel):
         tables = [(s.image_rows, s.text_rows, s.valid) for s in selections]
         if all_pairs is not None:
             return gather_tables(all_pairs, tables)
-
-        def match(images, texts, pairs):
-            return match_recomputed(self.student.match, images, texts, pairs, self.config.student_chunk_pairs)
-
+        match = partial(match_recomputed, self.student.match, chunk_pairs=self.config.student_chunk_pairs)
         return match_tables(match, batch, tables)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.matching.gather import Ranks
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.sharding import shard
 
@@ -42,6 +43,11 @@ class Place:
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
+
+    @property
+    def ranks(self) -> Ranks:
+        """The same for code that knows nothing of runners."""
+        return Ranks(self.rank, self.world_size)
 
     def share(self, value: Any) -> Any:
         """The main process's `value` (any picklable object), in every process. Also serves as a barrier."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from lavis_dcd.common.files import atomic_write
-from lavis_dcd.matching.gather import Ranks
 from lavis_dcd.runners.config import RunConfig
 from lavis_dcd.runners.devices import Place
 
@@ -78,7 +77,7 @@ class Evaluations:
     def _measure(self, name: str, matcher: Any, dataset: Any, split: str) -> dict[str, Any]:
         begin = time.monotonic()
         with torch.no_grad():
-            more = {"ranks": Ranks(self._place.rank, self._place.world_size)} if self._shares_work else {}
+            more = {"ranks": self._place.ranks} if self._shares_work else {}
             found = self._task.evaluate_matcher(matcher, dataset, self._run, self._place.device, **more)
         metrics = {key: _plain(value) for key, value in found.items()}
         if not self._place.is_main:

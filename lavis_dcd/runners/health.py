@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.leaves import leaf_sets
+from lavis_dcd.matching.gather import gather_objects
 from lavis_dcd.runners import checkpoint
 from lavis_dcd.runners.devices import Place
 from lavis_dcd.runners.sharding import kept_whole, local
@@ -142,10 +143,9 @@ class Health:
         logger.warning("step %d skipped: NaN or infinite: %s; pictures %s", number + 1, terms, self._pictures({}))
 
     def _gathered(self, found: Blame) -> list[Blame]:
-        if self._place.world_size == 1:
-            return [found]
-        of_all: list[Any] = [None] * self._place.world_size
-        dist.all_gather_object(of_all, found)
+        of_all = gather_objects(found, self._place.ranks)
+        if len(of_all) == 1:
+            return of_all
         # one process's broken loss is in everybody's gradient: that is no news of the others
         return [item for item in of_all if item.in_loss] or [item for item in of_all if item.terms]
 

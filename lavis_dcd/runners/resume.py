@@ -74,18 +74,20 @@ def find_start(
         UserError: the checkpoint cannot be read, does not belong to this config, or is another model's; the new
             folder is taken.
     """
-    data = data_fingerprint(dataset)
-    found: list[tuple[Path, dict[str, Any]] | None] = []
+    # hashing the rows takes seconds, and an evaluation neither compares nor keeps the hash
+    data = {} if run.evaluate else data_fingerprint(dataset)
+    found: tuple[Path, dict[str, Any]] | None = None
 
     def find() -> Path | None:
-        found.append(checkpoint.find(run.resume, project_folder, run.job_id) if run.resume else None)
-        return found[0] and found[0][0]
+        nonlocal found
+        found = checkpoint.find(run.resume, project_folder, run.job_id) if run.resume else None
+        return found and found[0]
 
     path = _from_main(place, find)
     if path is None and run.resume:
         logger.info("run.resume=auto: no checkpoint below %s, starting anew", project_folder)
     if path is not None and not run.evaluate:
-        content = found[0][1] if found else checkpoint.load(path)
+        content = found[1] if found else checkpoint.load(path)
         refused, passed = refusals(content, config, teacher, place.world_size, data, run.resume_force)
         if refused:
             raise UserError(refused)

@@ -26,11 +26,12 @@ from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.gather import ALONE, Ranks
 from lavis_dcd.models.building import build_matcher
 from lavis_dcd.models.preprocess import MatcherViews
-from lavis_dcd.tasks.evaluation import Evaluation, Protocol, evaluate
+from lavis_dcd.tasks.evaluation import Evaluation, evaluate
 from lavis_dcd.tasks.gallery import PICTURE_SIDE, gallery_items
 from lavis_dcd.tasks.kept_features import with_kept_features
 from lavis_dcd.tasks.kept_scores import KeptScores
 from lavis_dcd.tasks.pair_checks import caption_faults, learning_faults, shortlist_faults
+from lavis_dcd.tasks.protocol import Protocol
 
 log = logging.getLogger(__name__)
 

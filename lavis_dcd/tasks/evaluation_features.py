@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from lavis_dcd.common.texts import size_in_words
 from lavis_dcd.matching.blocks import Rows
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.encoding import Storage, encode_dataset
 from lavis_dcd.matching.features import Features
 from lavis_dcd.matching.gather import ALONE, Ranks
-from lavis_dcd.matching.spill import Spill, words
+from lavis_dcd.matching.spill import Spill
+from lavis_dcd.tasks.protocol import Protocol
 
 LONGEST_CAPTIONS = 64  # in letters; the longest in tokens is likely among them
 
@@ -22,16 +23,6 @@ log = logging.getLogger(__name__)
 
 FeaturePair = tuple[Rows, Rows]
 DatasetOf = Callable[[Matcher], Any]
-
-
-class Settings(Protocol):
-    """What is read of ``evaluation.Protocol``."""
-
-    batch_size: int
-    num_workers: int
-    amp: str
-    eval_memory_mb: float
-    spill_folder: Path | None
 
 
 class Encodings:
@@ -47,7 +38,7 @@ class Encodings:
         self,
         uses: Sequence[Matcher],
         dataset_of: DatasetOf,
-        protocol: Settings,
+        protocol: Protocol,
         device: Any,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -121,7 +112,7 @@ class Encodings:
             self._spill.require(sizes[0])  # captions are kept without padding, so how big they become is not known
         log.info(
             "%s of features, run.eval_memory_mb=%g: %s are read block by block from %s",
-            words(sum(sizes)),
+            size_in_words(sum(sizes)),
             self._protocol.eval_memory_mb,
             " and ".join(name for name, wait in zip(("pictures", "captions"), waits, strict=True) if wait),
             "their bank" if banked else f"temporary files in {self._spill.folder}",

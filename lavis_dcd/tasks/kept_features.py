@@ -20,7 +20,7 @@ from lavis_dcd.datasets.leaves import leaf_sets
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.runners.devices import patient_group
 from lavis_dcd.runners.seeding import rng_state, seed_host, set_rng_state
-from lavis_dcd.tasks.evaluation import Protocol
+from lavis_dcd.tasks.protocol import Protocol
 
 T = TypeVar("T")
 

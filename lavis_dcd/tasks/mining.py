@@ -24,7 +24,6 @@ from lavis_dcd.models.dcd_config import DcdConfig
 from lavis_dcd.models.dcd_teachers import Teachers
 from lavis_dcd.models.preprocess import build_view
 from lavis_dcd.tasks.bank_identity import identity_of, teacher_views
-from lavis_dcd.tasks.evaluation import Protocol
 from lavis_dcd.tasks.mining_merge import merge
 from lavis_dcd.tasks.mining_plan import Plan, WorkFolder
 from lavis_dcd.tasks.mining_pools import Pairing, shortlists, with_random
@@ -32,6 +31,7 @@ from lavis_dcd.tasks.mining_progress import Progress
 from lavis_dcd.tasks.mining_reading import Reader, ReadSet, pairing_of
 from lavis_dcd.tasks.mining_scores import Means, PairScorer, embed_all
 from lavis_dcd.tasks.mining_table import report
+from lavis_dcd.tasks.protocol import Protocol
 
 log = logging.getLogger(__name__)
 

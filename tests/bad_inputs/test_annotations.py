@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable
@@ -393,19 +392,6 @@ def _only_faults(read: Callable[[], Any]) -> None:
         assert all("\n" not in line and len(line) < 1500 for line in error.faults)
 
 
-def _places(value: Any, path: tuple = ()) -> list[tuple]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, item in items for place in _places(item, (*path, key)))]
-
-
-def _with(content: Any, path: tuple, value: Any) -> Any:
-    if not path:
-        return value
-    content = copy.copy(content)
-    content[path[0]] = _with(content[path[0]], path[1:], value)
-    return content
-
-
 @SOME
 @given(VALUES)
 def test_arbitrary_json(tmp_path, value):
@@ -414,9 +400,9 @@ def test_arbitrary_json(tmp_path, value):
 
 @SOME
 @given(st.data(), st.sampled_from([GOOD, _coco()]))
-def test_good_files_with_other_values(tmp_path, data, content):
+def test_good_files_with_other_values(tmp_path, with_another_value, data, content):
     for _ in range(data.draw(st.integers(1, 3))):
-        content = _with(content, data.draw(st.sampled_from(_places(content))), data.draw(VALUES))
+        content = with_another_value(content, data, VALUES)
     _try_all(_written(tmp_path, json.dumps(content)))
 
 

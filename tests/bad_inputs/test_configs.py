@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -224,19 +223,6 @@ JOBS = [OmegaConf.to_container(OmegaConf.load(file)) for file in sorted(packaged
 SOME = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def _places(value: Any, path: tuple = ()) -> list[tuple]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, item in items for place in _places(item, (*path, key)))]
-
-
-def _with(content: Any, path: tuple, value: Any) -> Any:
-    if not path:
-        return value
-    content = copy.copy(content)
-    content[path[0]] = _with(content[path[0]], path[1:], value)
-    return content
-
-
 def _only_faults(folder: Path, content: Any, evaluate: bool) -> None:
     (folder / "job.yaml").write_text(json.dumps(content))
     try:
@@ -247,9 +233,9 @@ def _only_faults(folder: Path, content: Any, evaluate: bool) -> None:
 
 @SOME
 @given(st.data(), st.sampled_from(JOBS), st.booleans())
-def test_packaged_jobs_with_other_values(tmp_path, offline, cache, data, content, evaluate):
+def test_packaged_jobs_with_other_values(tmp_path, offline, cache, with_another_value, data, content, evaluate):
     for _ in range(data.draw(st.integers(1, 3))):
-        content = _with(content, data.draw(st.sampled_from(_places(content))), data.draw(VALUES))
+        content = with_another_value(content, data, VALUES)
     _only_faults(tmp_path, content, evaluate)
 
 

@@ -18,15 +18,6 @@ SECONDS = 420  # the machine may be busy; nothing here is about speed
 
 
 @pytest.fixture
-def vocabulary(tmp_path: Path, words: list[str]) -> str:
-    """BERT's kind of vocabulary, of the pictures' captions."""
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    return str(folder / "vocab.txt")
-
-
-@pytest.fixture
 def towers(vocabulary: str) -> dict[str, Any]:
     """A vision and a text tower without dropout."""
     text = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

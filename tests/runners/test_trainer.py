@@ -339,24 +339,13 @@ def test_resume_refuses_another_model_whatever_is_forced(stubs, tmp_path):
             stubs.job(tmp_path, model=stubs.Learner(norm=False), resume="auto", resume_force=everything, **keys)
 
 
-def test_ctrl_c_finishes_the_step_saves_and_raises(stubs, tmp_path, whole):
-    trainer = stubs.job(tmp_path, stubs.Task({6: lambda: os.kill(os.getpid(), signal.SIGINT)}))
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_finishes_the_step_saves_and_raises(stubs, tmp_path, whole, number, error):
+    trainer = stubs.job(tmp_path, stubs.Task({6: lambda: os.kill(os.getpid(), number)}))
+    handler = signal.getsignal(number)
+    with pytest.raises(error):
         trainer.train()
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert checkpoint.step_file(trainer.output_dir, 7).is_dir()
-    resumed = stubs.job(tmp_path, resume="auto")
-    resumed.train()
-    assert_same(stubs.weights(resumed.output_dir), stubs.weights(whole.output_dir))
-
-
-def test_sigterm_finishes_the_step_saves_and_raises(stubs, tmp_path, whole):
-    trainer = stubs.job(tmp_path, stubs.Task({6: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated):
-        trainer.train()
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.getsignal(number) is handler
     assert checkpoint.step_file(trainer.output_dir, 7).is_dir()
     resumed = stubs.job(tmp_path, resume="auto")
     resumed.train()
