@@ -134,7 +134,6 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: the file is absent, is no checkpoint, or holds no dictionary.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -148,12 +147,7 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
             return load_file(str(source))
         except (SafetensorError, OSError) as error:
             raise UserError(f"checkpoint {source} is not a readable safetensors file: {error}") from error
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception:
-        # Lightning files also hold callbacks and hyper-parameters; torch refuses them. Read again with every
-        # foreign class replaced by an inert stand-in.
-        content = load_inert(source)
+    content = load_inert(source)
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(f"checkpoint {source} holds a {kind}, expected a dictionary of tensors")

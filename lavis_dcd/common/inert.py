@@ -1,20 +1,23 @@
-"""Read a `torch.save` file while every class but tensors and plain containers becomes an inert stand-in.
+"""Read a `torch.save` file without running anything in it.
 
-Nothing of the file runs. A file that calls functions when it is unpickled is refused all the same: no trainer writes
-one, and whoever made it wants something to run.
+torch's `weights_only` reader goes first. Trainers also leave objects of their own in their files (Lightning's
+hyper-parameters, callbacks), which it refuses; then the file is read again by an unpickler for which every class but
+tensors and plain containers is an inert stand-in. torch's own dispatcher, which would run a TorchScript archive, never
+sees the file. A file that calls functions when it is unpickled is refused all the same: no trainer writes one, and
+whoever made it wants something to run.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch.storage import TypedStorage
 
 from lavis_dcd.common.errors import UserError
 
@@ -49,7 +52,22 @@ _ALLOWED = {
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
 }
-
+# the types of stored numbers, by the names of torch's former storage classes, under which files name them
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+    "UntypedStorage": torch.uint8,
+}
 
 # What trainers leave in their files: of the standard library these names, of other packages classes (which a capital
 # letter begins) and the functions that put tensors and arrays together.
@@ -90,40 +108,41 @@ def _refuse_code(module: str, name: str) -> None:
 
 
 class _InertUnpickler(pickle.Unpickler):
+    """Unpickles `data.pkl` of an archive; numbers of tensors come from its records `data/<key>`."""
+
+    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(file)
+        self._archive, self._root = archive, root
+        self._storages: dict[str, TypedStorage] = {}
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        if module == "torch":
-            found = getattr(torch, name, None)
-            if isinstance(found, torch.dtype):
-                return found
-            if name.endswith("Storage"):
-                # torch's own reader recognises the storage classes of old files by identity.
-                return getattr(torch, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
         _refuse_code(module, name)
         return _StandIn
 
-
-def _load(file: Any, **options: Any) -> Any:
-    return _InertUnpickler(file, **options).load()
-
-
-def _loads(data: bytes, **options: Any) -> Any:
-    return _load(io.BytesIO(data), **options)
-
-
-_PICKLE = SimpleNamespace(
-    Unpickler=_InertUnpickler,
-    load=_load,
-    loads=_loads,
-    __name__="lavis_dcd.common.inert",
-    UnpicklingError=pickle.UnpicklingError,
-    PickleError=pickle.PickleError,
-)
+    def persistent_load(self, pid: Any) -> TypedStorage:
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"{kind!r} is no storage of numbers")
+        if key not in self._storages:
+            record = self._archive.getinfo(f"{self._root}data/{key}")
+            # torch.save never compresses; a compressed record may be any number of times larger than the file
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != count * dtype.itemsize:
+                raise pickle.UnpicklingError(f"the record data/{key} is not {count} numbers of {dtype}")
+            data = bytearray(self._archive.read(record))
+            raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+            storage = TypedStorage(wrap_storage=raw.untyped_storage(), dtype=dtype, _internal=True)
+            self._storages[key] = storage
+        return self._storages[key]
 
 
 def _prune(value: Any) -> Any:
-    """The same value without stand-ins."""
+    """Return the same value without stand-ins."""
     if isinstance(value, dict):
         return {k: _prune(v) for k, v in value.items() if not (_is_stand_in(k) or _is_stand_in(v))}
     if isinstance(value, (list, tuple)):
@@ -136,14 +155,55 @@ def _is_stand_in(value: Any) -> bool:
     return isinstance(value, _StandIn) or value is _StandIn
 
 
+def check_archive(path: Path) -> None:
+    """Refuse what is no plain archive of `torch.save` before any reader of torch sees it.
+
+    TorchScript archives (`code/`, `constants.pkl`) run when they are read. Names are compared without regard to case,
+    as torch's own reader finds them.
+
+    Raises:
+        UserError: no zip archive with `data.pkl`, or a TorchScript archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"checkpoint {path} is not a readable PyTorch file: it is no whole zip archive, as torch.save has written "
+            "since torch 1.6; load an older file with a current torch and save it again, or name a .safetensors file"
+        ) from error
+    parts = [name.lower().replace("\\", "/").split("/") for name in names]
+    if any("code" in part[:-1] or part[-1] == "constants.pkl" for part in parts):
+        raise UserError(
+            f"checkpoint {path} holds code: it is a TorchScript archive, which runs when it is read; nothing of it was "
+            "run. Name a file from another place, or one of tensors only"
+        )
+    if not any(part[-1] == "data.pkl" for part in parts):
+        raise UserError(f"checkpoint {path} is not a readable PyTorch file: it is a zip archive without data.pkl")
+
+
 def load_inert(path: Path) -> Any:
-    """What the file holds, on the CPU, without the objects that are neither tensors nor plain containers.
+    """Return what the file holds, on the CPU, without the objects that are neither tensors nor plain containers.
 
     Raises:
         UserError: the file is no PyTorch checkpoint, is cut short, or holds code.
     """
+    check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch has no class of its own for a file that it refuses
+        return _load_with_stand_ins(path)
+
+
+def _load_with_stand_ins(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+            root = name.removesuffix("data.pkl")
+            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != sys.byteorder.encode():
+                raise pickle.UnpicklingError("its numbers are in the byte order of another kind of machine")
+            with archive.open(name) as file:
+                content = _InertUnpickler(file, archive, root).load()
     except _CodeError as error:
         raise UserError(
             f"checkpoint {path} holds code: it would call {error} when it is unpickled; nothing of it was run. Name a "

@@ -3,7 +3,9 @@ import os
 import pickle
 import stat
 import sys
+import tarfile
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -115,20 +117,24 @@ def foreign(monkeypatch, tmp_path):
     return module
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_lightning_file_gives_its_tensors_and_runs_nothing(tmp_path, foreign, monkeypatch, zipped):
+def test_a_lightning_file_gives_its_tensors_and_runs_nothing(tmp_path, foreign, monkeypatch):
     content = {
         "state_dict": {"w": torch.arange(4.0), "h": torch.nn.Parameter(torch.ones(2, dtype=torch.float16))},
         "callbacks": {foreign.ModelCheckpoint: foreign.ModelCheckpoint()},
         "hyper_parameters": foreign.Settings(lr=1),
         "epoch": 7,
         "shapes": [torch.Size([2]), torch.float32],
+        "view": torch.arange(12.0).view(3, 4).T[1:, ::2],
+        "empty": torch.zeros(0, 3, dtype=torch.bfloat16),
     }
     path = tmp_path / "lightning.ckpt"
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    torch.save(content, path)
     monkeypatch.delitem(sys.modules, "foreign_trainer")
     loaded = files.load_tensors(path)
     torch.testing.assert_close(dict(loaded["state_dict"]), content["state_dict"])
+    torch.testing.assert_close(loaded["view"], content["view"])
+    assert loaded["empty"].shape == (0, 3) and loaded["empty"].dtype == torch.bfloat16
+    assert loaded["shapes"] == content["shapes"]
     assert loaded["epoch"] == 7
     assert "hyper_parameters" not in loaded
 
@@ -164,11 +170,10 @@ def code(request, marker, monkeypatch):
     return request.param, malicious(calls[request.param])
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_with_code_is_refused_with_the_reason_and_runs_nothing(tmp_path, marker, code, zipped):
+def test_a_file_with_code_is_refused_with_the_reason_and_runs_nothing(tmp_path, marker, code):
     name, payload = code
     path = tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {"w": torch.ones(1)}, "callbacks": payload}, path, _use_new_zipfile_serialization=zipped)
+    torch.save({"state_dict": {"w": torch.ones(1)}, "callbacks": payload}, path)
     with pytest.raises(UserError) as caught:
         files.load_tensors(path)
     assert caught.value.faults == [
@@ -183,6 +188,89 @@ def test_the_malicious_file_is_a_real_one(tmp_path, marker):
     torch.save({"callbacks": malicious((os.mkdir, (str(marker),)))}, path)
     torch.load(path, weights_only=False)
     assert marker.exists()
+
+
+class Mapping(torch.nn.Module):
+    """As TorchScript, makes a file and fills it when it is read."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+        self.w = torch.ones(1)
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.w, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]):
+        self.path, self.training = state[0], state[2]
+        # kept, or the compiler would leave it out
+        self.w = torch.from_file(self.path, shared=True, size=4, dtype=torch.uint8).fill_(65)
+
+    def forward(self, x):
+        return x + self.w
+
+
+@pytest.fixture
+def torchscript(tmp_path, marker):
+    """An archive that fills ``marker`` when it is read."""
+    path = tmp_path / "evil.pt"
+    torch.jit.script(Mapping(str(marker))).save(str(path))
+    return path
+
+
+def renamed(path, old, new):
+    """The archive with a part of its records' names changed."""
+    copy = path.with_name("renamed.pt")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w") as target:
+        for record in source.infolist():
+            target.writestr(record.filename.replace(old, new), source.read(record))
+    return copy
+
+
+def test_the_torchscript_archive_is_a_real_one(torchscript, marker):
+    torch.jit.load(torchscript)
+    assert marker.read_bytes() == b"AAAA"
+
+
+@pytest.mark.parametrize("change", [None, ("constants.pkl", "CONSTANTS.PKL"), ("code/", "Code/"), ("constants", "c")])
+def test_a_torchscript_archive_is_refused_and_runs_nothing(torchscript, marker, change):
+    path = renamed(torchscript, *change) if change else torchscript
+    with pytest.raises(UserError) as caught:
+        files.load_tensors(path)
+    assert caught.value.faults == [
+        f"checkpoint {path} holds code: it is a TorchScript archive, which runs when it is read; nothing of it was "
+        "run. Name a file from another place, or one of tensors only"
+    ]
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["an old file", "a zip of another kind", "a tar file"])
+def test_containers_of_other_kinds_are_refused_unread(tmp_path, kind, marker):
+    path = tmp_path / "x.pth"
+    if kind == "an old file":
+        torch.save({"a": malicious((os.mkdir, (str(marker),)))}, path, _use_new_zipfile_serialization=False)
+    elif kind == "a tar file":
+        with tarfile.open(path, "w") as archive:
+            archive.add(__file__, "storages")
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/readme", "no tensors")
+    with pytest.raises(UserError, match="is not a readable PyTorch file: it is ") as caught:
+        files.load_tensors(path)
+    assert len(caught.value.faults) == 1 and not marker.exists()
+
+
+def test_compressed_and_cut_records_of_a_foreign_file_are_refused(tmp_path, foreign):
+    path = tmp_path / "x.ckpt"
+    torch.save({"w": torch.zeros(1000), "h": foreign.Settings(lr=1)}, path)
+    bomb = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+    with pytest.raises(UserError, match=r"not a readable PyTorch file: the record data/0 is not 1000 numbers"):
+        files.load_tensors(bomb)
 
 
 def test_a_bare_pickle_with_code_runs_nothing(tmp_path, marker):
