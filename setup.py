@@ -56,6 +56,8 @@ setup(
         "timm==0.4.12",
         "fairscale==0.4.4",
         "numpy<2",
+        # LAVIS brings it along (through streamlit); from 26 on its wheels need NumPy 2
+        "pyarrow<26",
         "omegaconf>=2.3,<3",
         "pycocotools",
         "safetensors",

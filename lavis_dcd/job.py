@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lavis_dcd.config import JobConfig
     from lavis_dcd.runners.config import RunConfig
     from lavis_dcd.runners.devices import Place
+    from lavis_dcd.variants import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,6 @@ def _run_comparison(own: DictConfig, comparison: DictConfig, path: Path, options
     from omegaconf import OmegaConf
 
     from lavis_dcd import variants
-    from lavis_dcd.config import check_job
 
     run = own.get("run", {})
     if run.get("evaluate") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -70,7 +70,7 @@ def _run_comparison(own: DictConfig, comparison: DictConfig, path: Path, options
     project = run.get("project") or path.stem
     home = variants.home_folder(run, project)
     todo = variants.expand(comparison, run, home)
-    configs = [check_job(OmegaConf.merge(own, variant.settings), path, options) for variant in todo]
+    configs = [_checked_variant(own, variant, path, options) for variant in todo]
     for variant, config in zip(todo, configs, strict=True):
         if variants.is_done(home, variant):
             logger.info("%s: done before", variant.folder)
@@ -79,6 +79,17 @@ def _run_comparison(own: DictConfig, comparison: DictConfig, path: Path, options
         _run(config)
     report = variants.summarise(home, project, todo, OmegaConf.to_container(OmegaConf.merge(own, comparison)))
     logger.info("report: %s", report)
+
+
+def _checked_variant(own: DictConfig, variant: Variant, path: Path, options: Sequence[str]) -> JobConfig:
+    from omegaconf import OmegaConf
+
+    from lavis_dcd.config import check_job
+
+    try:
+        return check_job(OmegaConf.merge(own, variant.settings), path, options)
+    except UserError as error:
+        raise UserError([f"variants.{variant.name}: {line}" for line in error.faults]) from error
 
 
 def _run_ours(config: JobConfig) -> None:

@@ -381,6 +381,85 @@ def test_how_a_student_starts_from_its_teacher(start, expected):
     assert of_model(distilled(student={"init_from_teacher": start})) == expected
 
 
+QUICKSTART = "projects/dcd/quickstart.yaml"
+BANK = "model.candidates.source=bank"
+# options over the quickstart, and what is told of each; no data set and no model has been made by then
+METHOD_FAULTS = [
+    (["model.loss.alpha=2"], "model.loss.alpha: must lie in [0, 1], got 2.0"),
+    (["model.loss.alpha=-0.1"], "model.loss.alpha: must lie in [0, 1], got -0.1"),
+    (["model.loss.temperature=0"], "model.loss.temperature: must be above 0, got 0.0"),
+    (["model.loss.distill=mse", "model.loss.temperature=2"], "model.loss.temperature: does nothing in distill 'mse'"),
+    (["model.loss.temperature=2"], "model.loss.temperature: does nothing in distill 'mse'"),  # what auto stands for
+    (["model.loss.gamma=-1"], "model.loss.gamma: must be at least 0, got -1.0"),
+    (["model.loss.entropy_floor=-1"], "model.loss.entropy_floor: must be at least 0, got -1.0"),
+    (["model.loss.student_weight=-1"], "model.loss.student_weight: must be at least 0, got -1.0"),
+    (["model.loss.in_batch_weight=-1"], "model.loss.in_batch_weight: must be at least 0, got -1.0"),
+    (["model.loss.distill=mze"], "model.loss.distill: unknown name 'mze'; registered: kl, margin_mse, mse"),
+    (["model.loss.contrastive=bze"], "model.loss.contrastive: unknown name 'bze'; registered: bce"),
+    (["model.loss.weighting=share"], "model.loss.weighting: unknown name 'share'; registered: confidence_gap"),
+    (["model.loss.reference=papr"], "model.loss.reference: unknown name 'papr'; registered: paper, release"),
+    (["model.loss.reference=release", "model.loss.distill=kl"], "model.loss.distill: reference 'release' has mse only"),
+    (["model.loss.reference=release", "model.selection.hard_negatives=null"], "model.loss.reference: release knows no"),
+    (["model.selection.strategy=hard"], "model.selection.strategy: 'hard' is none of hardest, random"),
+    (["model.selection.hard_negatives=0"], "model.selection.hard_negatives: 0, at least 1 is needed"),
+    (["model.selection.prescreen.keep=3"], "model.selection.prescreen.keep: 3, but selection.hard_negatives is"),
+    (["model.candidates.source=radnom"], "model.candidates.image_to_text.source: "),
+    (["model.candidates.image_to_text.source=radnom"], "model.candidates.image_to_text.source: "),
+    (["model.candidates.text_to_image.source=radnom"], "model.candidates.text_to_image.source: "),
+    (["model.candidates.image_to_text.source=random"], "model.candidates.image_to_text.count: None; the source random"),
+    (["model.candidates.image_to_text=null", "model.candidates.text_to_image=null"], "model.candidates: both"),
+    (["model.candidates.teacher_budget=1"], "model.candidates.teacher_budget: 1, at least 2 pairs per query"),
+    (["model.candidates.bank.by=luck"], "model.candidates.bank.by: 'luck' is none of joint, student, none"),
+    (["model.candidates.bank.keep=0"], "model.candidates.bank.keep: 0, at least 1 is needed"),
+    ([BANK, "model.candidates.teacher_budget=4"], "model.candidates.teacher_budget: no teacher runs with source: bank"),
+    (["model.student_chunk_pairs=0"], "model.student_chunk_pairs: 0, at least 1 is needed"),
+    (["model.student.init_from_teacher.layers=[0,-1]"], "model.student.init_from_teacher: layers: [0, -1] must not be"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def nothing_is_built(monkeypatch):
+    """Whoever makes a data set or a model fails the test."""
+    from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
+
+    def fail(self, cfg):
+        raise AssertionError("a data set or a model was made before the configuration was checked")
+
+    monkeypatch.setattr(DcdRetrievalTask, "build_datasets", fail)
+    monkeypatch.setattr(DcdRetrievalTask, "build_model", fail)
+
+
+@pytest.mark.parametrize(("options", "start"), METHOD_FAULTS)
+def test_a_fault_of_the_method_is_told_before_anything_is_built(job, nothing_is_built, capsys, options, start):
+    from lavis_dcd import train
+
+    assert train.main(["--cfg-path", QUICKSTART, "--options", *options]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert any(line.startswith(f"error: {start}") for line in lines), lines
+
+
+def test_a_fault_of_the_third_variant_is_told_before_the_first_is_trained(job, nothing_is_built, capsys):
+    from lavis_dcd import train
+
+    content = OmegaConf.load(packaged_folder("projects") / "dcd" / "quickstart_ablation.yaml")
+    third = list(content.variants)[2]
+    content.variants[third].model.loss.alpha = 2
+    assert train.main(["--cfg-path", job(content)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert lines == [f"error: variants.{third}: model.loss.alpha: must lie in [0, 1], got 2.0"]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"fusion": {"width": 70, "heads": 12}}, "model.fusion: width: 70 is no multiple of heads 12"),
+        ({"fusion_score": False}, "model: fusion_score: false, and there is no joint_head: nothing would score a pair"),
+    ],
+)
+def test_rules_across_keys_of_meter(model, expected):
+    assert of_model({"arch": "meter_retrieval", "model_type": "student_coco", **model}) == [expected]
+
+
 @pytest.mark.parametrize("more", [{"load_finetuned": False}, {"finetuned": None}, {"finetuned": ""}])
 def test_a_teacher_without_weights_is_refused(more):
     expected = (

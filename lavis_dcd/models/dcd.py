@@ -38,6 +38,7 @@ from lavis_dcd.models.dcd_building import (
     build_teachers,
     check_student,
     method_faults,
+    section_faults,
 )
 from lavis_dcd.models.dcd_config import DcdConfig
 from lavis_dcd.models.dcd_ranks import own_rows, whole_batch
@@ -92,6 +93,11 @@ class DynamicContrastiveDistillation(BaseModel):
     def config_schema(cls) -> type:
         """The dataclass that a ``model:`` section of this arch must fit."""
         return DcdConfig
+
+    @classmethod
+    def config_faults(cls, section: Mapping[str, Any], path: str) -> list[str]:
+        """Return what is wrong with a ``model:`` section across its keys, one line per fault; nothing is built."""
+        return section_faults(section, path)
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> DynamicContrastiveDistillation:

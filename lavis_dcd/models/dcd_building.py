@@ -13,11 +13,12 @@ from torch import nn
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
 from lavis_dcd.distillation.candidates import PoolStrategy, build_pool
-from lavis_dcd.distillation.objective import config_faults
+from lavis_dcd.distillation.families import DUAL, FUSION, resolve
+from lavis_dcd.distillation.objective import config_faults as loss_faults
 from lavis_dcd.distillation.selection import SELECTION_STRATEGIES
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.building import build_matcher, full_section
-from lavis_dcd.models.dcd_bank import BankedTeachers, bank_faults
+from lavis_dcd.models.dcd_bank import BankedTeachers, bank_faults, family_of
 from lavis_dcd.models.dcd_config import DISTILLER_KEYS, CandidatesConfig, DcdConfig, SuccessionConfig
 from lavis_dcd.models.dcd_prescreen import Prescreen
 from lavis_dcd.models.dcd_teachers import Teachers
@@ -142,20 +143,51 @@ def check_student(student: nn.Module) -> None:
         raise UserError("model.student: no parameter would learn; unfreeze a tower or keep a fusion of its own")
 
 
-def method_faults(config: DcdConfig) -> list[str]:
-    """What is wrong with the method's settings, one line per fault."""
-    faults = [f"model.loss.{line}" if not line.startswith("model.") else line for line in config_faults(config.loss)]
+def section_faults(section: Mapping[str, Any], path: str) -> list[str]:
+    """Return what is wrong with a whole ``model:`` section that fits its schema, without building any model.
+
+    Beside :func:`method_faults`, the loss terms that "auto" stands for must go with the rest; the families by which
+    they are chosen are known by the models' names.
+    """
+    config = parse(DcdConfig, section, path)
+    if faults := method_faults(config, path):
+        return faults
+    try:
+        families = _families(config)
+    except UserError:  # a teacher or student that does not exist is reported by whoever checks its section
+        return []
+    return [f"{path}.{line}" for line in loss_faults(resolve(config.loss, *families))]
+
+
+def _families(config: DcdConfig) -> tuple[str, str]:
+    teachers = {family_of(model_section(section), path) for path, section in config.teacher_sections}
+    student = model_section(config.student)
+    if "arch" not in student and config.student.get("init_from_teacher"):
+        student = {"arch": config.teacher_sections[0][1].get("arch"), **student}
+    return DUAL if teachers == {DUAL} else FUSION, family_of(student, "model.student")
+
+
+def method_faults(config: DcdConfig, path: str = "model") -> list[str]:
+    """Return what is wrong with the method's settings, one line per fault.
+
+    Args:
+        path: where the section stands.
+    """
+    faults = [f"{path}.{line}" for line in loss_faults(config.loss)]
     how = config.selection
     if how.hard_negatives is not None and how.hard_negatives < 1:
-        faults.append(f"model.selection.hard_negatives: {how.hard_negatives}, at least 1 is needed (null keeps all)")
+        faults.append(f"{path}.selection.hard_negatives: {how.hard_negatives}, at least 1 is needed (null keeps all)")
     if how.strategy not in SELECTION_STRATEGIES:
         known = ", ".join(sorted(SELECTION_STRATEGIES))
-        faults.append(f"model.selection.strategy: {how.strategy!r} is none of {known}")
+        faults.append(f"{path}.selection.strategy: {how.strategy!r} is none of {known}")
     budget = config.candidates.teacher_budget
     if budget is not None and budget < 2:
-        faults.append(f"model.candidates.teacher_budget: {budget}, at least 2 pairs per query are needed (null: all)")
+        faults.append(f"{path}.candidates.teacher_budget: {budget}, at least 2 pairs per query are needed (null: all)")
+    chunk = config.student_chunk_pairs
+    if chunk is not None and chunk < 1:
+        faults.append(f"{path}.student_chunk_pairs: {chunk}, at least 1 is needed (null: all at once)")
     if config.loss.reference == "release" and (how.hard_negatives is None or budget is not None):
-        faults.append("model.loss.reference: release knows no selection.hard_negatives: null and no teacher_budget")
+        faults.append(f"{path}.loss.reference: release knows no selection.hard_negatives: null and no teacher_budget")
     faults += bank_faults(config) + prescreen_faults(config)
     try:
         build_pools(config.candidates)

@@ -102,6 +102,8 @@ class SuccessionConfig:
     def __post_init__(self) -> None:
         if not self.layers and not self.towers:
             raise ValueError("give layers: [...] (of the teacher's fusion) or towers: true")
+        if self.layers and min(self.layers) < 0:
+            raise ValueError(f"layers: {self.layers} must not be negative; the teacher's first layer is 0")
 
 
 @dataclass

@@ -69,8 +69,6 @@ class MeterRetrieval(TwoTowers):
         joint = config.joint_head
         self.joint_head = JointHead(self.vision_tower.width, self.text_tower.width, joint) if joint else None
         self.has_joint_space = joint is not None
-        if not (config.fusion_score or joint):
-            raise UserError("model.fusion_score is false and there is no joint_head: nothing would score a pair")
         if config.fusion.init_from_text:
             blocks = getattr(getattr(self.text_tower.model, "encoder", None), "layer", None)
             if blocks is None:

@@ -55,6 +55,12 @@ class FusionConfig:
     compile: bool = False  # torch.compile the layers: minutes at the first batches, then perhaps faster
     init_from_text: bool = False  # start from the text tower's upper layers; new cross-attention begins at zero
 
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width < 1 or self.width % self.heads:
+            raise ValueError(f"width: {self.width} is no multiple of heads {self.heads}")
+        if self.layers < 0:
+            raise ValueError(f"layers: {self.layers} must not be negative")
+
 
 @dataclass
 class JointHeadConfig:
@@ -105,3 +111,7 @@ class MeterConfig:
         default_factory=lambda: ["cross_modal_", "token_type_embeddings", "rank_output", "joint_head", "image_cls",
                                  "image_positions"]
     )
+
+    def __post_init__(self) -> None:
+        if not self.fusion_score and self.joint_head is None:
+            raise ValueError("fusion_score: false, and there is no joint_head: nothing would score a pair")
