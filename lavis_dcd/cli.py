@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.runners.interrupt import Terminated, terminations_raised
+from lavis_dcd.training.interrupt import Terminated, terminations_raised
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

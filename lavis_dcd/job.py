@@ -7,19 +7,26 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import lavis  # noqa: F401  registers LAVIS's own names, then ours
+import torch.distributed as dist
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_dcd import variants
 from lavis_dcd.common.errors import UserError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from omegaconf import DictConfig
-
-    from lavis_dcd.config import JobConfig
-    from lavis_dcd.runners.config import RunConfig
-    from lavis_dcd.runners.devices import Place
-    from lavis_dcd.variants import Variant
+from lavis_dcd.common.processes import leave_group
+from lavis_dcd.common.schema import parse
+from lavis_dcd.common.seeding import seed_everything
+from lavis_dcd.config.checks import job_faults
+from lavis_dcd.config.job_file import JobConfig, check_sections, merge_defaults, read_job
+from lavis_dcd.config.required_files import fetch_missing, missing_faults
+from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.plugins import load_plugins
+from lavis_dcd.training.devices import Place, find_place
+from lavis_dcd.variants import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +43,48 @@ def run_job(cfg_path: str, options: Sequence[str], plugins: Sequence[str], evalu
     Raises:
         UserError: anything the user can put right; before any model is built where it can be told by then.
     """
-    import lavis  # noqa: F401  registers LAVIS's own names, then ours
-
-    from lavis_dcd.config import check_job, read_job
-    from lavis_dcd.plugins import load_plugins
-    from lavis_dcd.variants import split_off
 
     load_plugins(plugins)
     user, path = read_job(cfg_path, options, evaluate)
-    own, comparison = split_off(user)
+    own, comparison = variants.split_off(user)
     if comparison:
         _run_comparison(own, comparison, path, options)
         return
     _run(check_job(own, path, options))
+
+
+def load_config(cfg_path: str, options: Sequence[str] = (), evaluate: bool = False) -> JobConfig:
+    """Read a job, put the options over it and the defaults under it, and check all of it.
+
+    Nothing is built, written or downloaded.
+
+    Args:
+        cfg_path: a file in the current folder, else one that ships with the package.
+        options: `a.b=c` (or `a.b c`) each.
+        evaluate: sets `run.evaluate`.
+
+    Raises:
+        UserError: one line per fault.
+    """
+    user, path = read_job(cfg_path, options, evaluate)
+    return check_job(user, path, options)
+
+
+def check_job(user: DictConfig, path: Path, options: Sequence[str] = ()) -> JobConfig:
+    """The sections of a job over their defaults, all of it checked.
+
+    Raises:
+        UserError: one line per fault.
+    """
+
+    check_sections(user, path)
+    config = merge_defaults(user)
+    if config.run.get("project") is None:
+        config.run.project = path.stem
+    faults = job_faults(config) + missing_faults(config)
+    if faults:
+        raise UserError(faults)
+    return JobConfig(config, path, options)
 
 
 def _run(config: JobConfig) -> None:
@@ -60,9 +96,6 @@ def _run(config: JobConfig) -> None:
 
 def _run_comparison(own: DictConfig, comparison: DictConfig, path: Path, options: Sequence[str]) -> None:
     """Every variant with every seed, all checked before the first runs; finished ones are not repeated."""
-    from omegaconf import OmegaConf
-
-    from lavis_dcd import variants
 
     run = own.get("run", {})
     if run.get("evaluate") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -82,10 +115,6 @@ def _run_comparison(own: DictConfig, comparison: DictConfig, path: Path, options
 
 
 def _checked_variant(own: DictConfig, variant: Variant, path: Path, options: Sequence[str]) -> JobConfig:
-    from omegaconf import OmegaConf
-
-    from lavis_dcd.config import check_job
-
     try:
         return check_job(OmegaConf.merge(own, variant.settings), path, options)
     except UserError as error:
@@ -104,13 +133,6 @@ def on_its_place(config: JobConfig) -> Iterator[tuple[RunConfig, Place]]:
     Raises:
         UserError: a section that makes no sense, a device that is not there, a download that fails.
     """
-    import torch.distributed as dist
-
-    from lavis_dcd.common.schema import parse
-    from lavis_dcd.needs import fetch_missing
-    from lavis_dcd.runners.config import RunConfig
-    from lavis_dcd.runners.devices import find_place, leave_group
-    from lavis_dcd.runners.seeding import seed_everything
 
     run = parse(RunConfig, config.run_cfg, "run")
     joined_before = dist.is_available() and dist.is_initialized()
@@ -130,8 +152,6 @@ def on_its_place(config: JobConfig) -> Iterator[tuple[RunConfig, Place]]:
 
 
 def _build_and_run(config: JobConfig, job_id: str) -> Any:
-    from lavis.common.registry import registry
-
     task = registry.get_task_class(config.run_cfg.task).setup_task(cfg=config)
     datasets = task.build_datasets(config)
     model = task.build_model(config)

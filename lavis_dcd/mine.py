@@ -12,8 +12,8 @@ from lavis_dcd.cli import guarded, job_parser, ready_process
 from lavis_dcd.common.errors import UserError
 
 if TYPE_CHECKING:
-    from lavis_dcd.config import JobConfig
-    from lavis_dcd.models.dcd_config import DcdConfig
+    from lavis_dcd.config.job_file import JobConfig
+    from lavis_dcd.models.dcd.config import DcdConfig
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ def _mine(args: argparse.Namespace) -> None:
     import torch
     from lavis.common.registry import registry
 
-    from lavis_dcd.config import check_job, read_job
-    from lavis_dcd.datasets.score_bank import bank_folder
-    from lavis_dcd.job import on_its_place
+    from lavis_dcd.banks.score_bank import bank_folder
+    from lavis_dcd.config.job_file import read_job
+    from lavis_dcd.job import check_job, on_its_place
+    from lavis_dcd.mining.miner import Miner
     from lavis_dcd.plugins import load_plugins
     from lavis_dcd.runners.runner_dcd import by_split
-    from lavis_dcd.tasks.mining import Miner
     from lavis_dcd.variants import split_off
 
     load_plugins(args.plugins)
@@ -65,8 +65,8 @@ def _mine(args: argparse.Namespace) -> None:
 
 def _distillation(config: JobConfig) -> DcdConfig:
     from lavis_dcd.common.schema import parse
-    from lavis_dcd.models.dcd_config import DcdConfig
-    from lavis_dcd.validation import section_schema
+    from lavis_dcd.config.checks import section_schema
+    from lavis_dcd.models.dcd.config import DcdConfig
 
     schema = section_schema(config.model_cfg)
     if schema is None or not issubclass(schema, DcdConfig):

@@ -18,8 +18,7 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "lavis.plugins"
 
 _MODULES = (
-    "lavis_dcd.matching.adapters.albef",
-    "lavis_dcd.matching.adapters.blip",
+    "lavis_dcd.matching.adapters.albef_blip",
     "lavis_dcd.matching.adapters.blip2",
     "lavis_dcd.matching.adapters.clip",
     "lavis_dcd.models.dual_encoder",
@@ -29,7 +28,7 @@ _MODULES = (
     "lavis_dcd.processors.images",
     "lavis_dcd.processors.vilt_images",
     "lavis_dcd.processors.captions",
-    "lavis_dcd.datasets.shape_scenes",
+    "lavis_dcd.datasets.shape_scenes.builder",
     "lavis_dcd.datasets.image_text_retrieval",
     "lavis_dcd.datasets.coco_captions",
     "lavis_dcd.tasks.dcd_retrieval",

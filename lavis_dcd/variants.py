@@ -23,9 +23,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.runners.folder import write_config, write_results
-from lavis_dcd.runners.report import write_report
-from lavis_dcd.runners.report_table import format_table
+from lavis_dcd.reporting.report import write_report
+from lavis_dcd.reporting.table import format_table
+from lavis_dcd.training.run_folder import write_config, write_results
 
 logger = logging.getLogger(__name__)
 

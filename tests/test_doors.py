@@ -73,9 +73,7 @@ def test_evaluate_only_evaluates(doors):
 
 
 def test_faults_are_lines_and_status_2_and_nothing_is_written(doors, capsys):
-    status = train.main(
-        ["--cfg-path", "job.yaml", "--options", "run.max_epochs=3", "--options", "model.fusoin=1"]
-    )
+    status = train.main(["--cfg-path", "job.yaml", "--options", "run.max_epochs=3", "--options", "model.fusoin=1"])
     assert status == 2
     lines = capsys.readouterr().err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]

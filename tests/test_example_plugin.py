@@ -112,9 +112,7 @@ def test_named_with_plugins_it_need_not_be_installed(place, repo_root):
     assert [recalls(row) for row in again.values()] == [recalls(trained)]
 
 
-@pytest.mark.parametrize(
-    ("job", "field"), [("train_ringnet", "model.arch"), ("distil_ringnet", "model.teacher.arch")]
-)
+@pytest.mark.parametrize(("job", "field"), [("train_ringnet", "model.arch"), ("distil_ringnet", "model.teacher.arch")])
 def test_without_it_the_jobs_end_with_a_line(job, field, repo_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--cfg-path", str(repo_root / _FOLDER / f"{job}.yaml")]) == 2

@@ -20,13 +20,14 @@ from lavis_dcd import __main__ as commands
 from lavis_dcd import mine
 
 pytest.importorskip("lavis")
+from lavis_dcd.banks.score_bank import META, SCORES, ScoreBank, bank_folder
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.config import load_config
-from lavis_dcd.datasets.score_bank import META, SCORES, ScoreBank, bank_folder
+from lavis_dcd.job import load_config
+from lavis_dcd.mining import plan as mining_plan
+from lavis_dcd.mining import scores as mining_scores
 from lavis_dcd.models.building import build_matcher
 from lavis_dcd.processors.captions import DcdCaptionProcessor
 from lavis_dcd.processors.images import DcdImageEvalProcessor
-from lavis_dcd.tasks import mining_plan, mining_scores
 
 TEACHER = {"arch": "meter_retrieval", "model_type": "quickstart"}
 READS = {
@@ -293,7 +294,7 @@ def test_a_bank_that_is_there(job, tmp_path, monkeypatch, caplog, capsys):
         raise AssertionError("the teacher is built")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lavis_dcd.tasks.mining.build_teachers", refuse)
+        patch.setattr("lavis_dcd.mining.miner.build_teachers", refuse)
         assert run_mine() == 0
         assert "is complete and up to date" in caplog.text
         assert run_mine("--options", "model.candidates.bank.shortlist=2", "run.seed=5") == 2

@@ -96,7 +96,7 @@ def test_our_task_may_be_the_first_to_import_lavis():
         "print(registry.get_model_class('dcd').__module__)\n"
         "print(registry.get_runner_class('runner_dcd').__module__)\n"
     )
-    assert lines == ["lavis_dcd.models.dcd", "lavis_dcd.runners.runner_dcd"]
+    assert lines == ["lavis_dcd.models.dcd.model", "lavis_dcd.runners.runner_dcd"]
 
 
 def test_a_package_imported_after_lavis_registers_at_once_and_twice_is_harmless():
@@ -118,9 +118,7 @@ def test_no_module_that_registers_something_is_left_out():
     found = [
         (kind, name)
         for path in (ROOT / "lavis_dcd").rglob("*.py")
-        for kind, name in re.findall(
-            r"^@registry\.register_(\w+)\(\"(\w+)\"\)", path.read_text(), re.MULTILINE
-        )
+        for kind, name in re.findall(r"^@registry\.register_(\w+)\(\"(\w+)\"\)", path.read_text(), re.MULTILINE)
     ]
     assert {kind for kind, _ in found} == {"model", "task", "runner", "builder", "processor"}
     for kind, name in found:

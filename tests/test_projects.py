@@ -127,9 +127,7 @@ def _tokenizer(folder: Path, words: list[str]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("name", "builder"), [("meter_coco", "coco_retrieval"), ("meter_flickr30k", "flickr30k")]
-)
+@pytest.mark.parametrize(("name", "builder"), [("meter_coco", "coco_retrieval"), ("meter_flickr30k", "flickr30k")])
 def test_the_paper_recipes_on_a_dozen_pictures(job, rows, retrieval_files, golden_meter, name, builder):
     model = {"teacher": golden_meter, "candidates": {"image_to_text": {"count": 10}}}
     folder = job(name, {"model": model, "datasets": {builder: {**PROCESSORS, "build_info": retrieval_files}}})
@@ -180,8 +178,8 @@ def _commands() -> list[str]:
 def test_commands_of_the_readme_name_jobs_and_settings_that_exist(command, tmp_path, monkeypatch):
     import lavis  # noqa: F401
 
-    from lavis_dcd.config import merge_defaults, read_job
-    from lavis_dcd.validation import job_faults
+    from lavis_dcd.config.checks import job_faults
+    from lavis_dcd.config.job_file import merge_defaults, read_job
     from lavis_dcd.variants import split_off
 
     (tmp_path / "captions.csv").touch()

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.config import load_config
+from lavis_dcd.job import load_config
 
 pytest.importorskip("lavis")
-from lavis_dcd.matching.adapters.albef import AlbefAdapter
+from lavis_dcd.matching.adapters.albef_blip import AlbefAdapter
 from lavis_dcd.matching.adapters.clip import ClipAdapter
 from lavis_dcd.models.building import build_matcher
-from lavis_dcd.models.dcd import DynamicContrastiveDistillation
+from lavis_dcd.models.dcd.model import DynamicContrastiveDistillation
 
 GOLDEN = Path(__file__).parent / "golden"
 SIDE = 32  # of the pictures that models without a reason for another size read

@@ -94,8 +94,7 @@ def fetch(
         os.replace(part, path)
     except (OSError, HTTPException, _InterruptedError) as error:
         raise UserError(
-            f"{url} cannot be fetched ({reason(error)}): with a network run again, "
-            f"or bring the file by hand to {path}"
+            f"{url} cannot be fetched ({reason(error)}): with a network run again, or bring the file by hand to {path}"
         ) from error
     _etag_file(part).unlink(missing_ok=True)
     return path

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import torch
+from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
 
@@ -137,7 +140,7 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from lavis_dcd.common.inert import load_inert
+    from lavis_dcd.common.unpickling import load_inert
 
     source = Path(path)
     if not source.is_file():
@@ -152,3 +155,40 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         kind = type(content).__name__
         raise UserError(f"checkpoint {source} holds a {kind}, expected a dictionary of tensors")
     return content
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files that ship inside the package, named ``asset:<path under lavis_dcd/assets>`` in configurations.
+
+PREFIX = "asset:"
+_FOLDER = Path(__file__).resolve().parent.parent / "assets"
+
+
+def resolve(path: str) -> str:
+    """``asset:x/y`` as an absolute path; any other string unchanged.
+
+    Raises:
+        UserError: when the package carries no such file.
+    """
+    if not path.startswith(PREFIX):
+        return path
+    found = (_FOLDER / path.removeprefix(PREFIX)).resolve()
+    if _FOLDER not in found.parents or not found.exists():
+        raise UserError(f"{path}: the package ships no such file; it has {', '.join(available())}")
+    return str(found)
+
+
+def available() -> list[str]:
+    """Names of all shipped files, with the prefix."""
+    return [PREFIX + str(p.relative_to(_FOLDER)) for p in sorted(_FOLDER.rglob("*")) if p.is_file()]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Hashes of weights, the same wherever the tensors lie.
+
+
+def update_with_tensors(digest: hashlib._Hash, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Feed names, shapes, types and contents to ``digest``, in the order given."""
+    for name, tensor in named:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

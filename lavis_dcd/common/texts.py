@@ -38,3 +38,9 @@ def size_in_words(size: float) -> str:
 def shown(value: object, longest: int = 80) -> str:
     """The value as written in Python, shortened to about ``longest`` characters."""
     return one_line(repr(value), longest)
+
+
+def memory_in_words(found: dict[str, int]) -> str:
+    """As people read it: "812 MB", or with a GPU "812 MB, on the GPU 1,234 MB"."""
+    gpu = f", on the GPU {found['gpu_mb']:,} MB" if "gpu_mb" in found else ""
+    return f"{found['host_mb']:,} MB{gpu}"

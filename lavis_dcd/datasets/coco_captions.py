@@ -21,12 +21,13 @@ from lavis_dcd.datasets.annotations import (
     Row,
     evaluation_rows,
     half_fault,
+    kind_of,
+    load_json,
     path_below,
     place,
     training_rows,
 )
 from lavis_dcd.datasets.builder import RetrievalBuilder
-from lavis_dcd.datasets.text_files import kind_of, load_json
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.leaves import leaf_sets
+from lavis_dcd.datasets.tree import leaf_sets
 
 
 class WithCandidates(Dataset):

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.leaves import leaf_sets
+from lavis_dcd.datasets.tree import leaf_sets
 
 log = logging.getLogger(__name__)
 
 
-def split_by_picture(
-    pictures: Sequence[str], val_fraction: float, test_fraction: float, seed: int
-) -> dict[str, str]:
+def split_by_picture(pictures: Sequence[str], val_fraction: float, test_fraction: float, seed: int) -> dict[str, str]:
     """{picture: "train" | "val" | "test"}, the same for the same pictures and seed in any order.
 
     Args:

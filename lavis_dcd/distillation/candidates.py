@@ -44,9 +44,7 @@ class BatchContext:
     def __post_init__(self) -> None:
         for name in ("image_ids", "text_image_ids"):
             if getattr(self, name).dim() != 1:
-                raise ValueError(
-                    f"{name} must be one-dimensional, got shape {tuple(getattr(self, name).shape)}"
-                )
+                raise ValueError(f"{name} must be one-dimensional, got shape {tuple(getattr(self, name).shape)}")
         if self.match_pairs.dim() != 2 or self.match_pairs.shape[1] != 2:
             raise ValueError(f"match_pairs must be [Q, 2], got shape {tuple(self.match_pairs.shape)}")
         for name in ("extra_texts", "extra_images"):
@@ -155,9 +153,7 @@ class RandomFromDataset:
     def __init__(self, direction: str = IMAGE_TO_TEXT) -> None:
         check_direction(direction)
         if direction != IMAGE_TO_TEXT:
-            raise ValueError(
-                "the 'random' pool draws captions, so it serves image_to_text only; use 'in_batch'"
-            )
+            raise ValueError("the 'random' pool draws captions, so it serves image_to_text only; use 'in_batch'")
         self.direction = direction
 
     def build(self, context: BatchContext) -> CandidatePool:

@@ -179,9 +179,7 @@ def prepare(valid: BoolTensor, *scores: Tensor) -> tuple[Tensor, ...]:
     """
     shapes = [tuple(item.shape) for item in scores]
     if valid.dim() != 2 or any(shape != tuple(valid.shape) for shape in shapes):
-        raise ValueError(
-            f"scores and valid must share one shape [Q, 1+K], got {shapes} and valid {tuple(valid.shape)}"
-        )
+        raise ValueError(f"scores and valid must share one shape [Q, 1+K], got {shapes} and valid {tuple(valid.shape)}")
     valid = valid & valid[:, :1]
     # where, not a product: 0 * nan is nan, and so is its gradient
     return *(torch.where(valid, full_precision(item), 0.0) for item in scores), valid

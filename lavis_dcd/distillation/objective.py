@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import BoolTensor, Tensor
 
-from lavis_dcd.distillation.families import AUTO, FUSION, resolve
 from lavis_dcd.distillation.losses import (
     CONTRASTIVE_LOSSES,
     DISTILL_LOSSES,
@@ -19,6 +18,18 @@ from lavis_dcd.distillation.losses import (
     reduce_rows,
 )
 from lavis_dcd.distillation.weighting import WEIGHTINGS, soft_label_weights
+
+AUTO = "auto"
+FUSION, DUAL = "fusion", "dual"
+FAMILIES = (FUSION, DUAL)
+
+# A fusion model's score is a logit, a dual encoder's a similarity times a learned scale. Where both sides are fusion
+# models the paper's terms compare like with like. Where either is a dual encoder, a squared error would pull the
+# student's learned scale to the teacher's; KL over the candidates forgives a shift and has a temperature, and the
+# listwise cross-entropy is what a dual encoder's scale is made for.
+# What "auto" means: (distill, contrastive)
+PAPER_TERMS = ("mse", "bce")
+ACROSS_SCALES = ("kl", "listwise_ce")
 
 LEFT_TO_FAMILIES = ("distill", "contrastive")
 
@@ -31,7 +42,7 @@ class LossConfig:
         reference: "paper", or "release" for the published code's arithmetic, faults included.
         alpha: share of the distillation term in [0, 1]; 0 trains on the ground truth alone.
         distill: a name in DISTILL_LOSSES, or "auto": by the teacher's and the student's family, see
-            `families.resolve`.
+            `loss_defaults`.
         contrastive: a name in CONTRASTIVE_LOSSES, or "auto".
         weighting: a name in WEIGHTINGS.
         gamma: how sharply the weightings that know it favour what the teacher is sure of; >= 0.
@@ -57,6 +68,31 @@ class LossConfig:
     in_batch_weight: float | None = None
 
 
+def loss_defaults(cfg: LossConfig, teacher_family: str, student_family: str) -> LossConfig:
+    """`cfg` with every "auto" replaced, and `in_batch_weight` filled: 1 for a dual student, 0 for a fusion one.
+
+    What the user named is kept. The published code (`reference: release`) has the paper's terms only, so there
+    "auto" means those whatever the families.
+
+    Raises:
+        ValueError: on an unknown family.
+    """
+    for family in (teacher_family, student_family):
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family '{family}' of a matcher; expected one of {', '.join(FAMILIES)}")
+    alike = DUAL not in (teacher_family, student_family) or cfg.reference == "release"
+    distill, contrastive = PAPER_TERMS if alike else ACROSS_SCALES
+    in_batch = cfg.in_batch_weight
+    if in_batch is None:
+        in_batch = 1.0 if student_family == DUAL else 0.0
+    return replace(
+        cfg,
+        distill=distill if cfg.distill == AUTO else cfg.distill,
+        contrastive=contrastive if cfg.contrastive == AUTO else cfg.contrastive,
+        in_batch_weight=in_batch,
+    )
+
+
 class Objective(Protocol):
     """Scores [Q, 1+K], the match in column 0 -> scalars "loss", "distill_loss", "contrastive_loss" with grad.
 
@@ -77,7 +113,7 @@ def build_objective(cfg: LossConfig) -> Objective:
         ValueError: one line per fault: unknown names with the known ones listed, numbers out of range, a
             temperature where it would do nothing, a term that the release does not have.
     """
-    cfg = resolve(cfg, FUSION, FUSION)
+    cfg = loss_defaults(cfg, FUSION, FUSION)
     faults = config_faults(cfg)
     if faults:
         raise ValueError("\n".join(faults))
@@ -128,14 +164,10 @@ class PaperObjective:
         if cfg.distill == AUTO:
             return []
         if cfg.temperature != 1 and "temperature" not in _knobs(DISTILL_LOSSES[cfg.distill]):
-            return [
-                f"loss.temperature: does nothing in distill '{cfg.distill}'; leave it at 1 or use distill: kl"
-            ]
+            return [f"loss.temperature: does nothing in distill '{cfg.distill}'; leave it at 1 or use distill: kl"]
         return []
 
-    def __call__(
-        self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor
-    ) -> dict[str, Tensor]:
+    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor) -> dict[str, Tensor]:
         if teacher_scores is None and self.needs_teacher:
             raise ValueError(
                 f"alpha {self.alpha} with weighting '{self.weighting_name}' needs teacher_scores, got None; "
@@ -171,18 +203,14 @@ class ReleaseObjective:
     def faults(cfg: LossConfig) -> list[str]:
         faults = []
         if cfg.weighting not in ("entropy_share", "wsl"):
-            faults.append(
-                f"loss.weighting: reference 'release' has entropy_share and wsl only, got '{cfg.weighting}'"
-            )
+            faults.append(f"loss.weighting: reference 'release' has entropy_share and wsl only, got '{cfg.weighting}'")
         if cfg.distill not in ("mse", AUTO):
             faults.append(f"loss.distill: reference 'release' has mse only, got '{cfg.distill}'")
         if cfg.contrastive not in ("bce", AUTO) and cfg.weighting != "wsl":
             faults.append(f"loss.contrastive: reference 'release' has bce only, got '{cfg.contrastive}'")
         return faults
 
-    def __call__(
-        self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor
-    ) -> dict[str, Tensor]:
+    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor) -> dict[str, Tensor]:
         if teacher_scores is None:
             raise ValueError("reference 'release' needs teacher_scores, got None")
         teacher, student, valid = prepare(valid, teacher_scores.detach(), student_scores)
@@ -209,9 +237,7 @@ class ReleaseObjective:
 REFERENCES: dict[str, Any] = {"paper": PaperObjective, "release": ReleaseObjective}
 
 
-def _total(
-    distill: Tensor, contrastive: Tensor, distill_share: float, contrastive_share: float
-) -> dict[str, Tensor]:
+def _total(distill: Tensor, contrastive: Tensor, distill_share: float, contrastive_share: float) -> dict[str, Tensor]:
     loss = distill_share * distill + contrastive_share * contrastive
     return {"loss": loss, "distill_loss": distill, "contrastive_loss": contrastive}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lavis_dcd.distillation.candidates import CandidatePool
@@ -22,3 +23,72 @@ def found_share(pool: CandidatePool, kept: CandidatePool, teacher_scores: Tensor
     """
     columns, real = take_highest(teacher_scores[:, 1:], pool.valid[:, 1:], hardest)
     return (kept.valid.gather(1, columns) & real).sum() / real.sum()
+
+
+# ----------------------------------------------------------------------------------------------------
+# The teacher's budget: how many pairs of a batch it may score, and which ones are worth it.
+
+
+def within_budget(
+    pool: CandidatePool,
+    cheap_scores: Tensor | None,
+    budget: int,
+    generator: torch.Generator | None = None,
+) -> CandidatePool:
+    """The pool with no more valid candidates than the teacher may score.
+
+    Every query keeps its match and the ``max(2, budget // Q) - 1`` valid candidates of the highest cheap scores,
+    ties by lower column; the others become invalid. So at least one candidate remains, even where the budget is
+    below 2 Q. A pair that stands in both directions' pools is counted in each.
+
+    Args:
+        pool: candidates [Q, 1+C].
+        cheap_scores: Float [Q, 1+C], how promising each is: the student's own scores; None draws at random.
+        budget: valid entries of this pool at most, matches included.
+        generator: source of chance without cheap scores.
+
+    Returns:
+        CandidatePool [Q, 1+C] with the same rows.
+
+    Raises:
+        ValueError: on a budget below 1, or cheap scores of another shape than the pool.
+    """
+    if budget < 1:
+        raise ValueError(f"the teacher's budget must be at least 1 pair, got {budget}")
+    return most_promising(pool, cheap_scores, max(2, budget // max(len(pool.valid), 1)) - 1, generator)
+
+
+def most_promising(
+    pool: CandidatePool, cheap_scores: Tensor | None, keep: int, generator: torch.Generator | None = None
+) -> CandidatePool:
+    """The pool with the match and the ``keep`` valid candidates of the highest cheap scores per query.
+
+    Args:
+        pool: candidates [Q, 1+C].
+        cheap_scores: Float [Q, 1+C]; None draws at random.
+        keep: at least 1.
+        generator: source of chance without cheap scores.
+
+    Raises:
+        ValueError: on keep < 1, or cheap scores of another shape than the pool.
+    """
+    if keep < 1:
+        raise ValueError(f"prescreen must keep at least 1 candidate, got {keep}")
+    if cheap_scores is not None and cheap_scores.shape != pool.valid.shape:
+        shapes = f"{tuple(cheap_scores.shape)} and {tuple(pool.valid.shape)}"
+        raise ValueError(f"cheap_scores and the pool must have one shape [Q, 1+C], got {shapes}")
+    if keep >= pool.valid.shape[1] - 1:
+        return pool
+    negatives = pool.valid[:, 1:]
+    columns, kept = take_highest(_promise(negatives, cheap_scores, generator), negatives, keep)
+    # the columns that stand for nothing are 0, the match's, which is put back after them
+    valid = torch.zeros_like(pool.valid).scatter_(1, columns, kept)
+    valid[:, 0] = pool.valid[:, 0]
+    return CandidatePool(pool.image_rows, pool.text_rows, valid, pool.direction)
+
+
+def _promise(negatives: Tensor, cheap_scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    if cheap_scores is not None:
+        return cheap_scores[:, 1:].detach()
+    device = negatives.device if generator is None else generator.device
+    return torch.rand(negatives.shape, generator=generator, device=device).to(negatives.device)

@@ -53,9 +53,7 @@ class Hardest:
         self, negatives: BoolTensor, teacher_scores: FloatTensor | None, generator: torch.Generator | None
     ) -> FloatTensor:
         if teacher_scores is None:
-            raise ValueError(
-                "selection strategy 'hardest' needs teacher_scores; use 'random' without a teacher"
-            )
+            raise ValueError("selection strategy 'hardest' needs teacher_scores; use 'random' without a teacher")
         return teacher_scores[:, 1:]
 
 
@@ -143,9 +141,7 @@ def release_selection(pool: CandidatePool, teacher_scores: FloatTensor, hard_neg
         raise ValueError("the published code keeps a fixed number of hard_negatives; None is no number")
     _check(pool, teacher_scores, hard_negatives, None)
     if hard_negatives >= pool.valid.shape[1]:
-        raise ValueError(
-            f"hard_negatives = {hard_negatives} exceeds the pool's {pool.valid.shape[1] - 1} candidates"
-        )
+        raise ValueError(f"hard_negatives = {hard_negatives} exceeds the pool's {pool.valid.shape[1] - 1} candidates")
     everything = CandidatePool(pool.image_rows, pool.text_rows, torch.ones_like(pool.valid), pool.direction)
     chosen = select(everything, teacher_scores, hard_negatives)
     in_order = teacher_scores.sort(dim=1, descending=True, stable=True).values
@@ -179,9 +175,7 @@ def _strategy(strategy: str | SelectionStrategy) -> SelectionStrategy:
     if not isinstance(strategy, str):
         return strategy
     if strategy not in SELECTION_STRATEGIES:
-        raise ValueError(
-            f"unknown selection strategy '{strategy}'; known: {', '.join(sorted(SELECTION_STRATEGIES))}"
-        )
+        raise ValueError(f"unknown selection strategy '{strategy}'; known: {', '.join(sorted(SELECTION_STRATEGIES))}")
     return SELECTION_STRATEGIES[strategy]
 
 

@@ -31,9 +31,7 @@ class Weighting(Protocol):
 
     needs_teacher: ClassVar[bool]
 
-    def __call__(
-        self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor
-    ) -> RowWeights: ...
+    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor) -> RowWeights: ...
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,7 @@ class Uniform:
     needs_teacher: ClassVar[bool] = False
 
     @torch.no_grad()
-    def __call__(
-        self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor
-    ) -> RowWeights:
+    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor) -> RowWeights:
         student, valid = prepare(valid, student_scores)
         share = normalise(torch.ones_like(student[:, 0]), valid)
         return RowWeights(share, share)

@@ -14,9 +14,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lavis_dcd.matching.shortcuts import Shortcuts
+# ----------------------------------------------------------------------------------------------------
+# Which exact shortcuts a fusion takes: the same scores and gradients for less work.
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Ways to save work in ``match`` that change no score beyond rounding; a model takes those that fit it.
+
+    With dropout on, what is computed once per item draws its dropout once per item, too.
+
+    Args:
+        sdpa: ``scaled_dot_product_attention`` instead of matrices of attention weights.
+        first_layer: what the first layer does before picture and text meet is computed once per item, not per pair;
+            where a layer reads a picture that no text has changed, its keys and values are made once per picture.
+        last_layer: the last layer is computed for the class tokens alone, which are all that the head reads.
+        low_rank: attention with few queries or few keys is computed without projecting the long side: the short
+            side's projections are multiplied with the other side's weights first.
+    """
+
+    sdpa: bool = True
+    first_layer: bool = True
+    last_layer: bool = True
+    low_rank: bool = True
+
+    @classmethod
+    def none(cls) -> Shortcuts:
+        """The plain path: every layer in full for every pair."""
+        return cls(sdpa=False, first_layer=False, last_layer=False, low_rank=False)
+
+    @property
+    def any(self) -> bool:
+        return self != Shortcuts.none()
+
 
 KeysValues = tuple[Tensor, Tensor]  # [B, heads, N, D / heads] each
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool ``[B, N]`` -> ``[B, 1, 1, N]``: 0 where real, the most negative finite number where padding."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
+        :, None, None
+    ]
 
 
 @dataclass(frozen=True)
@@ -162,3 +201,55 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# One layer of BERT's kind in parts, so that a fusion can run each part as seldom as the arithmetic allows.
+#
+# A layer is a ``BertLayer`` of ``transformers`` or of LAVIS's ``med.py``: ``attention``, ``crossattention``,
+# ``intermediate`` and ``output``, every residual followed by its norm.
+
+
+def self_attention(
+    layer: nn.Module, hidden: Tensor, mask: Tensor | None, shortcuts: Shortcuts, first_only: bool = False
+) -> Tensor:
+    """The layer up to its cross-attention: ``[B, N, D]`` -> ``[B, N, D]``.
+
+    Args:
+        mask: bool ``[B, N]``, True where a token is real; ``None``: all are.
+        first_only: only for the first token, ``[B, 1, D]``, which attends to all of them.
+    """
+    asking = hidden[:, :1] if first_only else hidden
+    block = AttentionBlock.of_bert(layer.attention)
+    return _added(layer.attention, attend_source(block, asking, hidden, mask, shortcuts), asking)
+
+
+def cross_attention(
+    layer: nn.Module,
+    hidden: Tensor,
+    source: Tensor | KeysValues,
+    mask: Tensor | None,
+    shortcuts: Shortcuts,
+) -> Tensor:
+    """The layer's cross-attention: ``hidden [B, L, D]``, after :func:`self_attention`, reads ``source``.
+
+    Args:
+        source: tokens ``[B, N, Ds]``, or their keys and values.
+        mask: bool ``[B, N]`` of the source.
+    """
+    block = AttentionBlock.of_bert(layer.crossattention)
+    if isinstance(source, tuple):
+        read = attend(block, hidden, source, mask, shortcuts.sdpa)
+    else:
+        read = attend_source(block, hidden, source, mask, shortcuts)
+    return _added(layer.crossattention, read, hidden)
+
+
+def feed_forward(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """The rest of the layer, token by token."""
+    return layer.output(layer.intermediate(hidden), hidden)
+
+
+def _added(attention: nn.Module, projected: Tensor, hidden: Tensor) -> Tensor:
+    output = attention.output
+    return output.LayerNorm(output.dropout(projected) + hidden)

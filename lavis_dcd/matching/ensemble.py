@@ -34,7 +34,7 @@ class Ensemble(nn.Module):
 
     @property
     def family(self) -> str:
-        """"dual" when every member is, else "fusion": what all pairs of a batch cost."""
+        """ "dual" when every member is, else "fusion": what all pairs of a batch cost."""
         return "dual" if all(member.family == "dual" for member in self.members) else "fusion"
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_dcd.matching.gather import Ranks
+from lavis_dcd.common.processes import Ranks
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
 class Recomputed(nn.Module):
@@ -49,3 +51,41 @@ class _UnderAutocast(nn.Module):
         # recomputation
         with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
             return self.step(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Matching with gradients in bounded memory: chunks of pairs whose activations are recomputed in the backward pass.
+
+MatchFunction = Callable[[ImageFeatures, TextFeatures, Tensor], Tensor]
+
+
+def match_recomputed(
+    match: MatchFunction, images: ImageFeatures, texts: TextFeatures, pairs: Tensor, chunk_pairs: int | None
+) -> Tensor:
+    """``match(images, texts, pairs)``, scores ``[P]``, the same values and gradients in a chunk's memory.
+
+    Dropout is replayed in the recomputation, so with it the gradient is that of the forward pass; its random
+    stream differs from an unchunked pass.
+
+    Args:
+        match: scores of pairs, a matcher's ``match`` or a part of it.
+        chunk_pairs: pairs per chunk; ``None`` matches all at once, without recomputation.
+    """
+    if chunk_pairs is None or len(pairs) <= chunk_pairs or not torch.is_grad_enabled():
+        return match(images, texts, pairs)
+    chunks = torch.split(pairs, chunk_pairs)
+    return torch.cat([checkpoint(match, images, texts, chunk, use_reentrant=False) for chunk in chunks])
+
+
+# ----------------------------------------------------------------------------------------------------
+# The repeated layers of an encoder.
+
+
+def repeated_layers(module: nn.Module) -> list[nn.Module]:
+    """The elements of every ``ModuleList`` or ``Sequential`` in ``module`` that has several, all of one class.
+
+    In the order of their names, which in a stack is that in which they run; a layer's own stacks are part of it.
+    """
+    if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and len({type(m) for m in module}) == 1:
+        return list(module)
+    return [layer for child in module.children() for layer in repeated_layers(child)]

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.config import model_defaults
+from lavis_dcd.config.job_file import model_defaults
 from lavis_dcd.matching.adapters.registry import adapter_for, require_adapter
 from lavis_dcd.matching.contract import Matcher
 

@@ -1,6 +1,6 @@
 """Packs a trained model into the half-precision file that ships as the quickstart's teacher.
 
-    python -m lavis_dcd.models.pack output/quickstart_teacher/<job>/model.pth lavis_dcd/assets/quickstart
+python -m lavis_dcd.models.pack output/quickstart_teacher/<job>/model.pth lavis_dcd/assets/quickstart
 """
 
 import json

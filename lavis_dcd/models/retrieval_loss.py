@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from lavis_dcd.distillation.candidates import CandidatePool, InBatch
-from lavis_dcd.matching.chunked import match_recomputed
-from lavis_dcd.matching.gather import gather_rows
-from lavis_dcd.models.batch import BatchFeatures, info_nce
-from lavis_dcd.models.dcd_ranks import own_rows
-from lavis_dcd.models.meter_config import RetrievalLossConfig
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures, gather_rows
+from lavis_dcd.matching.recompute import match_recomputed
+from lavis_dcd.models.batch import BatchFeatures, info_nce, own_rows
 
-if TYPE_CHECKING:
-    from lavis_dcd.models.meter import MeterRetrieval
+
+@dataclass
+class RetrievalLossConfig:
+    """The retriever's own loss: listwise cross-entropy over in-batch hard negatives, both directions."""
+
+    negatives: int = 4  # per query and direction
+    queries: int | None = None  # fusion queries drawn per batch; None: every sample
+    pool: int = 16  # without a joint head: in-batch candidates scored to find the hard ones
+    sharpness: float = 1.0  # with a joint head: negatives are drawn by softmax(sharpness * joint logits) ...
+    sharpness_start: float = 0.2  # ... growing linearly from this over the run, for hard negatives alone stall it
+    joint_weight: float = 1.0  # weight of the joint head's InfoNCE
+    # share of the run in which the joint head trains alone: towers that start at random learn from it many times
+    # faster without the noise of a fusion that has nothing to attend to yet
+    fusion_start: float = 0.0
+    grad_chunk_pairs: int | None = None  # recompute the fusion in chunks of so many pairs to bound memory
+
+
+class TrainsOnPairs(Protocol):
+    """A retriever as its own loss sees it."""
+
+    training: bool
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether a fusion scores pairs; without one only the joint space learns."""
+
+    def joint_logits(self, images: ImageFeatures, texts: TextFeatures) -> Tensor | None:
+        """Return logits ``[I, T]`` of the joint space with gradients, or None where the model has none."""
+
+    def fusion_scores(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        """Return the fusion's logits ``[P]`` of (image row, text row) pairs ``[P, 2]``."""
+
+    def train(self, mode: bool = True) -> nn.Module: ...
+
+    def eval(self) -> nn.Module: ...
 
 
 class RetrievalLoss(nn.Module):
@@ -32,24 +64,22 @@ class RetrievalLoss(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, model: MeterRetrieval, batch: BatchFeatures, progress: float = 1.0) -> dict[str, Tensor]:
+    def forward(self, model: TrainsOnPairs, batch: BatchFeatures, progress: float = 1.0) -> dict[str, Tensor]:
         """Losses of a batch; ``progress`` in [0, 1] is how much of the run is done.
 
         Before ``fusion_start`` there is no ``fusion_loss``.
         """
         losses: dict[str, Tensor] = {}
-        logits = None
-        if model.joint_head is not None:
-            scale = model.joint_head.scale
-            logits = scale * model.embed_images(batch.images) @ model.embed_texts(batch.texts).T
+        logits = model.joint_logits(batch.images, batch.texts)
+        if logits is not None:
             losses["joint_loss"] = self.config.joint_weight * info_nce(logits, batch)
-        if model.config.fusion_score and (logits is None or progress >= self.config.fusion_start):
+        if model.scores_pairs and (logits is None or progress >= self.config.fusion_start):
             drawn_by = None if logits is None else logits.detach()
             losses["fusion_loss"] = self._fusion_loss(model, batch, drawn_by, progress)
         return {"loss": sum(losses.values()), **losses}
 
     def _fusion_loss(
-        self, model: MeterRetrieval, batch: BatchFeatures, logits: Tensor | None, progress: float
+        self, model: TrainsOnPairs, batch: BatchFeatures, logits: Tensor | None, progress: float
     ) -> Tensor:
         rows = []
         for direction in ("image_to_text", "text_to_image"):
@@ -72,7 +102,7 @@ class RetrievalLoss(nn.Module):
 
     @torch.no_grad()
     def _negatives(
-        self, model: MeterRetrieval, batch: BatchFeatures, pool: CandidatePool, logits: Tensor | None, progress: float
+        self, model: TrainsOnPairs, batch: BatchFeatures, pool: CandidatePool, logits: Tensor | None, progress: float
     ) -> Tensor:
         """Columns of ``pool`` to train on, int64 ``[Q, 1 + K]``: 0, the match, and K drawn negatives."""
         hardness = torch.zeros(pool.valid.shape, device=pool.valid.device)
@@ -91,7 +121,7 @@ class RetrievalLoss(nn.Module):
         return torch.cat([chosen.new_zeros(len(chosen), 1), chosen], dim=1)
 
     def _hardest_by_fusion(
-        self, model: MeterRetrieval, batch: BatchFeatures, pool: CandidatePool, noisy: Tensor, count: int
+        self, model: TrainsOnPairs, batch: BatchFeatures, pool: CandidatePool, noisy: Tensor, count: int
     ) -> Tensor:
         some = noisy.topk(min(max(self.config.pool, count), noisy.shape[1]), dim=1).indices + 1
         valid = pool.valid.gather(1, some)

@@ -7,18 +7,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import parse
+from lavis_dcd.evaluation.shortlist import score_dataset
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.matching.layers import repeated_layers
+from lavis_dcd.matching.recompute import repeated_layers
 from lavis_dcd.models import weights
-from lavis_dcd.models.lavis_evaluation import LavisEvaluation
-from lavis_dcd.models.tower_signature import towers_signature
+from lavis_dcd.models.towers import towers_signature
+
+# ----------------------------------------------------------------------------------------------------
+# LAVIS's evaluation hooks for any matcher that is a LAVIS model.
+
+
+class LavisEvaluation:
+    """A mix-in: what LAVIS's own ``RetrievalTask`` and runners call on a model."""
+
+    def before_evaluation(self, **kwargs: Any) -> None:
+        """LAVIS's hook; nothing to prepare."""
+
+    def compute_sim_matrix(self, data_loader: Any, task_cfg: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Image-to-text scores ``[I, T]`` and text-to-image scores ``[T, I]``, float32.
+
+        Args:
+            data_loader: over an evaluation data set (``.text``; samples with ``image``).
+            task_cfg: LAVIS's ``run:`` section; ``k_test`` reranks that many of the joint space's best, without it
+                every pair is matched.
+
+        Raises:
+            UserError: ``k_test`` for a model without a joint space.
+        """
+        k_test = task_cfg.get("k_test") if task_cfg is not None else None
+        scores = score_dataset(self, data_loader.dataset, k_test=k_test, device=self.device)
+        return scores[0].numpy(), scores[1].numpy()
+
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,44 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.clip.modeling_clip import CLIPVisionTransformer
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import load_tensors
-from lavis_dcd.models.meter_config import TextConfig, VisionConfig
+from lavis_dcd.common.files import load_tensors, update_with_tensors
 
 _SPECIAL_TOKENS = 2  # around every caption: [CLS] and [SEP], or their like
+
+
+@dataclass
+class VisionConfig:
+    """The vision tower.
+
+    ``backbone: clip_vit`` is METER's CLIP-ViT, built from the sizes below; ``timm:<name>`` is any timm backbone's
+    ``forward_features`` (its map becomes tokens).
+    """
+
+    backbone: str = "clip_vit"
+    image_size: int = 384
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 11  # blocks that run: METER drops CLIP's last one, so 11 of ViT-B's 12
+    heads: int | None = None  # None: one per 64 channels, as in CLIP
+    # the tower's own weights, when no checkpoint of the whole model has them: a file in timm's names, for clip_vit one
+    # of a CLIP in transformers' names
+    weights: str | None = None
+    grid: int | None = None  # timm maps only: average-pool the map to grid x grid tokens
+    freeze: bool = False
+
+
+@dataclass
+class TextConfig:
+    """The text tower: an encoder of ``transformers``."""
+
+    # bert, roberta or another model type of transformers (distilbert, mpnet, ...); auto: as ``name``, or as
+    # ``config.model_type``, says
+    family: str = "roberta"
+    name: str = "roberta-base"  # hub name or local folder: the tokenizer, and the weights when load_weights is set
+    load_weights: bool = False  # start from the weights in ``name`` (a checkpoint of the whole model brings its own)
+    max_length: int = 40  # tokens, the two specials included; longer captions are cut
+    config: dict[str, Any] = field(default_factory=dict)  # sizes in transformers' names; empty: read from ``name``
+    freeze: bool = False
 
 
 class ClipVisionTower(nn.Module):
@@ -275,3 +312,61 @@ def _hub(loader: type, name: str, **options):
             f"model.text.name: {loader.__name__} cannot be read from {kind} {name!r} "
             f"({str(error).splitlines()[0]}); give a local folder with its files, or run once with a network"
         ) from error
+
+
+# ----------------------------------------------------------------------------------------------------
+# Whether two pairs of towers make the same features: a hash of all that shapes them.
+
+# buffers that no frozen tower's output depends on
+_INERT = ("position_ids", "num_batches_tracked")
+
+
+def towers_signature(vision_tower: nn.Module, text_tower: nn.Module) -> str | None:
+    """A hash over both towers' classes, settings and weights, and the tokenizer; equal hashes mean equal features.
+
+    Weights and tokenizer are read once; the weights again after a change.
+
+    Returns:
+        64 hexadecimal digits; ``None`` where the tokenizer cannot be read.
+    """
+    tokenizer = _tokenizer_digest(text_tower)
+    if tokenizer is None:
+        return None
+    towers = [[type(tower).__name__, tower.settings(), _weights_digest(tower)] for tower in (vision_tower, text_tower)]
+    return _hash_of([towers, tokenizer])
+
+
+def _hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _weights_digest(tower: nn.Module) -> str:
+    tensors = {k: t for k, t in tower.state_dict(keep_vars=True).items() if not k.endswith(_INERT)}
+    # the version counts a tensor's changes in place; the rest tells another tensor, or other storage, of the name
+    state = [(id(t), t.data_ptr(), t._version) for t in tensors.values()]
+    known = tower.__dict__.get("_known_weights")
+    if known is not None and known[0] == state:
+        return known[1]
+    digest = hashlib.sha256()
+    update_with_tensors(digest, tensors.items())
+    tower.__dict__["_known_weights"] = (state, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _tokenizer_digest(text_tower: nn.Module) -> str | None:
+    """A hash of the vocabulary and the rules; a tokenizer that cannot be read is not asked for again."""
+    if "_known_tokenizer" not in text_tower.__dict__:
+        try:
+            text_tower.__dict__["_known_tokenizer"] = _hash_of(_tokenizer_content(text_tower.tokenizer))
+        except UserError:
+            text_tower.__dict__["_known_tokenizer"] = None
+    return text_tower.__dict__["_known_tokenizer"]
+
+
+def _tokenizer_content(tokenizer: Any) -> dict[str, Any]:
+    content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # truncation and padding are the latest call's
+        content["rules"] = {k: v for k, v in rules.items() if k not in ("truncation", "padding")}
+    return content

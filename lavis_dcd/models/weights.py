@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
-from lavis_dcd.common import assets
+from lavis_dcd.common import files as assets
 from lavis_dcd.common.download import fetch
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import load_tensors
@@ -224,3 +226,14 @@ def same_modules(
         return {name: kept(name) for name in names}
 
     return skeleton(one) == skeleton(other)
+
+
+def adapt_positions(positions: Tensor, tokens: int) -> Tensor:
+    """Position embeddings ``[1 + n^2, D]`` at another grid, ``[tokens, D]``: bicubic, the class token's kept.
+
+    As METER's ``adapt_position_encoding``.
+    """
+    before, after = round((len(positions) - 1) ** 0.5), round((tokens - 1) ** 0.5)
+    grid = positions[1:].float().reshape(1, before, before, -1).permute(0, 3, 1, 2)
+    grid = nnf.interpolate(grid, size=(after, after), mode="bicubic")
+    return torch.cat([positions[:1].float(), grid[0].flatten(1).T]).to(positions.dtype)

@@ -11,7 +11,7 @@ from torch.nn import functional as nnf
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode, normalize, resize, to_tensor
 
-from lavis_dcd.processors.augmentation import AugmentationConfig, PictureProcessor
+from lavis_dcd.processors.images import AugmentationConfig, PictureProcessor
 
 # ViLT's; with them no pixel of 8 bits becomes 0, which is how the model tells padding
 MEAN = STD = (0.5, 0.5, 0.5)

@@ -13,25 +13,23 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
+from lavis_dcd.banks.feature_bank import is_evaluation_set
+from lavis_dcd.banks.feature_cache import with_kept_features
+from lavis_dcd.banks.feature_sets import BankedTrainingSet
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.bank_rows import is_evaluation_set
-from lavis_dcd.datasets.banked import BankedTrainingSet
-from lavis_dcd.datasets.pictures import load_picture
+from lavis_dcd.common.processes import ALONE, Ranks
+from lavis_dcd.config.run_section import Protocol
+from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
-from lavis_dcd.datasets.verify import verify_pictures
-from lavis_dcd.datasets.views import with_views
+from lavis_dcd.datasets.views import MatcherViews, with_views
+from lavis_dcd.evaluation.evaluator import Evaluation, evaluate
+from lavis_dcd.evaluation.gallery import PICTURE_SIDE, gallery_items
+from lavis_dcd.evaluation.pair_checks import caption_faults, learning_faults, shortlist_faults
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.matching.gather import ALONE, Ranks
+from lavis_dcd.mining.score_cache import KeptScores
 from lavis_dcd.models.building import build_matcher
-from lavis_dcd.models.preprocess import MatcherViews
-from lavis_dcd.tasks.evaluation import Evaluation, evaluate
-from lavis_dcd.tasks.gallery import PICTURE_SIDE, gallery_items
-from lavis_dcd.tasks.kept_features import with_kept_features
-from lavis_dcd.tasks.kept_scores import KeptScores
-from lavis_dcd.tasks.pair_checks import caption_faults, learning_faults, shortlist_faults
-from lavis_dcd.tasks.protocol import Protocol
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +95,7 @@ class DcdRetrievalTask(BaseTask):
             check_annotations(splits)
         return datasets
 
-    def prepare(
-        self, model: nn.Module, datasets: Mapping[str, Any], run: Any, device: Any = None
-    ) -> dict[str, Any]:
+    def prepare(self, model: nn.Module, datasets: Mapping[str, Any], run: Any, device: Any = None) -> dict[str, Any]:
         """``datasets`` by split, answering from a feature bank where ``run.cache_features`` asks for one.
 
         Training sets carry a view for every matcher that reads pictures and captions in its own way
@@ -214,7 +210,7 @@ class DcdRetrievalTask(BaseTask):
         count: int = 12,
         seed: int = 0,
     ) -> list[dict[str, Any]]:
-        """Queries with what each matcher returns, see ``tasks.gallery``.
+        """Queries with what each matcher returns, see ``evaluation.gallery``.
 
         The scores of this process's last evaluation serve where the weights are still the same.
         """

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from measuring import PeakMemory, in_child, parsed, parser, progress, report
 
-from lavis_dcd.tasks.metrics import retrieval_metrics
+from lavis_dcd.evaluation.metrics import retrieval_metrics
 
 CAPTIONS = 5
 # agg_metrics is left out: LAVIS's is the mean of the text recalls, ours of all six
@@ -48,7 +48,7 @@ def lavis_loop() -> Metrics:
     return RetrievalTask._report_metrics
 
 
-IMPLEMENTATIONS = {"lavis": ("LAVIS's loop", lavis_loop), "ours": ("lavis_dcd.tasks.metrics", ours)}
+IMPLEMENTATIONS = {"lavis": ("LAVIS's loop", lavis_loop), "ours": ("lavis_dcd.evaluation.metrics", ours)}
 
 
 def tables(images: int, texts: int, layout: str, seed: int) -> tuple[np.ndarray, np.ndarray, dict, dict]:

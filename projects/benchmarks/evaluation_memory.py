@@ -21,10 +21,10 @@ from measuring import PeakMemory, in_child, parsed, parser, progress, report
 from torch import Tensor, nn
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.evaluation.evaluator import Protocol, evaluate
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.tasks.evaluation import Protocol, evaluate
 
 CAPTIONS = 5
 UNBOUNDED_MB = 1e9
@@ -108,9 +108,7 @@ def measure(
     matcher: Any = Stub(family, *sizes, seed)
     if way == "ensemble":
         matcher = Ensemble([matcher, Stub(family, *sizes, seed + 1)])
-    protocol = Protocol(
-        k_test=16 if way == "shortlist" else None, eval_memory_mb=limit_mb, spill_folder=Path(folder)
-    )
+    protocol = Protocol(k_test=16 if way == "shortlist" else None, eval_memory_mb=limit_mb, spill_folder=Path(folder))
     evaluate(matcher, Gallery(8), protocol)  # what only the first call pays
     gallery = Gallery(images)
     with PeakMemory() as memory:

@@ -27,9 +27,9 @@ from matcher_sections import SECTIONS, WORDS, sections
 from measuring import in_child, parsed, parser, progress, report
 from torch import Tensor
 
+from lavis_dcd.matching.attention import Shortcuts
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.matching.shortcuts import Shortcuts
 from lavis_dcd.models.building import build_matcher
 
 COLUMNS = {

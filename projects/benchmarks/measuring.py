@@ -152,9 +152,7 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """A Markdown table with aligned columns; what a row lacks is left empty."""
     heads = [column.split("|")[0] for column in columns.values()]
     forms = [column.split("|")[1] for column in columns.values()]
-    lines = [
-        [_cell(row.get(key), form) for key, form in zip(columns, forms, strict=True)] for row in rows
-    ]
+    lines = [[_cell(row.get(key), form) for key, form in zip(columns, forms, strict=True)] for row in rows]
     widths = [max(3, *(len(line[i]) for line in [heads, *lines])) for i in range(len(heads))]
     right = [form != "s" for form in forms]
     ruler = ["-" * (width - to_right) + ":" * to_right for width, to_right in zip(widths, right, strict=True)]

@@ -13,11 +13,11 @@ from torch import Tensor
 from lavis_dcd.distillation.candidates import IMAGE_TO_TEXT, CandidatePool
 from lavis_dcd.distillation.objective import LossConfig, build_objective
 from lavis_dcd.distillation.selection import select
-from lavis_dcd.matching.chunked import match_recomputed
+from lavis_dcd.matching.attention import Shortcuts
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.matching.shortcuts import Shortcuts
+from lavis_dcd.matching.recompute import match_recomputed
 from lavis_dcd.models.building import build_matcher
-from lavis_dcd.models.meter import MeterRetrieval
+from lavis_dcd.models.meter.model import MeterRetrieval
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def measure(steps: int, every: int, batch_size: int, scenes: int, workers: int) 
     """A row per `every` steps; to be called in a process of its own."""
     from lavis_dcd.job import run_job
 
-    handler, trainer_log = MemoryAtLogLines(), logging.getLogger("lavis_dcd.runners.step_log")
+    handler, trainer_log = MemoryAtLogLines(), logging.getLogger("lavis_dcd.training.logs")
     trainer_log.addHandler(handler)
     trainer_log.setLevel(logging.INFO)
     scene_options = {"train": scenes, "val": 12, "test": 12}
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": options.steps, "batch size": options.batch_size, "scenes": options.scenes, "workers": options.workers
     }  # fmt: skip
     try:
-        rows = in_child(
-            measure, options.steps, options.every, options.batch_size, options.scenes, options.workers
-        )
+        rows = in_child(measure, options.steps, options.every, options.batch_size, options.scenes, options.workers)
     except UserError as error:
         of.error(str(error))
     report("steps_memory", settings, rows, COLUMNS, options.json)

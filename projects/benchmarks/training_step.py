@@ -136,8 +136,7 @@ def _differences(
     return {
         "score_difference": float((found["scores"] - scores).abs().max()) / spread,
         "gradient_difference": max(
-            float((found[name] - value).norm()) / max(float(value.norm()), least)
-            for name, value in gradients.items()
+            float((found[name] - value).norm()) / max(float(value.norm()), least) for name, value in gradients.items()
         ),
     }
 

@@ -10,7 +10,7 @@ pytest.importorskip("lavis")
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import half_character, one_line, shown, visible
-from lavis_dcd.models.dual_encoder_config import TextConfig
+from lavis_dcd.models.dual_encoder.config import TextConfig
 from lavis_dcd.models.towers import TextTower
 from lavis_dcd.processors.captions import CaptionConfig, DcdCaptionProcessor
 

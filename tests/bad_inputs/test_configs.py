@@ -15,7 +15,8 @@ pytest.importorskip("lavis")
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
-from lavis_dcd.config import check_job, load_config, read_job
+from lavis_dcd.config.job_file import read_job
+from lavis_dcd.job import check_job, load_config
 
 BASE = {
     "model": {"arch": "meter_retrieval", "model_type": "student_coco", "text": {"name": "asset:quickstart/vocab.txt"}},
@@ -171,8 +172,9 @@ def test_all_faults_come_at_once(faults):
 
 # -- one's own data ----------------------------------------------------------------------------------------------
 
-EITHER = "give either annotations: {train: FILE.json, val: FILE.json, test: FILE.json} (those there are) or csv: " \
-         "FILE.csv"
+EITHER = (
+    "give either annotations: {train: FILE.json, val: FILE.json, test: FILE.json} (those there are) or csv: FILE.csv"
+)
 INFO: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, f": {EITHER}"),
     "both": ({"csv": "c.csv", "annotations": {"train": "t.json"}}, f": {EITHER}, not both"),

@@ -12,9 +12,9 @@ import torch
 from lavis_dcd.cli import EXIT_USER_ERROR, guarded
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
-from lavis_dcd.runners.config import RunConfig
-from lavis_dcd.runners.devices import find_place
-from lavis_dcd.runners.folder import new_run_folder
+from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.training.devices import find_place
+from lavis_dcd.training.run_folder import new_run_folder
 
 
 @pytest.fixture

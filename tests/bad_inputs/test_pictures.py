@@ -13,8 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.pictures import load_picture
-from lavis_dcd.datasets.verify import verify_pictures
+from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 

@@ -52,9 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         rest = server.content[start:]
         self.send_response(206 if start else 200)
         if start:
-            self.send_header(
-                "Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}"
-            )
+            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
         self.send_header("Content-Length", str(len(rest)))
         self.send_header("ETag", server.etag)
         self.end_headers()

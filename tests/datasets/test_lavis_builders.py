@@ -12,8 +12,8 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 
+from lavis_dcd.datasets.pictures import verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
-from lavis_dcd.datasets.verify import verify_pictures
 
 
 @pytest.fixture

@@ -47,11 +47,15 @@ def test_pictures_in_two_splits_are_warned_of_by_their_files(caplog):
     }
     with caplog.at_level(logging.WARNING):
         lines = check_annotations(datasets)
-    assert lines == caplog.messages == [
-        "1 pictures are in both train and val: /d/x/b.jpg; take them out of one, or val measures what was trained on",
-        "4 pictures are in both train and test: /d/a.jpg, /d/c.jpg, /d/e.jpg, ...; take them out of one, or test "
-        "measures what was trained on",
-    ]
+    assert (
+        lines
+        == caplog.messages
+        == [
+            "1 pictures are in both train and val: /d/x/b.jpg; take them out of one, or val measures what was trained on",
+            "4 pictures are in both train and test: /d/a.jpg, /d/c.jpg, /d/e.jpg, ...; take them out of one, or test "
+            "measures what was trained on",
+        ]
+    )
 
 
 def test_sets_side_by_side_get_distinct_numbers_and_a_shared_file_keeps_one():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.verify import NAMED, verify_pictures
+from lavis_dcd.datasets.pictures import NAMED, verify_pictures
 
 
 def picture(path: Path, seed: int = 0) -> Path:
@@ -87,7 +87,7 @@ def test_off_reads_nothing(mixed):
 def test_sound_pictures_pass_and_are_counted(tmp_path, caplog):
     picture(tmp_path / "a.jpg")
     picture(tmp_path / "b.png")
-    with caplog.at_level(logging.INFO, "lavis_dcd.datasets.verify"):
+    with caplog.at_level(logging.INFO, "lavis_dcd.datasets.pictures"):
         for mode in ("fast", "full"):
             verify_pictures(rows(tmp_path, "a.jpg", "b.png", "b.png"), mode)
     assert caplog.messages == ["2 pictures verified (fast)", "2 pictures verified (full)"]

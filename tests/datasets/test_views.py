@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lavis_dcd.banks.feature_sets import BankedEvaluationSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets import rows
-from lavis_dcd.datasets.banked import BankedEvaluationSet
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.datasets.views import MultiImage, MultiText, View, alike, evaluation_view, with_views
-from lavis_dcd.matching.views import has_view, view_of
+from lavis_dcd.matching.contract import has_view, view_of
 
 
 def made(name: str, **keys: Any):

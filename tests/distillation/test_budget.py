@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lavis_dcd.distillation.budget import within_budget
 from lavis_dcd.distillation.candidates import CandidatePool
+from lavis_dcd.distillation.prescreen import within_budget
 
 
 def make_pool(valid: torch.Tensor) -> CandidatePool:
@@ -49,9 +49,7 @@ def test_the_most_promising_candidates_stay(case):
 def test_without_cheap_scores_chance_decides_repeatably(case, seed):
     valid, _, budget = case
     pool = make_pool(valid)
-    first, again = (
-        within_budget(pool, None, budget, torch.Generator().manual_seed(seed)).valid for _ in range(2)
-    )
+    first, again = (within_budget(pool, None, budget, torch.Generator().manual_seed(seed)).valid for _ in range(2))
     assert torch.equal(first, again) and not (first & ~valid).any() and first[:, 0].all()
     most = valid[:, 1:].sum(1).clamp_max(max(2, budget // len(valid)) - 1)
     assert torch.equal(first[:, 1:].sum(1), most)

@@ -61,9 +61,7 @@ def test_random_pool_masks_own_image_and_repeats():
 
 
 def test_one_text_row_of_two_images_is_never_its_own_negative():
-    context = BatchContext(
-        torch.tensor([1, 2]), torch.tensor([2]), torch.tensor([[0, 0]]), torch.tensor([[0, 0]])
-    )
+    context = BatchContext(torch.tensor([1, 2]), torch.tensor([2]), torch.tensor([[0, 0]]), torch.tensor([[0, 0]]))
     assert RandomFromDataset().build(context).valid.tolist() == [[True, False, False]]
 
 

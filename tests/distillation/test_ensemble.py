@@ -71,9 +71,7 @@ def test_standardised_rows_agree_with_loops(case):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    ensembles(), st.sampled_from([0.5, 3.0, 100.0]), st.sampled_from([-50.0, 0.0, 7.0]), st.integers(0, 3)
-)
+@given(ensembles(), st.sampled_from([0.5, 3.0, 100.0]), st.sampled_from([-50.0, 0.0, 7.0]), st.integers(0, 3))
 def test_an_affine_change_of_a_teacher_keeps_the_order(case, scale, shift, which):
     tables, _, weights = case
     valid = torch.ones_like(tables[0], dtype=torch.bool)

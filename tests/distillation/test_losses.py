@@ -112,9 +112,7 @@ def without_teacher(loss):
 
 
 ALL_LOSSES = [pytest.param(loss(), id=name) for name, loss in sorted(DISTILL_LOSSES.items())]
-ALL_LOSSES += [
-    pytest.param(without_teacher(loss()), id=name) for name, loss in sorted(CONTRASTIVE_LOSSES.items())
-]
+ALL_LOSSES += [pytest.param(without_teacher(loss()), id=name) for name, loss in sorted(CONTRASTIVE_LOSSES.items())]
 
 
 @pytest.mark.parametrize("loss", ALL_LOSSES)

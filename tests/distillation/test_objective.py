@@ -43,9 +43,7 @@ def test_release_reproduces_the_published_loss_and_gradient(case):
 
 
 def test_release_reproduces_the_published_weighted_soft_labels(case):
-    objective = build_objective(
-        LossConfig(reference="release", weighting="wsl", temperature=case.temperature)
-    )
+    objective = build_objective(LossConfig(reference="release", weighting="wsl", temperature=case.temperature))
     out = objective(case.teacher, case.student, case.valid)
     case.close(out["loss"], "wsl_loss")
     case.close(out["distill_loss"], "wsl_distill")
@@ -97,9 +95,7 @@ def test_a_very_sure_teacher_gives_finite_values_and_gradients(config):
 
 def test_the_release_turns_to_nan_on_a_very_sure_teacher():
     teacher = torch.tensor([[1e4, -1e4]])
-    out = build_objective(LossConfig(reference="release"))(
-        teacher, torch.zeros(1, 2), torch.ones(1, 2).bool()
-    )
+    out = build_objective(LossConfig(reference="release"))(teacher, torch.zeros(1, 2), torch.ones(1, 2).bool())
     assert out["loss"].isnan()
 
 
@@ -191,9 +187,7 @@ def test_knobs_reach_the_parts(case):
 
 
 def test_every_fault_of_a_config_is_listed():
-    faults = config_faults(
-        LossConfig(reference="p", alpha=2, distill="l1", weighting="x", gamma=-1, temperature=0)
-    )
+    faults = config_faults(LossConfig(reference="p", alpha=2, distill="l1", weighting="x", gamma=-1, temperature=0))
     assert len(faults) == 6
     assert faults[1] == "loss.distill: unknown name 'l1'; registered: kl, margin_mse, mse, pearson, ranknet"
     assert config_faults(LossConfig(student_weight=-1, in_batch_weight=float("nan"))) == [
@@ -204,7 +198,5 @@ def test_every_fault_of_a_config_is_listed():
     with pytest.raises(ValueError, match=r"loss\.temperature: does nothing in distill 'mse'"):
         build_objective(LossConfig(temperature=2.0))
     with pytest.raises(ValueError, match=r"loss.weighting: .*\nloss.distill: .*\nloss.contrastive: "):
-        build_objective(
-            LossConfig(reference="release", weighting="uniform", distill="kl", contrastive="listwise_ce")
-        )
+        build_objective(LossConfig(reference="release", weighting="uniform", distill="kl", contrastive="listwise_ce"))
     assert config_faults(LossConfig()) == []

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lavis_dcd.distillation.budget import most_promising
 from lavis_dcd.distillation.candidates import CandidatePool
-from lavis_dcd.distillation.prescreen import found_share
+from lavis_dcd.distillation.prescreen import found_share, most_promising
 
 
 def pool_of(valid):

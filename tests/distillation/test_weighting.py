@@ -155,9 +155,7 @@ def test_a_nan_teacher_score_is_not_hidden(name):
 def test_only_uniform_does_without_a_teacher(batch):
     _, student, valid = batch
     assert [name for name in NAMES if not WEIGHTINGS[name]().needs_teacher] == ["uniform"]
-    assert WEIGHTINGS["uniform"]()(None, student, valid).contrastive.tolist() == pytest.approx(
-        [0.2] * 5 + [0]
-    )
+    assert WEIGHTINGS["uniform"]()(None, student, valid).contrastive.tolist() == pytest.approx([0.2] * 5 + [0])
 
 
 def test_normalised_entropy_bites_where_the_share_is_flat():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lavis_dcd.runners.devices import leave_group
+from lavis_dcd.common.processes import leave_group
 
 _path = Path(__file__).parents[1] / "runners" / "stub_job.py"
 _spec = importlib.util.spec_from_file_location("runner_stub_job", _path)
@@ -49,9 +49,7 @@ def stop() -> None:
 
 def train(folder: Path, name: str, strategy: str, model=None, at_step=None, data=None, **run):
     task = stubs.Task(at_step)
-    trainer = stubs.job(
-        folder, task, model or Model(), job_id=name, strategy=strategy, save_every=1, log_freq=1, **run
-    )
+    trainer = stubs.job(folder, task, model or Model(), job_id=name, strategy=strategy, save_every=1, log_freq=1, **run)
     if data is not None:
         trainer.datasets["train"] = data
     trainer.train()

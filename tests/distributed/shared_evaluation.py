@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lavis_dcd.common.processes import Ranks, gather_objects
 
+from lavis_dcd.evaluation.evaluator import Protocol, evaluate
 from lavis_dcd.matching.ensemble import Ensemble
-from lavis_dcd.matching.gather import Ranks, gather_objects
 from lavis_dcd.models.building import build_matcher
-from lavis_dcd.tasks.evaluation import Protocol, evaluate
 
 WORDS = ("a red square", "there is one blue bar on white", "a grey stripe", "green")
 

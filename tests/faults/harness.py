@@ -62,11 +62,12 @@ def sites() -> dict[str, tuple[Any, str, bool]]:
 
     "sample" is reached in the loader's worker, which is where the fault then happens.
     """
-    from lavis_dcd.datasets import feature_store
-    from lavis_dcd.runners import checkpoint, evaluations, trainer
-    from lavis_dcd.runners.sampler import SeededDataset
-    from lavis_dcd.runners.steps import Stepper
-    from lavis_dcd.tasks.mining_plan import WorkFolder
+    from lavis_dcd.banks import feature_store
+    from lavis_dcd.mining.plan import WorkFolder
+    from lavis_dcd.training import best_checkpoint as evaluations
+    from lavis_dcd.training import checkpoint, trainer
+    from lavis_dcd.training.sampler import SeededDataset
+    from lavis_dcd.training.step import Stepper
 
     return {
         "step": (Stepper, "step", False),

@@ -8,13 +8,13 @@ from torch import nn
 
 from lavis_dcd.matching.attention import (
     AttentionBlock,
+    Shortcuts,
     attend,
     attend_by_few_queries,
     attend_source,
     attend_to_few_keys,
     keys_values,
 )
-from lavis_dcd.matching.shortcuts import Shortcuts
 
 
 def block_of(width=16, source_width=16, heads=4, bias=True, dropout=0.0):

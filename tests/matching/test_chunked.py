@@ -2,9 +2,9 @@
 
 import torch
 
-from lavis_dcd.matching.chunked import match_recomputed
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.recompute import match_recomputed
 
 
 def test_recomputed_chunks_equal_one_pass():

@@ -3,9 +3,9 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lavis_dcd.common.processes import ALONE, Ranks, gather_objects
 
-from lavis_dcd.matching.features import TextFeatures
-from lavis_dcd.matching.gather import ALONE, Ranks, gather_features, gather_objects, gather_rows
+from lavis_dcd.matching.features import TextFeatures, gather_features, gather_rows
 
 
 @given(count=st.integers(0, 200), size=st.integers(1, 9))

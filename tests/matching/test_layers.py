@@ -1,6 +1,6 @@
 from torch import nn
 
-from lavis_dcd.matching.layers import repeated_layers
+from lavis_dcd.matching.recompute import repeated_layers
 
 
 def test_stacks_of_one_class_and_not_what_is_inside_their_layers():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from lavis_dcd import cli
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.models import weights
-from lavis_dcd.models.meter_config import MeterConfig
+from lavis_dcd.models.meter.config import MeterConfig
 
 
 class Payload:

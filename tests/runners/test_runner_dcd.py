@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.runners.config import RunConfig
+from lavis_dcd.config.run_section import RunConfig
 
 registry = pytest.importorskip("lavis.common.registry").registry
 
@@ -75,9 +75,7 @@ def test_training_sets_are_concatenated(runner_class, stubs, tmp_path):
     from lavis_dcd.runners.runner_dcd import by_split
 
     other = {"train": stubs.Pictures(3), "extra": stubs.Pictures(2)}
-    found = by_split(
-        {"a": sets(stubs), "b": other}, RunConfig(train_splits=["train", "extra"], valid_splits=["val"])
-    )
+    found = by_split({"a": sets(stubs), "b": other}, RunConfig(train_splits=["train", "extra"], valid_splits=["val"]))
     assert len(found["train"]) == 22 + 3 + 2 and len(found["val"]) == 6
 
 

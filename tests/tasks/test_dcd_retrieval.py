@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
+from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.banked import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
+from lavis_dcd.evaluation.evaluator import evaluate
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.tasks import dcd_retrieval
 from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
-from lavis_dcd.tasks.evaluation import evaluate
 
 
 class Tower(nn.Module):

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lavis_dcd.common import assets
+from lavis_dcd.common import files as assets
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.hashing import update_with_tensors
+from lavis_dcd.common.files import update_with_tensors
 from lavis_dcd.common.schema import parse, plain
 from lavis_dcd.matching.adapters.vocabulary import local_vocabulary
 from lavis_dcd.matching.contract import Matcher, pair_chunks

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import BertTokenizer
 
-from lavis_dcd.common import assets
+from lavis_dcd.common import files as assets
 from lavis_dcd.common.errors import UserError
 
 HUB_NAME = "bert-base-uncased"

@@ -11,7 +11,7 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_dcd.matching.adapters import albef, blip  # noqa: F401  they register themselves
+from lavis_dcd.matching.adapters import albef_blip as albef  # noqa: F401  they register themselves
 from lavis_dcd.matching.adapters.base import Adapter
 from lavis_dcd.matching.adapters.registry import adapter_for
 

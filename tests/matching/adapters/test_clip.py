@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional as nnf
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.matching.adapters.clip import ClipAdapter
-from lavis_dcd.matching.adapters.clip_building import BPE_ENTRIES, ClipOptions
+from lavis_dcd.matching.adapters.clip import BPE_ENTRIES, ClipAdapter, ClipOptions
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.models.building import build_matcher

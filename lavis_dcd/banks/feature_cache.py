@@ -1,0 +1,169 @@
+"""`run.cache_features`: a job's data sets answer from a bank of features, or the reason why they cannot."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from lavis_dcd.banks.feature_bank import build_feature_bank, is_evaluation_set, weights_fingerprint
+from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import cache_root
+from lavis_dcd.common.processes import main_process_first
+from lavis_dcd.common.seeding import rng_state, seed_host, set_rng_state
+from lavis_dcd.config.run_section import Protocol
+from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.matching.contract import Matcher
+
+T = TypeVar("T")
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# What draws rarely (a change with probability 0.1, say) shows in so many draws, but for one case in 10,000.
+_DRAWS = 96
+_QUIET_DRAWS = 4  # where nothing was taken from the common generators
+_ITEMS = 4  # a change may not show in every picture: a mirrored symmetrical one
+
+
+def with_kept_features(
+    datasets: Mapping[str, Any], matchers: Mapping[str, Matcher], views: Collection[str], run: Any
+) -> dict[str, Any]:
+    """``datasets`` by split, answering from a feature bank built as ``run`` says.
+
+    Args:
+        matchers: of the job, by name; all with the same encoders.
+        views: names of those that read pictures in their own way.
+        run: ``cache_features`` is memory or disk; ``cache_dtype``, ``evaluate`` and the evaluation protocol count too.
+
+    Raises:
+        UserError: the encoders learn, or the matchers do not share them, or read pictures differently; a training
+            set's processors draw at random; the disk is too small.
+    """
+    matcher = one_with_shared_encoders(matchers)
+    if views:
+        raise UserError(
+            f"run.cache_features: the {', '.join(views)} would read kept features of pictures that "
+            "went through the data set's processors, not its own preprocess; take that out, or set it to off"
+        )
+    if _option(run, "evaluate", False):  # nothing will be trained on
+        datasets = {split: dataset for split, dataset in datasets.items() if is_evaluation_set(dataset)}
+    leaves = [leaf_sets(dataset, split) for split, dataset in datasets.items()]
+    flat = {name: leaf for of_split in leaves for name, leaf in of_split.items()}
+    refuse_random_readings(flat)
+    protocol = Protocol.of_run(run)
+    on_disk = _option(run, "cache_features", "off") == "disk"
+    build = partial(
+        build_feature_bank,
+        matcher,
+        flat,
+        protocol.batch_size,
+        _dtype(_option(run, "cache_dtype", "float16")),
+        folder=cache_root() / "dcd_features" if on_disk else None,
+        fingerprint=weights_fingerprint(matcher.encoder_modules()) if on_disk else "",
+        num_workers=protocol.num_workers,
+        amp=protocol.amp,
+    )
+    bank = main_process_first(build) if on_disk else build()
+    return {
+        split: BankedEvaluationSet(dataset, bank, split)
+        if is_evaluation_set(dataset)
+        else BankedTrainingSet(dataset, bank, split)
+        for split, dataset in datasets.items()
+    }
+
+
+def one_with_shared_encoders(matchers: Mapping[str, Matcher]) -> Matcher:
+    """The learner, when its encoders are everybody's.
+
+    Raises:
+        UserError: some matcher has encoders of its own.
+    """
+    learner = matchers.get("student") or next(iter(matchers.values()))
+    for name, other in matchers.items():
+        if other is not learner and not other.shares_encoders_with(learner):
+            raise UserError(
+                f"run.cache_features: the {name} has encoders of its own, and kept features serve "
+                "one pair of encoders only; set run.cache_features=off, or let the student share the teacher's "
+                "(model.share_encoders=true)"
+            )
+    return learner
+
+
+def refuse_random_readings(datasets: Mapping[str, Any]) -> None:
+    """Kept features are of one reading of each picture and caption, so every reading must give the same.
+
+    Args:
+        datasets: plain sets by name; those for evaluation pass.
+
+    Raises:
+        UserError: one line per training set and processor that gives several readings of an item.
+    """
+    found = []
+    for name, dataset in datasets.items():
+        if is_evaluation_set(dataset) or not getattr(dataset, "annotation", None):
+            continue
+        readings = {
+            "vis_processor": lambda row, of=dataset: of[row]["image"],
+            "text_processor": lambda row, of=dataset: of.text_processor(of.annotation[row]["caption"]),
+        }
+        for kind, read in readings.items():
+            if draws_at_random(read, len(dataset)):
+                processor = type(getattr(dataset, kind, None)).__name__
+                found.append(
+                    f"run.cache_features: the {kind} of {name} ({processor}) draws at random, and kept features are of "
+                    f"one reading; take the augmentation out of datasets.*.{kind}.train (the evaluation's processor "
+                    "has none), or set run.cache_features=off"
+                )
+    if found:
+        raise UserError(found)
+
+
+def draws_at_random(read: Callable[[int], Any], count: int) -> bool:
+    """Whether ``read(row)`` of some of ``count`` rows gives several results under several seeds.
+
+    The generators of Python, NumPy and torch are as before afterwards.
+    """
+    before = rng_state()
+    try:
+        rows = range(0, count, -(-count // _ITEMS))
+        return any(_differs(read, row, seed=number * _DRAWS) for number, row in enumerate(rows))
+    finally:
+        set_rng_state(before)
+
+
+def _differs(read: Callable[[int], Any], row: int, seed: int) -> bool:
+    seed_host(seed)
+    untouched = _host_state()
+    first = read(row)
+    draws = _QUIET_DRAWS if _host_state() == untouched else _DRAWS // _ITEMS
+    for draw in range(1, draws):
+        seed_host(seed + draw)
+        if not _equal(read(row), first):
+            return True
+    return False
+
+
+def _host_state() -> tuple[Any, ...]:
+    _, keys, position, *_ = np.random.get_state()
+    return random.getstate(), keys.tobytes(), position, torch.get_rng_state().numpy().tobytes()
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return bool(one == other)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"run.cache_dtype: {name!r} is none of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _option(run: Any, name: str, default: Any) -> Any:
+    value = run.get(name) if hasattr(run, "get") else getattr(run, name, None)
+    return default if value is None else value

@@ -1,0 +1,255 @@
+"""A job: its YAML file, the options over it, the defaults under it, checked before anything is built."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.common.schema import unknown_key
+from lavis_dcd.common.texts import one_line, shown
+
+_SECTIONS = ("model", "datasets", "run", "preprocess")
+_REQUIRED = ("model", "datasets")
+_NAMES = ("arch", "model_type")
+_TO_BE_GIVEN = "???"
+# Besides its own errors, the reader raises what Python's number and date types make of a tagged or misspelt value.
+_NO_YAML = (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, LookupError, OverflowError)
+
+
+class JobConfig:
+    """What LAVIS's own `Config` offers its tasks and runners, of a job that `load_config` has checked.
+
+    Attributes:
+        config: the whole, merged.
+        args: `cfg_path` (the file that was read) and `options`, as in LAVIS.
+    """
+
+    def __init__(self, config: DictConfig, cfg_path: Path, options: Sequence[str] = ()) -> None:
+        from lavis.common.registry import registry
+
+        self.config = config
+        self.args = Namespace(cfg_path=str(cfg_path), options=list(options))
+        registry.register("configuration", self)
+
+    @property
+    def run_cfg(self) -> DictConfig:
+        return self.config.run
+
+    @property
+    def datasets_cfg(self) -> DictConfig:
+        return self.config.datasets
+
+    @property
+    def model_cfg(self) -> DictConfig:
+        return self.config.model
+
+    def get_config(self) -> DictConfig:
+        return self.config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, interpolations resolved."""
+        return OmegaConf.to_container(self.config, resolve=True)
+
+    def pretty_print(self) -> None:
+        """Log the run, the data sets and the model, as LAVIS does."""
+        content = self.to_dict()
+        for section in ("run", "datasets", "model"):
+            text = json.dumps(content[section], indent=4, sort_keys=True)
+            logging.info("=====  %s  =====\n%s", section, text)
+
+
+def read_job(cfg_path: str, options: Sequence[str] = (), evaluate: bool = False) -> tuple[DictConfig, Path]:
+    """A job's own sections with the options over them, unchecked, and the file they stand in."""
+    path = find_config(cfg_path)
+    user = merge(read_yaml(path), parse_options(options))
+    if evaluate:
+        user = merge(user, OmegaConf.create({"run": {"evaluate": True}}))
+    return user, path
+
+
+def find_config(cfg_path: str) -> Path:
+    """`cfg_path` in the current folder if it is there, else among the packaged jobs.
+
+    Raises:
+        UserError: in neither; the packaged jobs are listed.
+    """
+    here = Path(os.path.expanduser(cfg_path))
+    if os.path.isfile(here):
+        return here
+    if os.path.isdir(here):
+        raise UserError(f"--cfg-path {cfg_path}: is a folder; name a YAML file")
+    try:
+        packaged = packaged_folder("projects")
+    except FileNotFoundError as error:
+        raise UserError(f"--cfg-path {cfg_path}: no such file ({error})") from error
+    parts = here.parts[1:] if here.parts[:1] == ("projects",) else here.parts
+    if not here.is_absolute() and os.path.isfile(found := packaged.joinpath(*parts)):
+        return found
+    names = sorted(f"projects/{p.relative_to(packaged).as_posix()}" for p in packaged.glob("*/*.yaml"))
+    raise UserError(
+        f"--cfg-path {cfg_path}: no such file in {Path.cwd()}, and none of the packaged: {', '.join(names)}"
+    )
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: it is no YAML, or no mapping.
+    """
+    try:
+        content = OmegaConf.load(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not readable as YAML: it is not UTF-8 text; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: not readable: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not readable as YAML: nested too deeply") from error
+    except _NO_YAML as error:
+        raise UserError(f"{path}: not readable as YAML: {_in_one_line(error)}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: expected sections {', '.join(_REQUIRED)}")
+    return content
+
+
+def _in_one_line(error: Exception) -> str:
+    return one_line(" ".join(str(error).split()) or type(error).__name__)
+
+
+def parse_options(options: Sequence[str]) -> DictConfig:
+    """`a.b=c` items, or LAVIS's `a.b c` pairs, as a nested mapping; values are read as YAML.
+
+    Raises:
+        UserError: one line per item that is neither.
+    """
+    faults, pairs, rest = [], [], list(options)
+    while rest:
+        item = rest.pop(0)
+        if "=" not in item and rest:
+            item = f"{item}={rest.pop(0)}"
+        key, equals, _ = item.partition("=")
+        if not equals or not all(part.strip() for part in key.split(".")):
+            faults.append(f"--options {one_line(item)}: expected key=value, as in run.max_epoch=3")
+            continue
+        pairs.append(item)
+    merged = OmegaConf.create({})
+    for item in pairs:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        except (*_NO_YAML, RecursionError) as error:
+            faults.append(f"--options {one_line(item)}: {_in_one_line(error)}")
+    if faults:
+        raise UserError(faults)
+    return merged
+
+
+def merge(*sections: DictConfig) -> DictConfig:
+    """Sections over each other, the last one winning.
+
+    Raises:
+        UserError: one has a list where another has keys.
+    """
+    merged = OmegaConf.create({})
+    for section in sections:
+        if found := _clashes(merged, section, ""):
+            raise UserError(found)
+        merged = OmegaConf.merge(merged, section)
+    return merged
+
+
+def _clashes(under: Any, over: Any, path: str) -> list[str]:
+    kinds = {DictConfig: "a section", ListConfig: "a list"}
+    if type(under) not in kinds or type(over) not in kinds or under._is_none() or over._is_none():
+        return []
+    if type(under) is not type(over):
+        return [f"{path}: {kinds[type(over)]}, expected {kinds[type(under)]}"]
+    if isinstance(under, ListConfig) or under._is_interpolation() or over._is_interpolation():
+        return []
+    both = [key for key in over if key in under]
+    pairs = {key: (under._get_node(key), over._get_node(key)) for key in both}
+    return [line for key, pair in pairs.items() for line in _clashes(*pair, f"{path}.{key}" if path else str(key))]
+
+
+def check_sections(user: DictConfig, path: Path) -> None:
+    faults = [unknown_key("", key, _SECTIONS) for key in user if key not in _SECTIONS]
+    try:
+        content = OmegaConf.to_container(user, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
+        raise UserError([*faults, f"{error.full_key}: {reason}"]) from error
+    for name in _REQUIRED:
+        if not content.get(name):
+            faults.append(f"{path}: the section {name}: is missing or empty")
+    for name, section in content.items():
+        if name in _SECTIONS and not isinstance(section, dict):
+            faults.append(f"{path}: {name}: {shown(section)} is not a section")
+    faults += _unusable(content, "")
+    if faults:
+        raise UserError(faults)
+
+
+def _unusable(content: Any, path: str) -> list[str]:
+    """Values without which nothing else can be looked at: names that are no text, and OmegaConf's mark for a value
+    to be given."""
+    if content == _TO_BE_GIVEN:
+        return [f"{path}: {_TO_BE_GIVEN} stands for a value; give one"]
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    found = []
+    for key, value in items:
+        where = f"{path}.{key}" if path else str(key)
+        if key in _NAMES and path.partition(".")[0] == "model" and not isinstance(value, str | None):
+            found.append(one_line(f"{where}: {shown(value)} is no name"))
+        else:
+            found += _unusable(value, where)
+    return found
+
+
+def merge_defaults(user: DictConfig) -> DictConfig:
+    """The user's sections over the default YAML files of the model type and of every data set.
+
+    A name that is not registered contributes no defaults; `lavis_dcd.config.checks` reports it.
+    """
+    from lavis.common.registry import registry
+
+    merged = OmegaConf.create({"run": {"task": "dcd_retrieval", "runner": "runner_dcd"}})
+    model = model_defaults(user.model)
+    for name, section in user.datasets.items():
+        kind = section.get("type", "default") if isinstance(section, DictConfig) else None
+        files = getattr(registry.get_builder_class(name), "DATASET_CONFIG_DICT", {})
+        if among(files, kind):
+            default = OmegaConf.load(registry.get_builder_class(name).default_config_path(type=kind))
+            merged = OmegaConf.merge(merged, {"datasets": {name: default.datasets.get(name, {})}})
+    return merge(merged, model, user)
+
+
+def model_defaults(section: DictConfig) -> DictConfig:
+    """The default YAML (`model:`, perhaps `preprocess:`) of a section's `arch` and `model_type`, or empty."""
+    from lavis.common.registry import registry
+
+    model = registered(registry.get_model_class, section.get("arch"))
+    types = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
+    kind = section.get("model_type")
+    if kind is None and len(types) == 1:
+        kind = next(iter(types))
+    return OmegaConf.load(model.default_config_path(kind)) if among(types, kind) else OmegaConf.create({})
+
+
+def registered(find: Callable[[str], Any], name: Any) -> Any:
+    """What is registered under a name; None where nothing is, or the name is no text."""
+    return find(name) if isinstance(name, str) else None
+
+
+def among(names: Collection[str], name: Any) -> bool:
+    """Whether a value that a user wrote, of any kind, is one of the names."""
+    return isinstance(name, str) and name in names

@@ -1,0 +1,242 @@
+"""The `run:` section of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lavis_dcd.common.errors import UserError
+
+
+@dataclass
+class RunConfig:
+    """Every key of `run:`, with its type and default. Values are checked on construction.
+
+    Raises:
+        UserError: one line per value that makes no sense.
+    """
+
+    task: str = "dcd_retrieval"
+    runner: str = "runner_dcd"
+
+    # Where the outputs go: <output_dir>/<project>/<job_id>
+    project: str | None = None  # default: the stem of the config file
+    output_dir: str = "output"
+    job_id: str | None = None  # default: the time of the start
+    report: bool = True
+
+    # The machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    amp: Literal["off", "bf16", "fp16"] = "off"  # fp16 needs CUDA
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # of several processes; fsdp shards what learns
+    num_threads: int | None = None  # torch's CPU threads; default: torch's own choice
+    num_workers: int = 0
+    seed: int = 42
+
+    # The length and the size of the steps
+    max_epoch: int = 10
+    max_steps: int | None = None  # optimizer steps; ends training earlier than max_epoch
+    batch_size_train: int = 64  # per process
+    batch_size_eval: int = 64
+    accum_grad_iters: int = 1  # micro-batches averaged in one optimizer step
+    drop_last: bool = True
+    batch_by: str | None = None  # a key of the annotation's rows: pictures that share its value come in one batch
+
+    # The optimizer
+    init_lr: float = 1e-4
+    min_lr: float = 0.0
+    head_lr_multiplier: float = 5.0
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-8
+    lr_sched: Literal["linear_warmup_linear", "cosine", "constant", "linear_warmup_cosine_lr", "constant_lr"] = (
+        "linear_warmup_linear"  # the last two are LAVIS's names of the two before them
+    )
+    warmup: float = 0.1  # a fraction of all steps
+    warmup_steps: int | None = None  # the same as a number of steps; wins over warmup
+    grad_clip: float | None = None  # the largest gradient norm
+    max_bad_steps: int = 5  # steps with a NaN or infinite loss or gradient are skipped; so many in a row end the job
+
+    # What is evaluated, and when
+    train_splits: list[str] = field(default_factory=lambda: ["train"])
+    valid_splits: list[str] = field(default_factory=list)
+    test_splits: list[str] = field(default_factory=list)
+    evaluate: bool = False  # evaluate only
+    evaluate_before: bool = True  # the student before its first step, on the test splits
+    evaluate_teacher: bool = True
+    teacher_split_eval: list[str] | None = None  # the teacher's splits; default: the test splits
+    eval_every_epochs: int = 1
+    k_test: int | None = None
+    shortlist: str | None = None
+    match_memory_mb: float = 1024
+    eval_memory_mb: float = 4096  # features of one evaluation that take more are read from disk; the scores are equal
+    coco_1k_folds: bool = False
+
+    # Data
+    cache_features: Literal["off", "memory", "disk"] = "off"
+    cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # how precisely features are kept
+    verify: Literal["fast", "full", "off"] = "fast"
+
+    # Checkpoints and logs
+    save_every: int | None = None  # optimizer steps; a checkpoint is also written at the end of each epoch
+    keep_last: int = 2
+    keep_best: int = 1  # best weights; those that a kept checkpoint speaks of stay in any case
+    resume: str | None = None  # "auto", a checkpoint, or a run folder
+    # Differences from the checkpoint that a resumed job accepts
+    resume_force: list[Literal["teacher", "data", "recipe", "world_size"]] = field(default_factory=list)
+    log_freq: int = 50
+
+    # Accepted so that LAVIS's own YAML files load. Derived from the environment (torchrun), hence never read
+    world_size: int | None = None
+    dist_url: str = "env://"
+    distributed: bool | None = None
+    use_dist_eval_sampler: bool | None = None
+
+    def __post_init__(self) -> None:
+        found = self.faults()
+        if found:
+            raise UserError(found)
+
+    def faults(self) -> list[str]:
+        """One line per value out of its range; empty when the section is sound."""
+        found = []
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                found.append(f"run.{name}: {value!r} must be greater than 0")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                found.append(f"run.{name}: {value!r} must not be negative")
+        if not 0 <= self.warmup <= 1:
+            found.append(f"run.warmup: {self.warmup!r} is a fraction of all steps, 0 to 1 (see run.warmup_steps)")
+        if self.strategy not in ("ddp", "fsdp"):
+            found.append(f"run.strategy: {self.strategy!r} must be 'ddp' or 'fsdp'")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"run.betas: {self.betas!r} must be two numbers in [0, 1)")
+        if not self.train_splits and not self.evaluate:
+            found.append("run.train_splits: is empty, so there is nothing to train on; run.evaluate=true evaluates")
+        if self.min_lr > self.init_lr:
+            found.append(f"run.min_lr: {self.min_lr!r} is greater than run.init_lr {self.init_lr!r}")
+        if self.job_id is not None and ("/" in self.job_id or self.job_id in ("", ".", "..")):
+            found.append(f"run.job_id: {self.job_id!r} must be the name of one folder")
+        return found
+
+    @property
+    def table_splits(self) -> list[str]:
+        """The splits of the final table: the test splits, else the validation splits."""
+        return list(self.test_splits or self.valid_splits)
+
+    @property
+    def teacher_splits(self) -> list[str]:
+        """The splits on which the teacher is evaluated."""
+        if not self.evaluate_teacher:
+            return []
+        return self.table_splits if self.teacher_split_eval is None else list(self.teacher_split_eval)
+
+    @property
+    def used_splits(self) -> list[str]:
+        """What the job reads, with "train" for the training splits together."""
+        training = [] if self.evaluate else ["train"]
+        return list(dict.fromkeys([*training, *self.valid_splits, *self.test_splits, *self.teacher_splits]))
+
+    def missing_splits(self, available: Collection[str]) -> list[str]:
+        """One line per split that the job needs and its data sets do not have.
+
+        Args:
+            available: the splits there are.
+        """
+        needed = {"run.valid_splits": self.valid_splits, "run.test_splits": self.test_splits}
+        if self.evaluate_teacher and self.teacher_split_eval:
+            needed["run.teacher_split_eval"] = self.teacher_split_eval
+        if not self.evaluate:
+            needed["run.train_splits"] = self.train_splits
+        there = ", ".join(sorted(available)) or "none"
+        return [
+            f"{key}: the data sets have no split {split!r}; there are {there}"
+            for key, splits in needed.items()
+            for split in splits
+            if split not in available
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers only, as a checkpoint may hold them."""
+        return asdict(self)
+
+
+_POSITIVE = (
+    "num_threads",
+    "max_epoch",
+    "max_steps",
+    "batch_size_train",
+    "batch_size_eval",
+    "accum_grad_iters",
+    "init_lr",
+    "head_lr_multiplier",
+    "eps",
+    "grad_clip",
+    "max_bad_steps",
+    "eval_every_epochs",
+    "k_test",
+    "match_memory_mb",
+    "eval_memory_mb",
+    "save_every",
+    "keep_last",
+    "keep_best",
+    "log_freq",
+)
+_NOT_NEGATIVE = ("num_workers", "seed", "min_lr", "weight_decay", "warmup_steps")
+
+
+# ----------------------------------------------------------------------------------------------------
+# How evaluation sets are scored, as the ``run:`` section has it.
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How evaluation sets are scored: the keys of ``run:`` that it reads.
+
+    Args:
+        k_test: rerank that many per query; ``None`` scores every pair.
+        shortlist: name of the matcher whose joint space makes the shortlist; ``None`` or "joint": its own.
+        memory_mb: the rows gathered for one call of a matcher.
+        eval_memory_mb: features that take more MiB wait on disk, see ``run.eval_memory_mb``.
+        coco_1k_folds: add COCO's 1K protocol under the prefix ``1k_``.
+        spill_folder: where they wait; no key of ``run:``. The system's temporary folder by default.
+    """
+
+    k_test: int | None = None
+    shortlist: str | None = None
+    batch_size: int = 64
+    num_workers: int = 0
+    amp: str = "off"
+    memory_mb: float = 1024
+    eval_memory_mb: float = 4096
+    coco_1k_folds: bool = False
+    spill_folder: Path | None = None
+
+    @classmethod
+    def of_run(cls, run: Any) -> Protocol:
+        """From a ``run:`` section, a dataclass or a mapping; what it leaves out has its default."""
+        keys = {name: name for name in cls.__dataclass_fields__}
+        keys |= {"batch_size": "batch_size_eval", "memory_mb": "match_memory_mb"}
+        found = {name: _read(run, key) for name, key in keys.items()}
+        given = {name: value for name, value in found.items() if value is not None}
+        if given.get("amp") is False:  # LAVIS's own way to say off
+            given["amp"] = "off"
+        return cls(**given)
+
+    @property
+    def how(self) -> str:
+        """In words, for tables."""
+        if self.k_test is None:
+            return "exhaustive"
+        return f"shortlist k={self.k_test} ({self.shortlist or 'joint'})"
+
+
+def _read(run: Any, key: str) -> Any:
+    if run is None:
+        return None
+    return run.get(key) if isinstance(run, Mapping) or hasattr(run, "get") else getattr(run, key, None)

@@ -1,0 +1,1 @@
+"""Scenes of coloured shapes that the package draws itself."""

@@ -1,0 +1,174 @@
+"""What a score bank says of its teacher, as a table that one can act on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lavis_dcd.banks.score_bank import BankTable
+from lavis_dcd.common.files import atomic_write
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+LADDER = (0.5, 0.75, 0.9, 0.99)  # quantiles of how far above the match misranked candidates score
+FEW = 0.01  # of the queries: nothing to guard against
+
+
+@dataclass
+class DirectionReport:
+    """One direction; a query is a row of the training set.
+
+    Args:
+        queries: those with a candidate.
+        candidates: kept, of all queries.
+        match, hardest: quantiles (``QUANTILES``) of the scores of the match and of the highest candidate.
+        misranked: share of the queries whose hardest candidate scores at least as high as the match.
+    """
+
+    queries: int
+    candidates: int
+    match: list[float] = field(default_factory=list)
+    hardest: list[float] = field(default_factory=list)
+    misranked: float = 0.0
+
+
+@dataclass
+class MarginReport:
+    """What ``selection.margin`` would drop: candidates, and queries that lose their hardest, by direction."""
+
+    margin: float
+    candidates: dict[str, int]
+    queries: dict[str, int]
+
+
+@dataclass
+class MiningReport:
+    """All of it; ``advice`` says what to do with it, ``command`` trains from the bank."""
+
+    directions: dict[str, DirectionReport]
+    margins: list[MarginReport]
+    advice: str
+    command: str = ""
+
+    def lines(self) -> list[str]:
+        """The table as text."""
+        found = []
+        for direction, part in self.directions.items():
+            per_query = part.candidates / max(1, part.queries)
+            found += [f"{direction}: {part.queries:,} queries, {per_query:.1f} candidates each"]
+            if part.queries:
+                found += [
+                    _row("  quantile", [f"{100 * q:.0f} %" for q in QUANTILES]),
+                    _row("  match", [f"{value:.2f}" for value in part.match]),
+                    _row("  hardest negative", [f"{value:.2f}" for value in part.hardest]),
+                    f"  misranked (the hardest as high as the match or higher): {100 * part.misranked:.1f} % of them",
+                ]
+        found += ["", "what model.selection.margin would drop: candidates, and queries that would lose their hardest"]
+        heads = [f"{direction} {what}" for direction in self.directions for what in ("candidates", "queries")]
+        found += [_row("  margin", heads, 28)]
+        found += [_row(f"  {step.margin:g}", self._dropped(step), 28) for step in self.margins]
+        return [*found, "", self.advice, *([f"train from it: {self.command}"] if self.command else [])]
+
+    def _dropped(self, step: MarginReport) -> list[str]:
+        cells = []
+        for direction, part in self.directions.items():
+            cells.append(_share(step.candidates[direction], part.candidates))
+            cells.append(_share(step.queries[direction], part.queries))
+        return cells
+
+    def save(self, folder: Path) -> None:
+        """``table.txt`` and, with the same figures, ``table.json``."""
+        with atomic_write(folder / "table.txt", "w") as handle:
+            handle.write("\n".join(self.lines()) + "\n")
+        with atomic_write(folder / "table.json", "w") as handle:
+            json.dump({"quantiles": QUANTILES, **asdict(self)}, handle, indent=1)
+
+
+def report(tables: Mapping[str, BankTable], command: str = "") -> MiningReport:
+    """What the bank's scores say.
+
+    Args:
+        tables: by direction.
+        command: the line that trains from the bank.
+    """
+    above = {direction: _above_match(table) for direction, table in tables.items()}
+    ladder = margins_of(torch.cat([part[part > 0] for part in above.values()]))
+    steps = [
+        MarginReport(
+            margin,
+            {direction: int((part > margin).sum()) for direction, part in above.items()},
+            {direction: int((part[:, :1] > margin).sum()) for direction, part in above.items()},
+        )
+        for margin in ladder
+    ]
+    directions = {direction: _of_direction(table) for direction, table in tables.items()}
+    return MiningReport(directions, steps, _advice(directions, steps), command)
+
+
+def margins_of(excess: Tensor) -> list[float]:
+    """0, and round numbers near the ``LADDER`` quantiles of positive differences ``excess [N]``."""
+    if not len(excess):
+        return [0.0]
+    found = {_rounded(float(value)) for value in _quantiles(excess, LADDER)}
+    return [0.0, *sorted(found - {0.0})]
+
+
+def _above_match(table: BankTable) -> Tensor:
+    """``[R, K]``: how far each candidate scores above the match, -inf where there is none."""
+    excess = table.scores[:, 1:] - table.scores[:, :1]
+    return excess.masked_fill(table.candidates < 0, -torch.inf)
+
+
+def _of_direction(table: BankTable) -> DirectionReport:
+    there = table.candidates >= 0
+    some = there.any(dim=1)
+    found = DirectionReport(int(some.sum()), int(there.sum()))
+    if found.queries:
+        match, hardest = table.scores[some, 0], table.scores[some, 1]
+        found.match, found.hardest = _quantiles(match, QUANTILES), _quantiles(hardest, QUANTILES)
+        found.misranked = float((hardest >= match).double().mean())
+    return found
+
+
+def _advice(directions: Mapping[str, DirectionReport], steps: Sequence[MarginReport]) -> str:
+    queries = sum(part.queries for part in directions.values())
+    if not queries:
+        return "no query has a candidate: mine a larger pool (model.candidates.bank.shortlist, .random) or more data"
+    share = sum(part.misranked * part.queries for part in directions.values()) / queries
+    start = f"the teacher ranks a candidate at least as high as the match for {100 * share:.1f} % of the queries"
+    # the step next above the median: it takes the clearer part of what stands above the match
+    step = steps[min(2, len(steps) - 1)]
+    if share < FEW or not step.margin:
+        return f"{start}: its hard negatives can be trusted, selection.margin is not needed"
+    lost = sum(step.queries.values()) / queries
+    return (
+        f"{start}, by mistake or because nobody labelled a second match; model.selection.margin={step.margin:g} "
+        f"would drop {sum(step.candidates.values()):,} candidates that it ranks far above the match, the hardest of "
+        f"{100 * lost:.1f} % of the queries"
+    )
+
+
+def _quantiles(values: Tensor, at: Sequence[float]) -> list[float]:
+    """Nearest-rank quantiles; torch.quantile refuses more than 16 million values."""
+    ordered = values.sort().values
+    return [float(ordered[min(len(ordered) - 1, math.floor(q * len(ordered)))]) for q in at]
+
+
+def _rounded(value: float) -> float:
+    """The nearest of 1, 2, 3, 5, 7 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    lead = min((1, 2, 3, 5, 7, 10), key=lambda known: abs(known - value / power))
+    return float(f"{lead * power:.6g}")
+
+
+def _row(name: str, cells: Sequence[str], width: int = 10) -> str:
+    return f"{name:<20}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} ({100 * count / max(1, total):.1f} %)"

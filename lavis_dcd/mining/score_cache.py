@@ -1,0 +1,94 @@
+"""A job's score bank: found and loaded before its model is built, checked against its data before it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lavis_dcd.banks.score_bank import ScoreBank, bank_folder
+from lavis_dcd.banks.score_candidates import BankCandidates, Choice
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.schema import parse
+from lavis_dcd.config.checks import section_schema
+from lavis_dcd.mining.identity import identity_of
+from lavis_dcd.models.dcd.build import method_faults
+from lavis_dcd.models.dcd.config import DcdConfig
+
+log = logging.getLogger(__name__)
+
+
+class KeptScores:
+    """The bank of a distillation with ``candidates.source: bank``.
+
+    Args:
+        config: of the distillation.
+        folder: where the bank lies.
+
+    Raises:
+        UserError: there is no bank, or a broken one.
+    """
+
+    def __init__(self, config: DcdConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.bank = ScoreBank.load(folder)
+        self._checked = False
+
+    @classmethod
+    def of_job(cls, cfg: Any) -> KeptScores | None:
+        """The bank of a job that trains from one; None for other jobs.
+
+        Args:
+            cfg: with ``model_cfg``, ``datasets_cfg`` and ``run_cfg``.
+
+        Raises:
+            UserError: settings that do not fit each other; there is no bank, or a broken one.
+        """
+        section = cfg.model_cfg
+        if section_schema(section) is not DcdConfig or cfg.run_cfg.get("evaluate"):
+            return None
+        config = parse(DcdConfig, section, "model")
+        if not config.candidates.from_bank:
+            return None
+        # a setting that cannot work would ask for a bank that is not needed
+        if faults := method_faults(config):
+            raise UserError(faults)
+        return cls(config, bank_folder(section, cfg.datasets_cfg))
+
+    def check(self, datasets: Mapping[str, Any]) -> None:
+        """Refuses a bank of another teacher, other data or other transforms.
+
+        Args:
+            datasets: by split, as the runner has them before any view or feature bank.
+
+        Raises:
+            UserError: the bank is stale.
+        """
+        self.bank.refuse_stale(identity_of(self.config, datasets), self.folder)
+        log.info("score bank: %s (%d rows, %s)", self.folder, len(self.bank), ", ".join(sorted(self.bank.tables)))
+        self._warn_of_settings()
+        self._checked = True
+
+    def _warn_of_settings(self) -> None:
+        """A bank mined in another way is as good a bank; who changes a setting may expect another one."""
+        wanted = self.config.candidates.bank
+        for name in ("by", "shortlist", "random", "keep"):
+            mined = self.bank.settings.get(name)
+            if mined is not None and mined != getattr(wanted, name):
+                log.warning(
+                    "model.candidates.bank.%s: %s, but the bank was mined with %s; mine --overwrite changes it",
+                    name, getattr(wanted, name), mined,
+                )  # fmt: skip
+
+    def around(self, dataset: Any, seed: int) -> BankCandidates:
+        """The training set with the bank's hard candidates.
+
+        Raises:
+            UserError: a bank of another number of rows, or without a direction that is trained.
+        """
+        if not self._checked:
+            raise UserError("model.candidates: the score bank was not checked against the data; call prepare first")
+        how = self.config.selection
+        choice = Choice(how.hard_negatives, how.strategy, how.margin)
+        return BankCandidates(dataset, self.bank, list(self.config.candidates.sources()), choice, seed)

@@ -1,0 +1,144 @@
+"""The ``model:`` section of a distillation job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lavis_dcd.distillation.objective import LossConfig
+from lavis_dcd.matching.contract import MAIN_VIEW
+
+IN_BATCH, BANK = "in_batch", "bank"
+
+
+@dataclass
+class PoolConfig:
+    """Where the candidates of one direction come from."""
+
+    # in_batch: all other items of the batch | random: drawn from the data set | bank: mined before the training, with
+    # the teacher's scores; null: as candidates.source says
+    source: str | None = None
+    count: int | None = None  # random: captions drawn per picture (the release: 63 Flickr30K, 15 COCO)
+
+
+@dataclass
+class BankConfig:
+    """A score bank: where it lies and how ``python -m lavis_dcd mine`` fills it."""
+
+    path: str | None = None  # the bank's folder; null: in the cache, by teacher and data
+    by: str = "joint"  # whose cheap scores make the shortlist: joint (the teacher's joint space) | student | none
+    shortlist: int = 48  # most promising candidates per query, by the cheap scores
+    random: int = 15  # candidates drawn at random per query beside them
+    keep: int = 63  # highest teacher scores kept per query
+
+
+@dataclass
+class CandidatesConfig:
+    """Candidate pools by direction; a direction set to null is not trained."""
+
+    image_to_text: PoolConfig | None = field(default_factory=PoolConfig)
+    text_to_image: PoolConfig | None = field(default_factory=PoolConfig)
+    # pairs that the teacher scores per batch and direction: each query's most promising by a dual student's current
+    # scores, random ones for other students; null: all of the pool
+    teacher_budget: int | None = None
+    source: str | None = None  # of both directions, where they name none; null: in_batch
+    bank: BankConfig = field(default_factory=BankConfig)
+
+    def sources(self) -> dict[str, str]:
+        """The source of each direction that is trained: a direction's own, else the common one, else in_batch."""
+        sections = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+        return {
+            direction: section.source or self.source or IN_BATCH
+            for direction, section in sections.items()
+            if section is not None
+        }
+
+    @property
+    def from_bank(self) -> bool:
+        """Whether candidates and their teacher scores come from a score bank, so that no teacher runs."""
+        return BANK in self.sources().values()
+
+
+@dataclass
+class PrescreenConfig:
+    """A cheap look that leaves the teacher fewer candidates to score. Not exact: it may miss hard ones."""
+
+    by: Literal["student", "joint", "random"] = "joint"  # joint: the teacher's joint space where it has one and reads
+    # the student's features, else the student's own
+    keep: int = 16  # candidates per query that the teacher scores, the match beside them
+    check_every: int = 50  # steps between those in which the teacher scores all, for prescreen_found; 0: never
+
+
+@dataclass
+class SelectionConfig:
+    """Which candidates reach the student."""
+
+    hard_negatives: int | None = 7  # null: all of the pool
+    strategy: str = "hardest"  # hardest: by teacher score | random
+    margin: float | None = None  # drop candidates that the teacher scores above the match by more than this
+    prescreen: PrescreenConfig | None = None  # null: the teacher scores every candidate
+
+
+# keys of a teacher's or student's section that the distiller reads, not its model
+DISTILLER_KEYS = {
+    "teacher": ("preprocess",),
+    "teachers": ("preprocess", "weight"),
+    "student": ("preprocess", "init_from_teacher"),
+}
+
+
+@dataclass
+class SuccessionConfig:
+    """``student.init_from_teacher``: layers of the teacher's fusion, or its towers.
+
+    Raises:
+        ValueError: neither is given.
+    """
+
+    layers: list[int] | None = None
+    towers: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers and not self.towers:
+            raise ValueError("give layers: [...] (of the teacher's fusion) or towers: true")
+        if self.layers and min(self.layers) < 0:
+            raise ValueError(f"layers: {self.layers} must not be negative; the teacher's first layer is 0")
+
+
+@dataclass
+class DcdConfig:
+    """Everything ``dcd`` is built from. ``teacher`` and ``student`` are ``model:`` sections of any matcher."""
+
+    arch: str = "dcd"
+    model_type: str = "default"
+    teacher: dict[str, Any] | None = None
+    # several teachers instead of one, each a section with an optional ``weight``: their scores are standardised per
+    # query and averaged
+    teachers: list[dict[str, Any]] = field(default_factory=list)
+    student: dict[str, Any] = field(default_factory=dict)
+    # true: the student uses the teacher's own frozen towers; false: never; null: true for a student that starts from
+    # its teacher, else only where both have equal frozen towers
+    share_encoders: bool | None = None
+    candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    # autocast for what does not learn, the teachers and frozen encoders: off | bf16; student and loss stay in float32
+    frozen_amp: Literal["off", "bf16"] = "off"
+    student_chunk_pairs: int | None = None  # recompute the student in chunks of so many pairs: less memory, same loss
+
+    @property
+    def teacher_sections(self) -> list[tuple[str, dict[str, Any]]]:
+        """Where each teacher's section stands, and the section."""
+        if self.teachers:
+            return [(f"model.teachers.{i}", section) for i, section in enumerate(self.teachers)]
+        return [("model.teacher", self.teacher or {})]
+
+    def sections_by_view(self, teachers: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The matchers' sections by the view that each reads.
+
+        Args:
+            teachers: their views, in the order of their sections; none where a bank has their scores.
+        """
+        named = zip(teachers, self.teacher_sections, strict=False)
+        return {**{name: section for name, (_, section) in named}, MAIN_VIEW: self.student}

@@ -1,0 +1,275 @@
+"""The report of a run: one HTML page that needs nothing else, and the table for a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import atomic_write
+from lavis_dcd.common.texts import memory_in_words as memory_words
+from lavis_dcd.reporting.charts import Series, line_chart
+from lavis_dcd.reporting.table import Row, body, format_table, headline, tiles, used_columns
+from lavis_dcd.training.health import SKIPPED
+from lavis_dcd.training.logs import DATA_WAIT
+
+__all__ = ["RunFiles", "chart_sections", "format_table", "write_report"]
+
+FOLDS = "1k_"
+SCORES, MISRANKED = "_score", "_misranked"
+COLOURS = {"student": 1, "teacher": 2}  # the same in every chart
+WORDS = {
+    "loss": "total",
+    "distill_loss": "distillation",
+    "contrastive_loss": "contrastive",
+    "fusion_loss": "fusion",
+    "joint_loss": "joint space",
+    "txt_r1": "picture finds caption, R@1",
+    "txt_r10": "picture finds caption, R@10",
+    "img_r1": "caption finds picture, R@1",
+    "img_r10": "caption finds picture, R@10",
+    "grad_norm": "Gradient norm, before clipping",
+    "prescreen_found": "Share of the hardest that the prescreen kept",
+    "student_spread": "Spread of the student's scores of a query, of the largest score",
+    "teacher_match_rank": "Share of the other candidates that the teacher puts above the match",
+}
+
+
+@dataclass
+class RunFiles:
+    """What a run folder says of its run."""
+
+    results: dict[str, Any]
+    config: str = ""
+    train: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunFiles:
+        """From ``results.json`` and, where they exist, ``config.yaml`` and ``metrics.jsonl``.
+
+        Raises:
+            UserError: ``results.json`` is missing or broken.
+        """
+        folder = Path(folder)
+        path = folder / "results.json"
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"no report without {path}, which an evaluation writes: {error}") from error
+        lines = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines() if line.endswith("}")]
+        return cls(
+            results,
+            _text(folder / "config.yaml"),
+            [line for line in lines if line.get("kind") == "train"],
+            [line for line in lines if line.get("kind") == "eval"],
+        )
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes ``report.html`` into a run folder.
+
+    Args:
+        run_dir: holds ``results.json``, and ``config.yaml`` and ``metrics.jsonl`` where the run trained.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: ``results.json`` is missing or broken.
+    """
+    run = RunFiles.read(run_dir)
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    rows: list[Row] = run.results.get("rows", [])
+    folds = [_fold_row(row) for row in rows if f"{FOLDS}r_sum" in row]
+    page = environment.get_template("report.html.j2").render(
+        title=run.results.get("title") or "Retrieval report",
+        split=run.results.get("split", ""),
+        headline=headline(rows),
+        tiles=tiles(rows),
+        table=body(rows, used_columns(rows, hide_same_how=True)),
+        columns=used_columns(rows, hide_same_how=True),
+        how=_same_how(rows),
+        folds=body(folds, used_columns(folds)),
+        fold_columns=used_columns(folds),
+        sections=chart_sections(run),
+        gallery=_gallery(run.results.get("gallery", [])),
+        machine={**_machine(run), **_waiting(run), **_prescreened(run), **_skipped(run)},
+        config=run.config,
+    )
+    path = Path(run_dir) / "report.html"
+    with atomic_write(path, "w") as handle:
+        handle.write(page)
+    return path
+
+
+def chart_sections(run: RunFiles) -> list[dict[str, Any]]:
+    """Charts under headings: ``title``, ``note``, ``charts`` of ``{"title", "svg"}``; empty ones left out."""
+    learning = [
+        ("Training loss", _chart([_train_series(run, key) for key in _losses(run)])),
+        *_validation(run),
+        ("Learning rate", _chart([_train_series(run, "lr")])),
+    ]
+    sections = [
+        ("Learning", "Training figures are means over the steps since the point before.", learning),
+        ("Diagnostics", "Seen on the training batches, pictures and captions together.", _diagnostics(run)),
+    ]
+    kept = []
+    for title, note, charts in sections:
+        drawn = [{"title": name, "svg": Markup(svg)} for name, svg in charts if svg]
+        if drawn:
+            kept.append({"title": title, "note": note, "charts": drawn})
+    return kept
+
+
+def _validation(run: RunFiles) -> list[tuple[str, str]]:
+    """Per split: the R-sum of the learner with its teacher's as a level, and the single recalls."""
+    charts = []
+    for split in dict.fromkeys(line["split"] for line in run.evals):
+        lines = [line for line in run.evals if line["split"] == split]
+        learner = [line for line in lines if line["model"] != "teacher"]
+        if len({line["step"] for line in learner}) < 2:
+            continue
+        teacher = next((line["r_sum"] for line in lines if line["model"] == "teacher" and "r_sum" in line), None)
+        name = learner[0]["model"]
+        r_sum = [
+            Series(name, _points(learner, "r_sum")),
+            Series("teacher", level=teacher, colour=COLOURS["teacher"]),
+        ]
+        charts.append((f"R-sum on {split}", _chart(r_sum)))
+        recalls = ("txt_r1", "img_r1", "txt_r10", "img_r10")
+        charts.append(
+            (
+                f"Recalls on {split}, in percent",
+                _chart([Series(WORDS[k], _points(learner, k)) for k in recalls]),
+            )
+        )
+    return charts
+
+
+def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
+    """What else the model reported, scores and misrankings of teacher and student side by side."""
+    known = {"kind", "step", "epoch", "lr", DATA_WAIT, SKIPPED, *_losses(run)}
+    keys = list(dict.fromkeys(k for line in run.train for k, v in line.items() if k not in known and _is_number(v)))
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        if key.endswith(SCORES):
+            groups.setdefault("Scores of the match and of the hardest negative", []).append(key)
+        elif key.endswith(MISRANKED):
+            groups.setdefault("Queries whose match is ranked below a negative", []).append(key)
+        else:
+            groups.setdefault(WORDS.get(key, _words(key).capitalize()), []).append(key)
+    return [
+        (
+            title,
+            _chart([_train_series(run, key) for key in of_group], percent=of_group[0].endswith(MISRANKED)),
+        )
+        for title, of_group in groups.items()
+    ]
+
+
+def _machine(run: RunFiles) -> dict[str, Any]:
+    """The machine's facts, the peaks of memory in words."""
+    facts = dict(run.results.get("machine", {}))
+    peaks = facts.pop("peak_memory", {})
+    return facts | {f"peak memory of {phase}": memory_words(found) for phase, found in peaks.items()}
+
+
+def _skipped(run: RunFiles) -> dict[str, str]:
+    """How many steps were skipped, in words; nothing where none was."""
+    line = next((line for line in reversed(run.train) if line.get(SKIPPED)), None)
+    if line is None:
+        return {}
+    return {"skipped steps": f"{line[SKIPPED]} of {line['step']}: their loss or gradient was NaN or infinite"}
+
+
+def _waiting(run: RunFiles) -> dict[str, str]:
+    """What part of the training time went by waiting for batches, in words."""
+    shares = [line[DATA_WAIT] for line in run.train if _is_number(line.get(DATA_WAIT))]
+    if not shares:
+        return {}
+    return {"waiting for data": f"{100 * sum(shares) / len(shares):.1f} % of the time of the training steps"}
+
+
+def _prescreened(run: RunFiles) -> dict[str, str]:
+    """That the teacher saw only a part of the candidates, and what it missed, in words."""
+    shares = [line["prescreen_found"] for line in run.train if _is_number(line.get("prescreen_found"))]
+    if not shares:
+        return {}
+    share = 100 * sum(shares) / len(shares)
+    return {"prescreen": f"not exact: {share:.1f} % of the teacher's hardest candidates were among those it scored"}
+
+
+def _gallery(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The gallery by direction, each item with a word on who was right."""
+    titles = {
+        "text_to_image": "Captions looking for their picture",
+        "image_to_text": "Pictures looking for their captions",
+    }
+    found = []
+    for direction, title in titles.items():
+        chosen = [{**item, "verdict": _verdict(item["ranks"])} for item in items if item["direction"] == direction]
+        if chosen:
+            found.append({"title": title, "queries": chosen})
+    return found
+
+
+def _verdict(ranks: Mapping[str, int]) -> str:
+    right = [name for name, rank in ranks.items() if rank == 1]
+    if len(ranks) == 1:
+        return "right" if right else "wrong"
+    if len(right) == len(ranks):
+        return "both right" if len(ranks) == 2 else "all right"
+    return f"only the {' and the '.join(right)} right" if right else "none right"
+
+
+def _same_how(rows: Sequence[Row]) -> str:
+    """How the rows were scored, where that is the same for all."""
+    hows = {row.get("how") for row in rows}
+    return str(hows.pop()) if len(hows) == 1 and None not in hows else ""
+
+
+def _fold_row(row: Row) -> Row:
+    return {"name": row["name"], **{k.removeprefix(FOLDS): v for k, v in row.items() if k.startswith(FOLDS)}}
+
+
+def _chart(series: Sequence[Series], percent: bool = False) -> str:
+    return line_chart(series, "optimizer step", percent)
+
+
+def _train_series(run: RunFiles, key: str) -> Series:
+    colour = next((number for name, number in COLOURS.items() if key.startswith(name)), None)
+    dashed = key.endswith(f"hardest{SCORES}")
+    return Series(WORDS.get(key, _words(key)), _points(run.train, key), colour=colour, dashed=dashed)
+
+
+def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(float(line["step"]), float(line[key])) for line in lines if _is_number(line.get(key))]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _words(key: str) -> str:
+    key = key.removesuffix(MISRANKED).removesuffix(SCORES)
+    return key.replace("_", " ")
+
+
+def _losses(run: RunFiles) -> list[str]:
+    """The total, then its parts by name."""
+    keys = {key for line in run.train for key in line if key == "loss" or key.endswith("_loss")}
+    return sorted(keys, key=lambda key: (key != "loss", key))
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

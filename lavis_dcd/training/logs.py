@@ -1,0 +1,300 @@
+"""What a job writes while it runs: log.txt, metrics.jsonl, TensorBoard scalars, and a bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import atomic_write
+from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.training.devices import Place
+from lavis_dcd.training.health import SKIPPED, ScoreWatch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DATA_WAIT = "data_wait"  # the name of DataClock's share in logs
+
+
+class Window:
+    """Sums of the scalars of the steps since the last log line.
+
+    Values stay on their device until `means`, so adding them does not wait for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, scalars: Mapping[str, torch.Tensor]) -> None:
+        """Add one step's scalars (0-dim tensors)."""
+        for name, value in scalars.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """The mean of each scalar over the steps that had it."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+    def finite_means(self, place: Place, step: int, folder: Path) -> dict[str, float]:
+        """The means over all processes, "loss" first; what is no finite number is left out.
+
+        A batch in which no query has a negative has no score of a hardest negative, so its mean is none.
+
+        Args:
+            step, folder: the optimizer step and the run folder, for the error's words.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        found = dict(sorted(self.means().items(), key=lambda item: (item[0] != "loss", item[0])))
+        if not found:
+            return {}
+        values = torch.stack([value.to(place.device) for value in found.values()])
+        means = dict(zip(found, place.mean(values).tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            raise UserError(
+                f"run: the loss is {means['loss']} by step {step}; try a lower run.init_lr, run.grad_clip, or "
+                f"run.amp=off (run folder: {folder})"
+            )
+        return {name: value for name, value in means.items() if math.isfinite(value)}
+
+    @property
+    def steps(self) -> int:
+        """How many steps were added."""
+        return max(self._counts.values(), default=0)
+
+    def clear(self) -> None:
+        """Start a new window."""
+        self._sums, self._counts = {}, {}
+
+    def state_dict(self) -> dict[str, dict]:
+        """For a checkpoint."""
+        return {
+            "sums": {name: value.cpu() for name, value in self._sums.items()},
+            "counts": dict(self._counts),
+        }
+
+    def load_state_dict(self, state: dict[str, dict], device: torch.device) -> None:
+        """Continue the window of a checkpoint."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
+
+class DataClock:
+    """How much of this process's training time goes by waiting for batches.
+
+    It is no part of a checkpoint: after a resume it starts at nothing, and no result depends on it.
+    """
+
+    def __init__(self) -> None:
+        self._waited = self._whole = 0.0
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """`batches`, the time until each of them noted."""
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - begin
+            yield batch
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step, its batches included."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._whole += time.perf_counter() - begin
+
+    def share(self) -> float:
+        """The part of the steps since the last call that was waiting, 0 to 1, to four digits."""
+        share = self._waited / self._whole if self._whole else 0.0
+        self._waited = self._whole = 0.0
+        return round(min(share, 1.0), 4)
+
+
+class MetricsLog:
+    """`metrics.jsonl` and `tensorboard/` of a run folder.
+
+    Args:
+        folder: the run folder.
+        resume_step: drop what an interrupted run wrote beyond this step. Evaluations at the step itself are
+            dropped too: the resumed job writes them again. None starts an empty log.
+        active: False (the processes other than the main one) writes nothing.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None = None, active: bool = True) -> None:
+        self._file = folder / "metrics.jsonl" if active else None
+        self._board = None
+        if self._file is None:
+            return
+        kept = [] if resume_step is None else [line for line in self._lines() if _is_before(line, resume_step)]
+        with atomic_write(self._file, "w") as handle:
+            handle.writelines(json.dumps(line) + "\n" for line in kept)
+        self._board = _board(folder / "tensorboard", resume_step)
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        if not self._file.is_file():
+            return
+        for text in self._file.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError:
+                return  # the line being written when the process was killed; nothing follows it
+
+    def write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        """Append a line {"kind", "step", "epoch", **values}; its numbers also become TensorBoard scalars."""
+        if self._file is None:
+            return
+        line = {"kind": kind, "step": step, "epoch": round(epoch, 6), **values}
+        with self._file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+        if self._board is None:
+            return
+        prefix = "/".join(["train"] if kind == "train" else [str(values["split"]), str(values["model"])])
+        for name, value in values.items():
+            if _is_number(value) and name != "weights_of_step":
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _is_before(line: dict[str, Any], step: int) -> bool:
+    return line["step"] < step or (line["kind"] == "train" and line["step"] == step)
+
+
+def _board(folder: Path, resume_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard is not installed: no TensorBoard scalars (pip install tensorboard)")
+        return None
+    return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+
+
+@contextmanager
+def log_file(path: Path, active: bool = True) -> Iterator[None]:
+    """Also write the log to `path` while inside; the other handlers stay as they are."""
+    root, package = logging.getLogger(), logging.getLogger("lavis_dcd")
+    if not active:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = package.level
+    root.addHandler(handler)
+    if not package.isEnabledFor(logging.INFO):
+        package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        package.setLevel(level)
+        handler.close()
+
+
+@contextmanager
+def progress(total: int, done: int, label: str, active: bool = True) -> Iterator[tqdm]:
+    """A bar on a terminal (nothing elsewhere); log lines print above it."""
+    shown = active and sys.stderr.isatty()
+    with ExitStack() as stack:
+        if shown:
+            stack.enter_context(logging_redirect_tqdm())
+        yield stack.enter_context(
+            tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=not shown)
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def scalars_of(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The scalars of a model's output: numbers and one-element tensors, detached, as 0-dim tensors."""
+    found = {}
+    for name, value in output.items():
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            found[name] = value.detach().reshape(()).double()
+        elif _is_number(value):
+            found[name] = torch.tensor(float(value), dtype=torch.float64)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the steps of a training job tell: means over a window of them, in the log and in metrics.jsonl.
+
+
+class StepLog:
+    """Writes a line for every `run.log_freq` steps, and warns of scores that tell of trouble.
+
+    Args:
+        folder: the run folder, for messages.
+        total_steps: of the whole job, whose last step also ends a window.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        place: Place,
+        folder: Path,
+        metrics: MetricsLog,
+        steps_per_epoch: int,
+        total_steps: int,
+    ) -> None:
+        self._run, self._place, self._folder, self._metrics = run, place, folder, metrics
+        self._steps_per_epoch, self._total = steps_per_epoch, total_steps
+        self._watch = ScoreWatch()
+        self.window, self.clock = Window(), DataClock()
+
+    def add(self, report: Mapping[str, torch.Tensor], step: int, lr: float, skipped: int) -> None:
+        """Count a step; every process must call it.
+
+        Args:
+            report: the step's scalars; none where it was skipped.
+            step: where the job stands now.
+            lr: at which the step was taken.
+            skipped: steps of the job that were.
+        """
+        self.window.add(report)
+        if step % self._run.log_freq == 0 or step == self._total:
+            self._write(step, lr, skipped)
+
+    def _write(self, step: int, lr: float, skipped: int) -> None:
+        means = self.finite_means(step)
+        self._watch.see(means, self.window.steps)
+        self.window.clear()
+        epoch, waited = step / self._steps_per_epoch, self.clock.share()
+        self._metrics.write("train", step, epoch, {"lr": lr, **means, DATA_WAIT: waited, SKIPPED: skipped})
+        told = {**means, DATA_WAIT: waited, **({SKIPPED: skipped} if skipped else {})}
+        shown = " ".join(f"{name} {value:.4g}" for name, value in told.items())
+        logger.info("epoch %.2f step %d/%d lr %.3g %s", epoch, step, self._total, lr, shown)
+
+    def finite_means(self, step: int) -> dict[str, float]:
+        """The window's means over all processes, which all must call.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        return self.window.finite_means(self._place, step, self._folder)

@@ -1,0 +1,120 @@
+"""The run folder: which one a job writes to, and what a finished job leaves there."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import atomic_write
+from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.training.checkpoint import FOLDER
+from lavis_dcd.training.sharding import whole
+
+logger = logging.getLogger(__name__)
+
+
+def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None) -> Path:
+    """Make the folder of a job that starts afresh.
+
+    Args:
+        job_id: a proposal (by the door); `run.job_id` wins over it. Default: the time.
+
+    Raises:
+        UserError: the user named the job, and its folder already holds one.
+    """
+    if run.job_id:
+        folder = project_folder / run.job_id
+        restart = run.resume == "auto"  # the first attempt ended before its first checkpoint
+        if not restart and _is_used(folder):
+            raise UserError(
+                f"run.job_id: {folder} already holds a job; give another name, or continue it with run.resume=auto"
+            )
+    else:
+        name = job_id or time.strftime("%Y%m%d-%H%M%S")
+        folder = _claim(project_folder, name)
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _claim(parent: Path, name: str) -> Path:
+    """Make the first of name, name-2, name-3, ... that does not exist."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def _is_used(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "results.json", "metrics.jsonl"))
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.yaml: the whole configuration as it ran."""
+    with atomic_write(folder / "config.yaml", "w") as handle:
+        yaml.safe_dump(dict(config), handle, sort_keys=False, allow_unicode=True)
+
+
+def write_results(
+    folder: Path,
+    title: str,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    gallery: list,
+    machine: Mapping[str, Any],
+) -> None:
+    """results.json for the first split, results_<split>.json for each other one.
+
+    Args:
+        rows: by split; each row has a "name" and metrics.
+        gallery: queries and what each matcher returns, of the first split.
+    """
+    for number, (split, split_rows) in enumerate(rows.items()):
+        content = {
+            "title": title,
+            "split": split,
+            "rows": list(split_rows),
+            "gallery": [] if number else gallery,
+            "machine": dict(machine),
+        }
+        name = f"results_{split}.json" if number else "results.json"
+        with atomic_write(folder / name, "w") as handle:
+            json.dump(content, handle, indent=1)
+
+
+def export_model(folder: Path, model: nn.Module, write: bool = True) -> Path:
+    """Write the model that the job produced, on its own: student.pth, or model.pth for a plain model.
+
+    Every process must call it where the model is sharded; the main one writes.
+
+    The file holds `checkpoint()` of `model.exported()` (of the model itself where it has no such method):
+    tensors and plain containers, which load with `weights_only=True`.
+    """
+    exported = model.exported() if hasattr(model, "exported") else model
+    content = exported.checkpoint() if hasattr(exported, "checkpoint") else {"model": exported.state_dict()}
+    content = {key: whole(value, write) for key, value in content.items()}
+    path = folder / ("student.pth" if exported is not model else "model.pth")
+    if not write:
+        return path
+    with atomic_write(path) as handle:
+        torch.save({key: _on_cpu(value) for key, value in content.items()}, handle)
+    return path
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    return {key: _on_cpu(item) for key, item in value.items()} if isinstance(value, Mapping) else value

@@ -1,0 +1,570 @@
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.config import job_file as config_module
+from lavis_dcd.config.checks import inner_models, model_faults
+from lavis_dcd.config.job_file import find_config, merge_defaults, parse_options, read_yaml
+from lavis_dcd.config.required_files import needs
+from lavis_dcd.job import load_config
+from lavis_dcd.matching.adapters import registry as adapter_registry
+from lavis_dcd.matching.adapters.base import Adapter, AdapterOptions
+
+SCENES = {
+    "model": {
+        "arch": "meter_retrieval",
+        "model_type": "student_coco",
+        "text": {"name": "asset:quickstart/vocab.txt"},
+    },
+    "datasets": {"shape_scenes": {"build_info": {"scenes": {"train": 30, "val": 6, "test": 6}}}},
+    "run": {"task": "dcd_retrieval", "max_epoch": 2},
+}
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, cache):
+    """Writes a job into the current folder, an otherwise empty one."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def write(content) -> str:
+        OmegaConf.save(OmegaConf.create(content), folder / "job.yaml")
+        return "job.yaml"
+
+    return write
+
+
+def faults_of(path, options=(), **kwargs) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load_config(path, options, **kwargs)
+    assert all("\n" not in line for line in caught.value.faults)
+    return caught.value.faults
+
+
+def one(faults: list[str], start: str) -> str:
+    found = [line for line in faults if line.startswith(start)]
+    assert len(found) == 1, faults
+    return found[0]
+
+
+def test_options_go_over_the_file_and_defaults_under_it(job):
+    config = load_config(job(SCENES), ["run.max_epoch=5", "run.init_lr=1e-5", "model.fusion.layers=2"])
+    assert (config.run_cfg.max_epoch, config.run_cfg.init_lr) == (5, 1e-5)
+    assert (config.model_cfg.fusion.layers, config.model_cfg.fusion.heads) == (
+        2,
+        12,
+    )  # heads: the type's YAML
+    assert config.datasets_cfg.shape_scenes.vis_processor.train.name == "dcd_image_train"  # the builder's YAML
+    assert config.datasets_cfg.shape_scenes.build_info.scenes.train == 30
+    assert (config.run_cfg.runner, config.run_cfg.project) == ("runner_dcd", "job")
+    assert set(config.to_dict()) >= {"run", "model", "datasets"}
+    config.pretty_print()
+
+    from lavis.common.registry import registry
+
+    assert registry.get("configuration") is config
+
+
+def test_evaluate_and_lavis_style_pairs(job):
+    config = load_config(job(SCENES), ["run.max_epoch", "3", "run.seed=7"], evaluate=True)
+    assert (config.run_cfg.max_epoch, config.run_cfg.seed, config.run_cfg.evaluate) == (3, 7, True)
+
+
+def test_model_type_may_come_from_the_options(job):
+    config = load_config(job(SCENES), ["model.model_type=student_flickr"])
+    assert config.model_cfg.model_type == "student_flickr"
+
+
+def test_options_that_are_no_settings():
+    got = parse_options(["a.b=[0,3,5]", "a.c=null", "d", "x", "e=k=v"])
+    assert OmegaConf.to_container(got) == {"a": {"b": [0, 3, 5], "c": None}, "d": "x", "e": "k=v"}
+    with pytest.raises(UserError) as caught:
+        parse_options(["a..b=1", "=3", "lonely"])
+    assert len(caught.value.faults) == 3
+    assert all("expected key=value" in line for line in caught.value.faults)
+
+
+def test_every_fault_is_told_at_once(job):
+    content = {
+        "model": {
+            "arch": "meter_retrieval",
+            "model_type": "student_coco",
+            "fusoin": {},
+            "fusion": {"layers": "two"},
+        },
+        "datasets": {
+            "shape_scenes": {
+                "vis_procesor": {},
+                "vis_processor": {
+                    "train": {"name": "dcd_image_trian"},
+                    "evla": {},
+                    "eval": {"image_siez": 1},
+                },
+                "build_info": {"seeed": 1},
+            },
+            "flickr30": {},
+        },
+        "run": {"task": "dcd_retrival", "amp": "bf61", "resume": "gone", "max_epoch": -1},
+    }
+    found = faults_of(job(content), ["run.max_epochs=3"])
+    assert "did you mean dcd_retrieval" in one(found, "run.task: 'dcd_retrival' is not registered")
+    assert "did you mean max_epoch" in one(found, "run.max_epochs: unknown key")
+    assert "bf16" in one(found, "run.amp")
+    assert "did you mean fusion" in one(found, "model.fusoin")
+    assert "not an integer" in one(found, "model.fusion.layers")
+    assert "did you mean flickr30k" in one(found, "datasets.flickr30:")
+    assert "did you mean vis_processor" in one(found, "datasets.shape_scenes.vis_procesor")
+    assert "dcd_image_train" in one(found, "datasets.shape_scenes.vis_processor.train.name")
+    assert "legal keys: eval, train" in one(found, "datasets.shape_scenes.vis_processor.evla")
+    assert "image_size" in one(found, "datasets.shape_scenes.vis_processor.eval.image_siez")
+    assert "seed" in one(found, "datasets.shape_scenes.build_info.seeed")
+    assert "does not exist" in one(found, "run.resume")
+    assert list(Path().iterdir()) == [Path("job.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"model": {"arch": "meter_retrival"}},
+            "model.arch: 'meter_retrival' is not registered; did you mean meter_",
+        ),
+        ({"model": {"arch": None}}, "model.arch: None is not registered; registered: albef_classification"),
+        (
+            {"model": {"model_type": "cocoa"}},
+            "model.model_type: 'cocoa' is not registered; did you mean coco",
+        ),
+        (
+            {"run": {"runner": "runner_dc"}},
+            "run.runner: 'runner_dc' is not registered; did you mean runner_dcd",
+        ),
+        (
+            {"datasets": {"shape_scenes": {"type": "big"}}},
+            "datasets.shape_scenes.type: 'big' is not registered",
+        ),
+        ({"runs": {"a": 1}}, "runs: unknown key; did you mean run?"),
+        ({"run": None}, "job.yaml: run: None is not a section"),
+        (
+            {"run": {"output_dir": "${oc.env:NO_SUCH_VARIABLE}"}},
+            "run.output_dir: \"Environment variable 'NO_SUCH_VARIABLE' not found",
+        ),
+    ],
+)
+def test_single_faults(job, change, expected):
+    assert one(faults_of(job(OmegaConf.merge(SCENES, change))), expected)
+
+
+def test_teacher_and_student_are_checked_by_their_own_arch(job):
+    model = {
+        "arch": "dcd", "model_type": "default", "shar_encoders": True,
+        "teacher": {"arch": "meter_retrieval", "model_type": "student_coco", "fusion": {"layer": 3}},
+        "student": {"init_from_teacher": {"layer": [0]}, "text": {"nam": "x"}},
+    }  # fmt: skip
+    found = faults_of(job({**SCENES, "model": model}))
+    assert "did you mean share_encoders" in one(found, "model.shar_encoders")
+    assert "did you mean layers" in one(found, "model.teacher.fusion.layer:")
+    assert "did you mean layers" in one(found, "model.student.init_from_teacher.layer:")
+    assert "did you mean name" in one(found, "model.student.text.nam:")
+    model["teacher"] = {"arch": "metre"}
+    assert one(faults_of(job({**SCENES, "model": model})), "model.teacher.arch: 'metre' is not registered")
+
+
+def test_lavis_own_models_and_data_sets_are_checked_against_their_defaults(job, offline):
+    content = {
+        "model": {"arch": "albef_retrieval", "model_type": "coco", "alpa": 0.4, "use_distill": 3},
+        "datasets": {
+            "coco_retrieval": {
+                "vis_processor": {"train": {"name": "blip_image_train", "image_size": 384, "blur": 1}},
+                "build_info": {"imags": {"storage": "x"}},
+            }
+        },
+        "run": {"task": "retrieval"},
+    }
+    found = faults_of(job(content))
+    assert "did you mean alpha" in one(found, "model.alpa")
+    assert "not of the default's kind" in one(found, "model.use_distill")
+    assert "min_scale" in one(found, "datasets.coco_retrieval.vis_processor.train.blur")
+    assert "did you mean images" in one(found, "datasets.coco_retrieval.build_info.imags")
+
+
+def test_offline_every_missing_file_is_named_with_its_source(job, cache, offline):
+    content = {
+        "model": {
+            "arch": "dcd",
+            "teacher": {"arch": "meter_retrieval", "model_type": "coco"},
+            "student": {"init_from_teacher": {"layers": [0, 3, 5]}},
+        },
+        "datasets": {"coco_retrieval": {"vis_processor": {"train": {"name": "blip_image_train"}}}},
+    }
+    found = faults_of(job(content))
+    weights = one(found, "model.teacher.finetuned")
+    assert str(cache / "checkpoints" / "meter_clip16_288_roberta_coco.ckpt") in weights
+    assert "https://github.com/zdou0830/METER/releases/" in weights and "cannot be reached" in weights
+    for split in ("train", "val", "test"):
+        line = one(found, f"datasets.coco_retrieval.build_info.annotations.{split}.storage")
+        assert str(cache / f"coco/annotations/coco_karpathy_{split}.json") in line
+        assert f"datasets/coco_karpathy_{split}.json" in line
+    assert "by hand" in one(found, f"datasets.coco_retrieval.build_info.images.storage: {cache / 'coco/images'} does")
+    assert not cache.exists()
+
+
+PACKAGED = sorted((packaged_folder("projects") / "dcd").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
+def test_every_packaged_job_is_sound(path, monkeypatch, cache):
+    from lavis_dcd.config.checks import job_faults
+    from lavis_dcd.variants import expand, split_off
+
+    for name in re.findall(r"\$\{oc\.env:(\w+)", path.read_text(encoding="utf-8")):
+        monkeypatch.setenv(name, str(cache))
+    own, comparison = split_off(read_yaml(path))
+    runs = expand(comparison, own.run, cache) if comparison else []
+    for settings in [variant.settings for variant in runs] or [{}]:
+        found = job_faults(merge_defaults(OmegaConf.merge(own, settings)))
+        # data and weights that a user brings are not there
+        assert [fault for fault in found if str(cache) not in fault] == []
+
+
+def test_the_paper_recipe_offline_says_what_it_lacks(tmp_path, monkeypatch, cache, offline):
+    monkeypatch.chdir(tmp_path)
+    found = faults_of("projects/dcd/meter_coco.yaml", ["model.teacher.text.name=asset:quickstart/vocab.txt"])
+    assert [line.partition(":")[0] for line in found] == [
+        "model.teacher.finetuned",
+        "datasets.coco_retrieval.build_info.annotations.train.storage",
+        "datasets.coco_retrieval.build_info.annotations.val.storage",
+        "datasets.coco_retrieval.build_info.annotations.test.storage",
+        "datasets.coco_retrieval.build_info.images.storage",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_on_the_hub_is_a_file_too(job, offline):
+    line = faults_of(job(SCENES), ["model.text.name=roberta-no-such"])
+    assert "roberta-no-such is not in the hub's cache" in one(line, "model.text.name")
+    line = faults_of(job(SCENES), ["model.text.name=/no/such/folder"])
+    assert one(line, "model.text.name: /no/such/folder does not exist; name a local folder")
+
+
+def test_files_that_are_there_are_not_missed(job, cache, offline, tmp_path):
+    (tmp_path / "ann.json").write_text("[]")
+    (cache / "coco" / "images").mkdir(parents=True)
+    ann = {split: {"storage": str(tmp_path / "ann.json")} for split in ("train", "val", "test")}
+    content = {**SCENES, "datasets": {"coco_retrieval": {"build_info": {"annotations": ann}}}}
+    assert load_config(job(content)).datasets_cfg.coco_retrieval.data_type == "images"
+    content["model"] = {**SCENES["model"], "pretrained": "no.ckpt"}
+    assert faults_of(job(content)) == ["model.pretrained: no.ckpt does not exist; name a checkpoint file that does"]
+
+
+def test_the_current_folder_comes_before_the_packaged_jobs(tmp_path, monkeypatch):
+    packaged = tmp_path / "packaged"
+    (packaged / "dcd").mkdir(parents=True)
+    (packaged / "dcd" / "a.yaml").write_text("run: {}\n")
+    monkeypatch.setattr(config_module, "packaged_folder", lambda name: packaged)
+    monkeypatch.chdir(tmp_path)
+    assert find_config("projects/dcd/a.yaml") == packaged / "dcd" / "a.yaml"
+    assert find_config("dcd/a.yaml") == packaged / "dcd" / "a.yaml"
+    own = tmp_path / "projects" / "dcd"
+    own.mkdir(parents=True)
+    (own / "a.yaml").write_text("run: {}\n")
+    assert find_config("projects/dcd/a.yaml") == Path("projects/dcd/a.yaml")
+    with pytest.raises(UserError, match=r"no such file in .*none of the packaged: projects/dcd/a.yaml"):
+        find_config("projects/dcd/b.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1", "just text", "\t: x", ""])
+def test_files_that_are_no_jobs(tmp_path, text, job):
+    Path("bad.yaml").write_text(text)
+    assert "bad.yaml" in faults_of("bad.yaml")[-1]
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        read_yaml(path)
+
+
+# -- teachers, students and LAVIS's own models ---------------------------------------------------------------------
+
+ALBEF = {"arch": "albef_retrieval", "model_type": "coco"}
+METER = {"arch": "meter_retrieval", "model_type": "quickstart"}
+THINNED = {"init_from_teacher": {"layers": [0, 3, 5]}}
+
+
+@dataclass
+class Options(AdapterOptions):
+    """What the stub adapter below takes."""
+
+    depth: int = 3
+
+
+@pytest.fixture
+def adapted(monkeypatch):
+    """`albef_retrieval`, `blip2` and `clip` have a stub adapter."""
+
+    class Stub(Adapter):
+        options_class = Options
+
+    for name in ("albef_retrieval", "blip2", "clip"):
+        monkeypatch.setitem(adapter_registry._ADAPTERS, name, Stub)
+
+
+def of_model(model) -> list[str]:
+    return model_faults(OmegaConf.create(model), "model")
+
+
+def distilled(teacher=METER, student=THINNED, **more):
+    return {"arch": "dcd", "model_type": "default", "teacher": teacher, "student": student, **more}
+
+
+def test_a_sound_distillation_has_no_faults():
+    assert of_model(distilled()) == []
+    assert of_model(distilled(teacher={}, teachers=[METER, {**METER, "weight": 0.5}])) == []
+
+
+def test_either_one_teacher_or_several():
+    line = "model.teachers: give either teacher: or teachers:"
+    assert of_model(distilled(teachers=[METER])) == [line]
+    assert of_model({"arch": "dcd", "model_type": "default", "student": METER}) == [line]
+    assert of_model(distilled(teacher={}, teachers=[])) == [line]
+
+
+def test_each_of_several_teachers_is_checked_at_its_place():
+    second = {**METER, "weight": -1.0, "fusoin": 3}
+    found = of_model(distilled(teacher={}, teachers=[{**METER, "weight": "much"}, second]))
+    assert one(found, "model.teachers.0.weight") == "model.teachers.0.weight: 'much' (text) is not a number"
+    assert "did you mean fusion" in one(found, "model.teachers.1.fusoin: unknown key")
+    assert one(found, "model.teachers.1: ") == "model.teachers.1: weight: -1.0 is negative"
+    assert len(found) == 3
+    assert one(of_model(distilled(teacher={**METER, "weight": 1.0})), "model.teacher.weight: unknown key")
+
+
+def test_the_models_inside_a_distiller():
+    section = distilled(teacher={}, teachers=[{**METER, "weight": 0.5, "preprocess": {}}, ALBEF])
+    found = inner_models(OmegaConf.create(section))
+    assert list(found) == ["teachers.0", "teachers.1", "student"]
+    assert "weight" not in found["teachers.0"] and "preprocess" not in found["teachers.0"]
+    assert found["teachers.0"].fusion.layers == 6 and found["teachers.1"].embed_dim == 256
+    assert found["student"] == {"arch": "meter_retrieval"}
+
+
+NO_START = "model.student.init_from_teacher: give layers: [...] (of the teacher's fusion) or towers: true"
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ({"layers": [0, 3]}, []),
+        ({"towers": True}, []),
+        ({}, [NO_START]),
+        ({"layers": [], "towers": False}, [NO_START]),
+        ({"layers": 3}, ["model.student.init_from_teacher.layers: 3 (an integer) is not a list of (an integer)"]),
+        ({"towers": "vision"}, ["model.student.init_from_teacher.towers: 'vision' (text) is not true or false"]),
+    ],
+)
+def test_how_a_student_starts_from_its_teacher(start, expected):
+    assert of_model(distilled(student={"init_from_teacher": start})) == expected
+
+
+QUICKSTART = "projects/dcd/quickstart.yaml"
+BANK = "model.candidates.source=bank"
+# options over the quickstart, and what is told of each; no data set and no model has been made by then
+METHOD_FAULTS = [
+    (["model.loss.alpha=2"], "model.loss.alpha: must lie in [0, 1], got 2.0"),
+    (["model.loss.alpha=-0.1"], "model.loss.alpha: must lie in [0, 1], got -0.1"),
+    (["model.loss.temperature=0"], "model.loss.temperature: must be above 0, got 0.0"),
+    (["model.loss.distill=mse", "model.loss.temperature=2"], "model.loss.temperature: does nothing in distill 'mse'"),
+    (["model.loss.temperature=2"], "model.loss.temperature: does nothing in distill 'mse'"),  # what auto stands for
+    (["model.loss.gamma=-1"], "model.loss.gamma: must be at least 0, got -1.0"),
+    (["model.loss.entropy_floor=-1"], "model.loss.entropy_floor: must be at least 0, got -1.0"),
+    (["model.loss.student_weight=-1"], "model.loss.student_weight: must be at least 0, got -1.0"),
+    (["model.loss.in_batch_weight=-1"], "model.loss.in_batch_weight: must be at least 0, got -1.0"),
+    (["model.loss.distill=mze"], "model.loss.distill: unknown name 'mze'; registered: kl, margin_mse, mse"),
+    (["model.loss.contrastive=bze"], "model.loss.contrastive: unknown name 'bze'; registered: bce"),
+    (["model.loss.weighting=share"], "model.loss.weighting: unknown name 'share'; registered: confidence_gap"),
+    (["model.loss.reference=papr"], "model.loss.reference: unknown name 'papr'; registered: paper, release"),
+    (["model.loss.reference=release", "model.loss.distill=kl"], "model.loss.distill: reference 'release' has mse only"),
+    (["model.loss.reference=release", "model.selection.hard_negatives=null"], "model.loss.reference: release knows no"),
+    (["model.selection.strategy=hard"], "model.selection.strategy: 'hard' is none of hardest, random"),
+    (["model.selection.hard_negatives=0"], "model.selection.hard_negatives: 0, at least 1 is needed"),
+    (["model.selection.prescreen.keep=3"], "model.selection.prescreen.keep: 3, but selection.hard_negatives is"),
+    (["model.candidates.source=radnom"], "model.candidates.image_to_text.source: "),
+    (["model.candidates.image_to_text.source=radnom"], "model.candidates.image_to_text.source: "),
+    (["model.candidates.text_to_image.source=radnom"], "model.candidates.text_to_image.source: "),
+    (["model.candidates.image_to_text.source=random"], "model.candidates.image_to_text.count: None; the source random"),
+    (["model.candidates.image_to_text=null", "model.candidates.text_to_image=null"], "model.candidates: both"),
+    (["model.candidates.teacher_budget=1"], "model.candidates.teacher_budget: 1, at least 2 pairs per query"),
+    (["model.candidates.bank.by=luck"], "model.candidates.bank.by: 'luck' is none of joint, student, none"),
+    (["model.candidates.bank.keep=0"], "model.candidates.bank.keep: 0, at least 1 is needed"),
+    ([BANK, "model.candidates.teacher_budget=4"], "model.candidates.teacher_budget: no teacher runs with source: bank"),
+    (["model.student_chunk_pairs=0"], "model.student_chunk_pairs: 0, at least 1 is needed"),
+    (["model.student.init_from_teacher.layers=[0,-1]"], "model.student.init_from_teacher: layers: [0, -1] must not be"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def nothing_is_built(monkeypatch):
+    """Whoever makes a data set or a model fails the test."""
+    from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
+
+    def fail(self, cfg):
+        raise AssertionError("a data set or a model was made before the configuration was checked")
+
+    monkeypatch.setattr(DcdRetrievalTask, "build_datasets", fail)
+    monkeypatch.setattr(DcdRetrievalTask, "build_model", fail)
+
+
+@pytest.mark.parametrize(("options", "start"), METHOD_FAULTS)
+def test_a_fault_of_the_method_is_told_before_anything_is_built(job, nothing_is_built, capsys, options, start):
+    from lavis_dcd import train
+
+    assert train.main(["--cfg-path", QUICKSTART, "--options", *options]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert any(line.startswith(f"error: {start}") for line in lines), lines
+
+
+def test_a_fault_of_the_third_variant_is_told_before_the_first_is_trained(job, nothing_is_built, capsys):
+    from lavis_dcd import train
+
+    content = OmegaConf.load(packaged_folder("projects") / "dcd" / "quickstart_ablation.yaml")
+    third = list(content.variants)[2]
+    content.variants[third].model.loss.alpha = 2
+    assert train.main(["--cfg-path", job(content)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert lines == [f"error: variants.{third}: model.loss.alpha: must lie in [0, 1], got 2.0"]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"fusion": {"width": 70, "heads": 12}}, "model.fusion: width: 70 is no multiple of heads 12"),
+        ({"fusion_score": False}, "model: fusion_score: false, and there is no joint_head: nothing would score a pair"),
+    ],
+)
+def test_rules_across_keys_of_meter(model, expected):
+    assert of_model({"arch": "meter_retrieval", "model_type": "student_coco", **model}) == [expected]
+
+
+@pytest.mark.parametrize("more", [{"load_finetuned": False}, {"finetuned": None}, {"finetuned": ""}])
+def test_a_teacher_without_weights_is_refused(more):
+    expected = (
+        "model.teacher: names no weights (finetuned or pretrained): a teacher with random weights teaches noise; "
+        "name a checkpoint (model.teacher.finetuned=FILE, with load_finetuned: true)"
+    )
+    assert of_model(distilled(teacher={**METER, **more})) == [expected]
+    assert of_model(distilled(teacher={**METER, **more, "pretrained": "weights.pth"})) == []
+    assert of_model({**METER, **more}) == []  # a model that is trained may start at random
+    found = of_model(distilled(teacher={}, teachers=[METER, {**METER, **more}]))
+    assert found == [expected.replace("model.teacher", "model.teachers.1")]
+
+
+def test_lavis_own_teachers_need_weights_too(adapted):
+    student = {"arch": "meter_retrieval", "model_type": "student_coco"}
+    assert of_model(distilled(ALBEF, student)) == []
+    for bare in ({"arch": "albef_retrieval", "depth": 2}, {**ALBEF, "load_finetuned": False, "pretrained": None}):
+        assert one(of_model(distilled(bare, student)), "model.teacher: names no weights")
+    clip = {"arch": "clip", "model_type": "ViT-B-16"}
+    assert of_model(distilled(clip, student)) == []
+    assert one(of_model(distilled({**clip, "pretrained": ""}, student)), "model.teacher: names no weights")
+
+
+def test_models_that_load_no_weights_by_name_need_none(monkeypatch):
+    from lavis.common.registry import registry
+
+    class Made:
+        @classmethod
+        def from_config(cls, cfg):
+            return cfg.get("width")
+
+    monkeypatch.setitem(registry.mapping["model_name_mapping"], "made_up", Made)
+    student = {"arch": "meter_retrieval", "model_type": "student_coco"}
+    assert of_model(distilled({"arch": "made_up", "width": 3}, student)) == []
+
+
+def test_the_keys_of_an_adapter_are_legal_and_typed(adapted):
+    assert of_model({**ALBEF, "depth": 2, "freeze": ["visual_encoder"], "tokenizer": "folder"}) == []
+    found = of_model({**ALBEF, "depth": "deep", "dpeth": 1, "freeze": "all", "alpa": 0.4})
+    assert one(found, "model.depth") == "model.depth: 'deep' (text) is not an integer"
+    assert one(found, "model.freeze").startswith("model.freeze: 'all' (text) is not a list")
+    assert "did you mean depth" in one(found, "model.dpeth: unknown key")
+    assert "did you mean alpha" in one(found, "model.alpa: unknown key")
+
+
+def test_inputs_of_ones_own_are_checked_in_teacher_and_student(adapted):
+    image = {"name": "dcd_image_eval", "image_size": 64}
+    good = {"vis_processor": {"eval": image}, "text_processor": None}
+    assert of_model(distilled({**METER, "preprocess": good}, {**THINNED, "preprocess": good})) == []
+    assert of_model(distilled({}, METER, teachers=[{**ALBEF, "preprocess": good}])) == []
+    bad = {"vis_procesor": {}, "vis_processor": {"eval": {**image, "image_siez": 3}, "evla": image},
+           "text_processor": {"train": {"name": "dcd_captoin"}}}  # fmt: skip
+    found = of_model(distilled({**METER, "preprocess": bad}))
+    assert "did you mean vis_processor" in one(found, "model.teacher.preprocess.vis_procesor: unknown key")
+    assert "legal keys: eval, train" in one(found, "model.teacher.preprocess.vis_processor.evla: unknown key")
+    assert "did you mean image_size" in one(found, "model.teacher.preprocess.vis_processor.eval.image_siez")
+    assert "did you mean dcd_caption" in one(found, "model.teacher.preprocess.text_processor.train.name")
+    assert len(found) == 4
+    assert of_model(distilled({**METER, "preprocess": {"text_processor": {"train": {"name": "dcd_caption"}}}})) == [
+        "model.teacher.preprocess.text_processor: has no eval, through which evaluation reads"
+    ]
+    assert of_model(distilled({**METER, "preprocess": "clip"})) == [
+        "model.teacher.preprocess: 'clip' is not a section; expected keys vis_processor, text_processor"
+    ]
+    # a model trained by itself reads through the data set's processors
+    assert one(of_model({**ALBEF, "preprocess": good}), "model.preprocess: unknown key")
+    assert one(of_model({**METER, "preprocess": good}), "model.preprocess: unknown key")
+
+
+def found_needs(model) -> dict[str, Any]:
+    config = merge_defaults(OmegaConf.create({"model": model, "datasets": {}}))
+    config.datasets = {}
+    return {need.field: need for need in needs(config)}
+
+
+def test_what_an_adapted_model_reads(adapted, tmp_path, cache, offline, job):
+    found = found_needs(ALBEF)
+    assert list(found) == ["model.finetuned", "model.tokenizer"]
+    weights = found["model.finetuned"]
+    assert weights.url.endswith("/albef_coco_retrieval_lavis.pt")
+    assert weights.target.name == "albef_coco_retrieval_lavis.pt" and "hub" in str(weights.target)
+    assert found["model.tokenizer"].hub == "bert-base-uncased"
+    line = one(faults_of(job({**SCENES, "model": ALBEF})), "model.tokenizer: bert-base-uncased is not in the hub's")
+    assert line.endswith("set model.tokenizer to a local folder, or run again with a network")
+    own = {**ALBEF, "tokenizer": str(tmp_path), "med_config_path": str(tmp_path / "med.json"), "finetuned": "own.pth"}
+    found = found_needs(own)
+    assert {field: need.missing() for field, need in found.items()} == {
+        "model.finetuned": True, "model.tokenizer": False, "model.med_config_path": True
+    }  # fmt: skip
+    assert not any(need.url or need.hub for need in found.values())
+
+
+def test_what_a_plain_clip_reads(adapted):
+    found = found_needs({"arch": "clip", "model_type": "ViT-B-16"})["model.pretrained"]
+    assert found.url.endswith("/ViT-B-16.pt") and found.sha256 == found.url.split("/")[-2] and len(found.sha256) == 64
+    assert found.target == Path("~/.cache/clip/ViT-B-16.pt").expanduser()
+    found = found_needs({"arch": "clip", "model_type": "ViT-B-16", "pretrained": "weights/own.pt"})
+    assert {field: (need.target, need.url) for field, need in found.items()} == {
+        "model.pretrained": (Path("weights/own.pt"), None)
+    }
+
+
+def test_the_towers_that_blip2_brings(adapted):
+    found = found_needs({"arch": "blip2", "model_type": "pretrain"})
+    assert list(found) == ["model.pretrained", "model.tokenizer", "model.vit_model"]
+    assert found["model.vit_model"].url.endswith("/eva_vit_g.pth")
+    assert "model.vit_model" not in found_needs({"arch": "blip2", "model_type": "pretrain", "sizes": {"depth": 1}})
+
+
+def test_the_files_of_several_teachers(adapted):
+    found = found_needs(distilled(teacher={}, teachers=[ALBEF, {"arch": "clip", "model_type": "RN50"}], student=METER))
+    assert {"model.teachers.0.finetuned", "model.teachers.0.tokenizer", "model.teachers.1.pretrained",
+            "model.student.finetuned"} <= set(found)  # fmt: skip

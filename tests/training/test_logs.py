@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.training import logs
+from lavis_dcd.training.devices import Place
+from lavis_dcd.training.logs import DataClock, MetricsLog, Window, scalars_of
+
+
+def test_window_means_over_the_steps_that_had_a_value():
+    window = Window()
+    window.add({"loss": torch.tensor(1.0), "rare": torch.tensor(4.0)})
+    window.add({"loss": torch.tensor(2.0)})
+    assert {name: float(value) for name, value in window.means().items()} == {"loss": 1.5, "rare": 4.0}
+    other = Window()
+    other.load_state_dict(window.state_dict(), torch.device("cpu"))
+    other.add({"loss": torch.tensor(6.0)})
+    assert float(other.means()["loss"]) == 3.0
+    other.clear()
+    assert other.means() == {}
+
+
+def test_means_of_a_window_come_loss_first_and_finite(tmp_path):
+    window, place = Window(), Place(torch.device("cpu"))
+    assert window.finite_means(place, 3, tmp_path) == {}
+    window.add({"a": torch.tensor(1.0), "loss": torch.tensor(2.0), "b": torch.tensor(float("nan"))})
+    window.add({"a": torch.tensor(2.0), "loss": torch.tensor(4.0), "c": torch.tensor(5.0)})
+    # b is NaN: JSON has no word for it
+    assert list(window.finite_means(place, 3, tmp_path).items()) == [("loss", 3.0), ("a", 1.5), ("c", 5.0)]
+    assert window.steps == 2
+    window.add({"loss": torch.tensor(float("inf"))})
+    with pytest.raises(UserError, match=r"the loss is inf by step 3; try a lower run\.init_lr"):
+        window.finite_means(place, 3, tmp_path)
+
+
+def test_the_share_of_waiting_is_of_the_steps_since_the_last_call(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    clock = DataClock()
+    assert clock.share() == 0.0
+
+    def loader():
+        for batch in range(3):
+            now[0] += 1.0  # it takes a second to make
+            yield batch
+
+    batches = clock.timed(loader())
+    seen = []
+    for computing in (3.0, 1.0):
+        with clock.step():
+            seen.append(next(batches))
+            now[0] += computing
+        now[0] += 100.0  # evaluations and checkpoints do not count
+    assert clock.share() == pytest.approx(2 / 6, abs=1e-4)
+    with clock.step():
+        seen.append(next(batches))
+    assert clock.share() == 1.0
+    assert seen == [0, 1, 2] and next(batches, None) is None
+
+
+def test_scalars_of_an_output():
+    found = scalars_of({"loss": torch.ones(1, requires_grad=True), "n": 3, "flag": True, "x": torch.ones(2), "s": "a"})
+    assert {name: float(value) for name, value in found.items()} == {"loss": 1.0, "n": 3.0}
+    assert not found["loss"].requires_grad and found["loss"].shape == ()
+
+
+def test_resume_cuts_the_log_back(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (2, 4, 6):
+        log.write("train", step, step / 4, {"loss": float(step)})
+        log.write("eval", step, step / 4, {"split": "val", "model": "student", "r_mean": 1.0})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"kind": "train", "st')
+    MetricsLog(tmp_path, resume_step=4).close()
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in kept] == [("train", 2), ("eval", 2), ("train", 4)]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    log = MetricsLog(tmp_path, active=False)
+    log.write("train", 1, 0.1, {"loss": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_scalars(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = MetricsLog(tmp_path)
+    log.write("train", 1, 0.1, {"loss": 1.0, "lr": 0.5})
+    log.write("eval", 1, 0.1, {"split": "val", "model": "student", "weights_of_step": 1, "r_mean": 7.0})
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["train/loss", "train/lr", "val/student/r_mean"]
+    assert events.Scalars("val/student/r_mean")[0].value == 7.0
