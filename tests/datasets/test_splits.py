@@ -51,7 +51,8 @@ def test_pictures_in_two_splits_are_warned_of_by_their_files(caplog):
         lines
         == caplog.messages
         == [
-            "1 pictures are in both train and val: /d/x/b.jpg; take them out of one, or val measures what was trained on",
+            "1 pictures are in both train and val: /d/x/b.jpg; take them out of one, or val measures what was "
+            "trained on",
             "4 pictures are in both train and test: /d/a.jpg, /d/c.jpg, /d/e.jpg, ...; take them out of one, or test "
             "measures what was trained on",
         ]
