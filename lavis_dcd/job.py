@@ -25,7 +25,7 @@ from lavis_dcd.config.job_file import JobConfig, check_sections, merge_defaults,
 from lavis_dcd.config.required_files import fetch_missing, missing_faults
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.plugins import load_plugins
-from lavis_dcd.training.devices import Place, find_place
+from lavis_dcd.training.devices import Process, this_process
 from lavis_dcd.variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def _run_ours(config: JobConfig) -> None:
 
 
 @contextmanager
-def on_its_place(config: JobConfig) -> Iterator[tuple[RunConfig, Place]]:
+def on_its_place(config: JobConfig) -> Iterator[tuple[RunConfig, Process]]:
     """The checked `run:` section and this process's place, files fetched, seeds set; torchrun's group is left behind.
 
     Raises:
@@ -136,7 +136,7 @@ def on_its_place(config: JobConfig) -> Iterator[tuple[RunConfig, Place]]:
 
     run = parse(RunConfig, config.run_cfg, "run")
     joined_before = dist.is_available() and dist.is_initialized()
-    place = find_place(run)
+    place = this_process(run)
     try:
         if place.is_main:
             fetch_missing(config.config)

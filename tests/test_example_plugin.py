@@ -30,7 +30,7 @@ _SMALL = (
 _TEACHER = "output/train_ringnet/small/model.pth"
 
 
-class Place:
+class Process:
     """A folder with a copy of the example, and an environment where nothing is installed.
 
     The environment reads LAVIS-DCD and all that it needs from the running interpreter's.
@@ -72,9 +72,9 @@ def recalls(row: dict) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, repo_root) -> Place:
+def place(tmp_path_factory, repo_root) -> Process:
     """The example, installed and trained for a few steps, as its README says."""
-    place = Place(tmp_path_factory.mktemp("third_party"), repo_root)
+    place = Process(tmp_path_factory.mktemp("third_party"), repo_root)
     (_, *install), (_, *teach), *_ = place.commands()
     place.run([place.python, *install, *_OFFLINE])
     place.run([place.python, *teach, *_SMALL])

@@ -19,7 +19,7 @@ pytest.importorskip("lavis")
 from lavis_dcd.matching.adapters.albef_blip import AlbefAdapter
 from lavis_dcd.matching.adapters.clip import ClipAdapter
 from lavis_dcd.models.building import build_matcher
-from lavis_dcd.models.dcd.model import DynamicContrastiveDistillation
+from lavis_dcd.models.dcd import DynamicContrastiveDistillation
 
 GOLDEN = Path(__file__).parent / "golden"
 SIDE = 32  # of the pictures that models without a reason for another size read

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lavis_dcd.banks.row_store import RowsInMemory, Spill, SpilledRows, StreamedFeatures
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.processes import ALONE, Ranks
+from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures, gather_features
 
@@ -122,7 +122,7 @@ def encode_captions(
     batch_size: int = 256,
     storage: Storage = Storage(),
     amp: str = "off",
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = ALONE,
 ) -> TextFeatures | StreamedFeatures[TextFeatures]:
     """Features of ``texts``, in their order; those of like lengths are encoded together, to spend little on padding.
 
@@ -156,7 +156,7 @@ def encode_dataset(
     text_storage: Storage | None = None,
     amp: str = "off",
     progress: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = ALONE,
 ) -> tuple[ImageFeatures | StreamedFeatures[ImageFeatures], TextFeatures | StreamedFeatures[TextFeatures]]:
     """Features of an evaluation set: its I pictures and T captions, in the set's order.
 

@@ -16,8 +16,8 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
 from lavis_dcd.common.processes import main_process_first
 from lavis_dcd.common.seeding import rng_state, seed_host, set_rng_state
-from lavis_dcd.config.run_section import Protocol
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.matching.contract import Matcher
 
 T = TypeVar("T")
@@ -51,10 +51,10 @@ def with_kept_features(
         )
     if _option(run, "evaluate", False):  # nothing will be trained on
         datasets = {split: dataset for split, dataset in datasets.items() if is_evaluation_set(dataset)}
-    leaves = [leaf_sets(dataset, split) for split, dataset in datasets.items()]
+    leaves = [plain_sets(dataset, split) for split, dataset in datasets.items()]
     flat = {name: leaf for of_split in leaves for name, leaf in of_split.items()}
     refuse_random_readings(flat)
-    protocol = Protocol.of_run(run)
+    protocol = EvaluationProtocol.of_run(run)
     on_disk = _option(run, "cache_features", "off") == "disk"
     build = partial(
         build_feature_bank,

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from lavis_dcd.banks.feature_bank import read_rows
+from lavis_dcd.banks.feature_bank import FeatureBank, read_rows
 from lavis_dcd.banks.row_store import StreamedFeatures
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-
-if TYPE_CHECKING:
-    from lavis_dcd.banks.feature_bank import FeatureBank
 
 
 class _Delegating(Dataset):

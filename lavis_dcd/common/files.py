@@ -157,34 +157,27 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-# ----------------------------------------------------------------------------------------------------
-# Files that ship inside the package, named ``asset:<path under lavis_dcd/assets>`` in configurations.
-
-PREFIX = "asset:"
-_FOLDER = Path(__file__).resolve().parent.parent / "assets"
+ASSET_PREFIX = "asset:"  # of files that ship inside the package, under lavis_dcd/assets
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
-def resolve(path: str) -> str:
+def asset_path(path: str) -> str:
     """``asset:x/y`` as an absolute path; any other string unchanged.
 
     Raises:
         UserError: when the package carries no such file.
     """
-    if not path.startswith(PREFIX):
+    if not path.startswith(ASSET_PREFIX):
         return path
-    found = (_FOLDER / path.removeprefix(PREFIX)).resolve()
-    if _FOLDER not in found.parents or not found.exists():
-        raise UserError(f"{path}: the package ships no such file; it has {', '.join(available())}")
+    found = (_ASSETS / path.removeprefix(ASSET_PREFIX)).resolve()
+    if _ASSETS not in found.parents or not found.exists():
+        raise UserError(f"{path}: the package ships no such file; it has {', '.join(available_assets())}")
     return str(found)
 
 
-def available() -> list[str]:
+def available_assets() -> list[str]:
     """Names of all shipped files, with the prefix."""
-    return [PREFIX + str(p.relative_to(_FOLDER)) for p in sorted(_FOLDER.rglob("*")) if p.is_file()]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Hashes of weights, the same wherever the tensors lie.
+    return [ASSET_PREFIX + str(p.relative_to(_ASSETS)) for p in sorted(_ASSETS.rglob("*")) if p.is_file()]
 
 
 def update_with_tensors(digest: hashlib._Hash, named: Iterable[tuple[str, Tensor]]) -> None:

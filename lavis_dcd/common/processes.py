@@ -15,14 +15,14 @@ WAIT_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process among those that share a piece of work: by default it is alone."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def here(cls) -> Ranks:
+    def here(cls) -> ProcessGroup:
         """As torchrun's process group has it; alone without one."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
@@ -39,10 +39,10 @@ class Ranks:
         return range(start, start + whole + (self.rank < more))
 
 
-ALONE = Ranks()
+ALONE = ProcessGroup()
 
 
-def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
+def gather_objects(value: Any, ranks: ProcessGroup) -> list[Any]:
     """Every process's ``value`` (plain containers), by rank."""
     if ranks.alone:
         return [value]

@@ -12,11 +12,11 @@ from urllib.parse import urlparse
 from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig
 
-from lavis_dcd.common import files as assets
 from lavis_dcd.common.download import cached_path, fetch, is_url, unreachable
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import cache_root
+from lavis_dcd.common.files import ASSET_PREFIX, asset_path, cache_root
 from lavis_dcd.config.checks import inner_models
+from lavis_dcd.config.contracts import ChecksItself, HasSchema, tells
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.adapters.vocabulary import HUB_NAME
 
@@ -145,20 +145,20 @@ def _adapted_needs(model: type, section: Mapping[str, Any], path: str) -> Iterat
 def _weights(model: type, field: str, source: str, sha256: str | None) -> Need:
     if not is_url(source):
         return _local(field, source, "name a checkpoint file that does")
-    ours = hasattr(model, "config_schema")
+    ours = tells(model, HasSchema)
     return Need(field, cached_path(source) if ours else _lavis_cached(source), source, sha256=sha256)
 
 
 def _local(field: str, source: str, note: str) -> Need:
     try:
-        return Need(field, Path(assets.resolve(source)).expanduser(), note=note)
+        return Need(field, Path(asset_path(source)).expanduser(), note=note)
     except UserError as error:
         return Need(field, Path(source), note=error.faults[0].partition(": ")[2])
 
 
 def _hub_or_local(field: str, source: str) -> Need:
     """A tokenizer or tower of `transformers`: a local folder or file, an asset, or a name on the hub."""
-    local = source.startswith((assets.PREFIX, "/", ".", "~")) or source.count("/") > 1
+    local = source.startswith((ASSET_PREFIX, "/", ".", "~")) or source.count("/") > 1
     if local or Path(source).exists():
         return _local(field, source, "name a local folder that does, or a model on the hub")
     from huggingface_hub import try_to_load_from_cache
@@ -192,7 +192,7 @@ def _named(section: Mapping[str, Any], keys: tuple[str, ...], path: str) -> Iter
 def _dataset_needs(builder: type | None, section: Any, path: str) -> Iterator[Need]:
     """LAVIS's layout: annotation files per split with an address, and one folder of pictures without."""
     build = _mapping(_mapping(section).get("build_info"))
-    if builder is None or hasattr(builder, "config_faults"):
+    if builder is None or tells(builder, ChecksItself):
         return
     for split, info in _mapping(build.get("annotations")).items():
         stores, urls, sums = (_listed(_mapping(info).get(key)) for key in ("storage", "url", "md5"))

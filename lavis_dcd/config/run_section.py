@@ -195,7 +195,7 @@ _NOT_NEGATIVE = ("num_workers", "seed", "min_lr", "weight_decay", "warmup_steps"
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """How evaluation sets are scored: the keys of ``run:`` that it reads.
 
     Args:
@@ -218,7 +218,7 @@ class Protocol:
     spill_folder: Path | None = None
 
     @classmethod
-    def of_run(cls, run: Any) -> Protocol:
+    def of_run(cls, run: Any) -> EvaluationProtocol:
         """From a ``run:`` section, a dataclass or a mapping; what it leaves out has its default."""
         keys = {name: name for name in cls.__dataclass_fields__}
         keys |= {"batch_size": "batch_size_eval", "memory_mb": "match_memory_mb"}

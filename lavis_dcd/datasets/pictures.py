@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import one_line
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.datasets.tree import plain_sets
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
@@ -160,7 +160,7 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
         raise UserError(f"run.verify: {mode!r} is none of {', '.join(MODES)}")
     if mode == "off":
         return
-    paths = list(dict.fromkeys(path for leaf in leaf_sets(dataset, "").values() for path in _files(leaf)))
+    paths = list(dict.fromkeys(path for leaf in plain_sets(dataset, "").values() for path in _files(leaf)))
     with whole_files_only(), ThreadPoolExecutor() as pool:
         faults = [fault for fault in pool.map(lambda path: _fault(path, mode), paths) if fault]
     if not faults:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.datasets.tree import plain_sets
 
 
 class WithCandidates(Dataset):
@@ -23,7 +23,7 @@ class WithCandidates(Dataset):
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, 0
-        self._rows = [(leaf, row) for leaf in leaf_sets(dataset, "").values() for row in leaf.annotation]
+        self._rows = [(leaf, row) for leaf in plain_sets(dataset, "").values() for row in leaf.annotation]
 
     def _image_ids(self) -> list[int]:
         """Of every row: one picture must carry one id in samples, whatever its set calls it."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.datasets.tree import plain_sets
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def check_annotations(datasets: Mapping[str, Any]) -> list[str]:
 
 
 def _pictures(dataset: Any) -> set[str]:
-    return {_file(leaf, row) for leaf in leaf_sets(dataset, "").values() for row in leaf.annotation}
+    return {_file(leaf, row) for leaf in plain_sets(dataset, "").values() for row in leaf.annotation}
 
 
 def _file(leaf: Any, row: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ def distinct_image_ids(datasets: Sequence[Any]) -> None:
         datasets: sets with `annotation`, `vis_root` and `img_ids`, or wrappers of such; others are left alone.
     """
     numbers: dict[str, int] = {}
-    for leaf in (leaf for dataset in datasets for leaf in leaf_sets(dataset, "").values()):
+    for leaf in (leaf for dataset in datasets for leaf in plain_sets(dataset, "").values()):
         if not hasattr(leaf, "img_ids"):
             continue
         found: dict[Any, int] = {}

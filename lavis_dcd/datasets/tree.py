@@ -7,13 +7,13 @@ from typing import Any
 from lavis_dcd.common.errors import UserError
 
 
-def leaf_sets(dataset: Any, name: str) -> dict[str, Any]:
+def plain_sets(dataset: Any, name: str) -> dict[str, Any]:
     """The plain sets inside wrappers and concatenations, by the names a bank keeps their pictures under."""
     if hasattr(dataset, "datasets"):
-        parts = [leaf_sets(part, f"{name}.{i}") for i, part in enumerate(dataset.datasets)]
+        parts = [plain_sets(part, f"{name}.{i}") for i, part in enumerate(dataset.datasets)]
         return {key: leaf for part in parts for key, leaf in part.items()}
     if "dataset" in vars(dataset):
-        return leaf_sets(dataset.dataset, name)
+        return plain_sets(dataset.dataset, name)
     return {name: dataset}
 
 
@@ -24,7 +24,7 @@ def batch_groups(dataset: Any, key: str) -> list[tuple[Any, Any]]:
         UserError: rows without that key.
     """
     rows = [
-        (name, row) for name, leaf in leaf_sets(dataset, "").items() for row in getattr(leaf, "annotation", [{}])
+        (name, row) for name, leaf in plain_sets(dataset, "").items() for row in getattr(leaf, "annotation", [{}])
     ]  # fmt: skip
     lacking = next((row for _, row in rows if key not in row), None)
     if lacking is not None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.config.job_file import model_defaults
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher
 
 Processor = Callable[[Any], Any]
@@ -114,7 +114,7 @@ def with_views(dataset: Any, views: Mapping[str, View]) -> Any:
     Raises:
         UserError: a set that has no processors to put others beside.
     """
-    leaves = list(leaf_sets(dataset, "").values())
+    leaves = list(plain_sets(dataset, "").values())
     for leaf in leaves:
         if not (hasattr(leaf, "vis_processor") and hasattr(leaf, "text_processor")):
             raise UserError(

@@ -32,7 +32,7 @@ class Selection:
 
 
 class SelectionStrategy(Protocol):
-    """Ranks candidates by priorities(...), Float [Q, C]: higher is taken first, ties by lower column.
+    """ProcessGroup candidates by priorities(...), Float [Q, C]: higher is taken first, ties by lower column.
 
     `negatives`, Bool [Q, C], are the usable ones; `teacher_scores` [Q, 1+C] is None without a teacher.
     """

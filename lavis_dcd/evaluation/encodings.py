@@ -10,9 +10,9 @@ import torch
 
 from lavis_dcd.banks.encoding import Storage, encode_dataset
 from lavis_dcd.banks.row_store import Spill
-from lavis_dcd.common.processes import ALONE, Ranks
+from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.common.texts import size_in_words
-from lavis_dcd.config.run_section import Protocol
+from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.evaluation.exhaustive import Rows
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import Features
@@ -38,9 +38,9 @@ class Encodings:
         self,
         uses: Sequence[Matcher],
         dataset_of: DatasetOf,
-        protocol: Protocol,
+        protocol: EvaluationProtocol,
         device: Any,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> None:
         self._to_come = list(uses)
         self._dataset_of, self._protocol, self._device, self._ranks = dataset_of, protocol, device, ranks
@@ -121,12 +121,12 @@ class Encodings:
         return pictures, captions
 
 
-def feature_sizes(matcher: Matcher, dataset: Any, amp: str, ranks: Ranks) -> tuple[tuple[int, int], bool]:
+def feature_sizes(matcher: Matcher, dataset: Any, amp: str, ranks: ProcessGroup) -> tuple[tuple[int, int], bool]:
     """Bytes of this process's pictures and of all captions in memory, and whether they come from a bank.
 
     Those of a bank are exact; else a picture and the longest captions are encoded to see how big they are.
     """
-    share = len(Ranks(size=ranks.size).share(len(dataset)))  # the first process has the most
+    share = len(ProcessGroup(size=ranks.size).share(len(dataset)))  # the first process has the most
     banked = dataset.banked_rows(matcher) if hasattr(dataset, "banked_rows") else None
     if banked is not None:
         return (banked[0].row_bytes * share, banked[1].nbytes), True

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.banks.encoding import scoring_mode
-from lavis_dcd.common.processes import ALONE, Ranks
-from lavis_dcd.config.run_section import Protocol
+from lavis_dcd.common.processes import ALONE, ProcessGroup
+from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.distillation.ensemble import Combination
 from lavis_dcd.evaluation.encodings import DatasetOf, Encodings, FeaturePair
 from lavis_dcd.evaluation.exhaustive import Rows, rows_that_fit
@@ -120,11 +120,11 @@ class Evaluation(Mapping[str, Any]):
 def evaluate(
     matcher: Matcher | Ensemble,
     dataset: Any,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     device: Any = None,
     shortlist: Matcher | Ensemble | None = None,
     dataset_of: DatasetOf | None = None,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = ALONE,
 ) -> Evaluation:
     """Scores an evaluation set with ``matcher`` and measures it.
 
@@ -171,7 +171,7 @@ def evaluate(
     return Evaluation(metrics, scores_i2t, scores_t2i)
 
 
-def _metrics(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any, protocol: Protocol) -> dict[str, Any]:
+def _metrics(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any, protocol: EvaluationProtocol) -> dict[str, Any]:
     tables = (scores_i2t, scores_t2i, dataset.txt2img, dataset.img2txt)
     metrics: dict[str, Any] = retrieval_metrics(*tables)
     if protocol.coco_1k_folds and len(scores_i2t) == COCO_TEST_IMAGES:
@@ -181,12 +181,14 @@ def _metrics(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any, protocol: Pro
     return metrics
 
 
-def _how(matcher: Matcher | Ensemble, protocol: Protocol, exhaustive: bool) -> str:
+def _how(matcher: Matcher | Ensemble, protocol: EvaluationProtocol, exhaustive: bool) -> str:
     how = "exhaustive" if exhaustive else protocol.how
     return f"ensemble of {len(matcher.members)}, {how}" if isinstance(matcher, Ensemble) else how
 
 
-def _shortlist(maker: Matcher | Ensemble, encodings: Encodings, protocol: Protocol, ranks: Ranks) -> Shortlist:
+def _shortlist(
+    maker: Matcher | Ensemble, encodings: Encodings, protocol: EvaluationProtocol, ranks: ProcessGroup
+) -> Shortlist:
     """What the joint spaces of ``maker``'s members put on top together."""
     cheap = _Combined(weights_of(maker))
     for member in members_of(maker):
@@ -194,7 +196,7 @@ def _shortlist(maker: Matcher | Ensemble, encodings: Encodings, protocol: Protoc
     return Shortlist.of(*cheap.tables(), protocol.k_test)
 
 
-def _joint(member: Matcher, features: FeaturePair, protocol: Protocol) -> Tensor:
+def _joint(member: Matcher, features: FeaturePair, protocol: EvaluationProtocol) -> Tensor:
     images, texts = features
     if not len(images):
         return torch.empty(0, len(texts))
@@ -202,7 +204,11 @@ def _joint(member: Matcher, features: FeaturePair, protocol: Protocol) -> Tensor
 
 
 def _score(
-    member: Matcher, features: FeaturePair, shortlist: Shortlist | None, protocol: Protocol, ranks: Ranks
+    member: Matcher,
+    features: FeaturePair,
+    shortlist: Shortlist | None,
+    protocol: EvaluationProtocol,
+    ranks: ProcessGroup,
 ) -> tuple[Tables, float]:
     """Scores of all pairs, ``[I, T]`` and ``[T, I]``, or at the shortlist, ``[I, k]`` and ``[T, k]``; ms per pair."""
     # first, so that the rows drawn for it do not stand beside a table

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lavis_dcd.banks.encoding import reported, scoring_mode
 from lavis_dcd.banks.row_store import StreamedFeatures
-from lavis_dcd.common.processes import ALONE, Ranks
+from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import Features, gather_rows
 
@@ -88,7 +88,7 @@ def score_exhaustive(
     *,
     amp: str = "off",
     progress: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = ALONE,
 ) -> Tensor:
     """The score of every pair, float32 ``[I, T]`` on the CPU; a dual encoder's by products of whole blocks.
 

@@ -122,7 +122,7 @@ def _summary(ranks: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _ranks(scores: Scores, pairs: np.ndarray, name: str) -> np.ndarray:
-    """Ranks [Q] from scores [Q, N] and the matches, int64 [P, 2] of (query, item), sorted by query."""
+    """ProcessGroup [Q] from scores [Q, N] and the matches, int64 [P, 2] of (query, item), sorted by query."""
     offsets = np.searchsorted(pairs[:, 0], np.arange(scores.shape[0]))
     values = _values(scores, pairs)
     best = np.maximum.reduceat(values, offsets)

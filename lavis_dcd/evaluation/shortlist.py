@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lavis_dcd.banks.encoding import encode_dataset, scoring_mode
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.processes import ALONE, Ranks
+from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.evaluation.exhaustive import Rows, finite, match_pairs, ready, rows_that_fit, score_exhaustive
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble, members_of
@@ -59,7 +59,7 @@ class Shortlist:
         *,
         amp: str = "off",
         progress: bool = False,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> tuple[Tensor, Tensor]:
         """``matcher``'s scores at ``texts_of_image`` and ``images_of_text``, float32 ``[I, k]`` and ``[T, k]``.
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lavis_dcd.common.processes import Ranks, gather_objects
+from lavis_dcd.common.processes import ProcessGroup, gather_objects
 
 F = TypeVar("F", bound="Features")
 
@@ -156,7 +156,7 @@ def padded(t: Tensor, length: int) -> Tensor:
 F = TypeVar("F", bound=Features)
 
 
-def gather_rows(rows: Tensor, ranks: Ranks, counts: Sequence[int] | None = None) -> Tensor:
+def gather_rows(rows: Tensor, ranks: ProcessGroup, counts: Sequence[int] | None = None) -> Tensor:
     """All processes' ``rows [n, ...]`` below each other, by rank; ``n`` may differ, the other sides may not.
 
     The gradient of a process's rows is the *sum* over the processes of their gradients. Where every process computes
@@ -172,7 +172,7 @@ def gather_rows(rows: Tensor, ranks: Ranks, counts: Sequence[int] | None = None)
     return _GatherRows.apply(rows, ranks.rank, tuple(counts))
 
 
-def gather_features(features: F, ranks: Ranks) -> F:
+def gather_features(features: F, ranks: ProcessGroup) -> F:
     """All processes' rows of features below each other, by rank; shorter ones are padded with masked zeros."""
     if ranks.alone:
         return features

@@ -10,7 +10,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_dcd.common.processes import Ranks
+from lavis_dcd.common.processes import ProcessGroup
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
@@ -33,7 +33,7 @@ class Recomputed(nn.Module):
         self.step = checkpoint_wrapper(_UnderAutocast(step))
 
     def forward(self, first: Tensor, *rest: Any) -> Any:
-        if not Ranks.here().alone:
+        if not ProcessGroup.here().alone:
             return checkpoint(self.plain, first, *rest, use_reentrant=False)
         device = first.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

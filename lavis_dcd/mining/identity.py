@@ -18,13 +18,12 @@ import torch
 
 from lavis_dcd.banks.feature_bank import is_evaluation_set
 from lavis_dcd.banks.score_bank import BankIdentity
-from lavis_dcd.common import files as assets
 from lavis_dcd.common.download import cached_path, is_url
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import sha256_of
+from lavis_dcd.common.files import ASSET_PREFIX, asset_path, sha256_of
 from lavis_dcd.common.schema import plain
 from lavis_dcd.datasets.pictures import load_picture
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.datasets.views import View, build_view
 from lavis_dcd.models.building import full_section
 from lavis_dcd.models.dcd.config import DISTILLER_KEYS, DcdConfig
@@ -94,7 +93,7 @@ def teacher_views(config: DcdConfig, datasets: Mapping[str, Any]) -> list[View]:
         UserError: processors that cannot be built.
     """
     evaluation = [dataset for dataset in datasets.values() if is_evaluation_set(dataset)]
-    own = evaluation[0] if evaluation else next(iter(leaf_sets(datasets["train"], "").values()))
+    own = evaluation[0] if evaluation else next(iter(plain_sets(datasets["train"], "").values()))
     sharing = config.student.get("init_from_teacher") is not None and config.share_encoders is not False
     found = []
     for number, (path, section) in enumerate(config.teacher_sections):
@@ -175,10 +174,10 @@ def _local(key: str, value: str) -> Path | None:
         # LAVIS's own models keep what they fetch in timm's folder
         places = [cached_path(value), Path(hub.get_cache_dir()) / value.rpartition("/")[2]]
         return next((place for place in places if place.is_file()), None)
-    looks_so = value.startswith((assets.PREFIX, "~", ".")) or os.sep in value or Path(value).suffix
+    looks_so = value.startswith((ASSET_PREFIX, "~", ".")) or os.sep in value or Path(value).suffix
     if not value or not (looks_so or key in _PATH_KEYS):
         return None
-    path = Path(assets.resolve(value)).expanduser()
+    path = Path(asset_path(value)).expanduser()
     return path if path.exists() else None
 
 
@@ -205,7 +204,7 @@ def _digest_in_folder(path: Path) -> str:
 
 def _data_digest(train_set: Any) -> str:
     digest = hashlib.sha256(b"pictures 2")  # 2: upright, on white, 16 bits scaled
-    for leaf in leaf_sets(train_set, "").values():
+    for leaf in plain_sets(train_set, "").values():
         known: dict[str, Any] = {}
         for index, row in enumerate(_annotation(leaf)):
             name = str(row["image"])
@@ -227,7 +226,7 @@ def _state_of_picture(leaf: Any, name: str, index: int) -> Any:
 
 def _transforms_digest(train_set: Any, views: Sequence[View | None]) -> str:
     digest = hashlib.sha256()
-    for leaf in leaf_sets(train_set, "").values():
+    for leaf in plain_sets(train_set, "").values():
         rows = _annotation(leaf)
         for row in sorted({round(i * (len(rows) - 1) / (READ_SAMPLES - 1)) for i in range(READ_SAMPLES)}):
             picture = load_picture(leaf, row)

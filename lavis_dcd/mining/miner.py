@@ -19,8 +19,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lavis_dcd.banks.feature_bank import is_evaluation_set
 from lavis_dcd.banks.score_bank import META, BankIdentity, ScoreBank
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.config.run_section import Protocol
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.datasets.views import View, build_view
 from lavis_dcd.distillation.candidates import DIRECTIONS
 from lavis_dcd.matching.contract import Matcher
@@ -29,7 +29,7 @@ from lavis_dcd.mining.plan import Plan, WorkFolder, merge
 from lavis_dcd.mining.pools import Pairing, shortlists, with_random
 from lavis_dcd.mining.report import report
 from lavis_dcd.mining.scores import Means, PairScorer, Reader, ReadSet, embed_all, pairing_of
-from lavis_dcd.models.dcd.banked_teachers import bank_faults
+from lavis_dcd.models.dcd.checks import bank_faults
 from lavis_dcd.models.dcd.build import build_student, build_teachers
 from lavis_dcd.models.dcd.config import DcdConfig
 from lavis_dcd.models.dcd.teachers import Teachers
@@ -118,7 +118,7 @@ class Miner:
         folder: the bank's.
         datasets: by split, "train" among them, as the runner has them.
         run: the ``run:`` section.
-        place: this process's device and rank (``training.devices.Place``).
+        place: this process's device and rank (``training.devices.Process``).
         command: the line that trains from the bank, for the table.
     """
 
@@ -129,7 +129,7 @@ class Miner:
             raise UserError(faults)
         self.config, self.bank, self.folder, self.command = config, config.candidates.bank, Path(folder), command
         self.datasets, self.run, self.place = datasets, run, place
-        protocol = Protocol.of_run(run)
+        protocol = EvaluationProtocol.of_run(run)
         amp = config.frozen_amp if protocol.amp == "off" else protocol.amp  # as the teacher has it in training
         self.means = Means(protocol.batch_size, protocol.num_workers, amp, protocol.memory_mb)
 
@@ -250,7 +250,7 @@ class Miner:
         given = self.config.student.get("preprocess")
         view = build_view({"preprocess": given}, "model.student") if given else View()
         sets = [dataset for dataset in self.datasets.values() if is_evaluation_set(dataset)]
-        own = sets[0] if sets else next(iter(leaf_sets(self.datasets["train"], "").values()))
+        own = sets[0] if sets else next(iter(plain_sets(self.datasets["train"], "").values()))
         return View(vis_eval=view.vis_eval or own.vis_processor, text_eval=view.text_eval or own.text_processor)
 
     # -- their scores --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
 from lavis_dcd.config.checks import section_schema
 from lavis_dcd.mining.identity import identity_of
-from lavis_dcd.models.dcd.build import method_faults
+from lavis_dcd.models.dcd.checks import method_faults
 from lavis_dcd.models.dcd.config import DcdConfig
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lavis_dcd.banks.encoding import encode_captions, encode_pictures, reported, scoring_mode
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.datasets.views import View, alike, with_views
 from lavis_dcd.evaluation.exhaustive import match_pairs, ready
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher, view_of
@@ -57,7 +57,7 @@ class ReadSet:
             for name, reader in zip(self._names, readers, strict=True)
         }
         self._set = with_views(train_set, views)
-        self._rows = [(leaf, row) for leaf in leaf_sets(self._set, "").values() for row in leaf.annotation]
+        self._rows = [(leaf, row) for leaf in plain_sets(self._set, "").values() for row in leaf.annotation]
 
     def captions(self, reader: int, rows: Sequence[int]) -> list[str]:
         """The captions of these rows."""
@@ -75,7 +75,7 @@ class ReadSet:
 
 def pairing_of(train_set: Any) -> Pairing:
     """Who belongs to whom in a training set; captions that training reads alike are one."""
-    rows = [(leaf, row) for leaf in leaf_sets(train_set, "").values() for row in leaf.annotation]
+    rows = [(leaf, row) for leaf in plain_sets(train_set, "").values() for row in leaf.annotation]
     ids = [leaf.img_ids[row["image_id"]] for leaf, row in rows]
     return Pairing.of(ids, [leaf.text_processor(row["caption"]) for leaf, row in rows])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.processes import ALONE, Ranks, gather_objects
+from lavis_dcd.common.processes import ALONE, ProcessGroup, gather_objects
 from lavis_dcd.distillation.candidates import BatchContext, CandidatePool
 from lavis_dcd.distillation.selection import Selection
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher, view_of
@@ -40,7 +40,7 @@ class BatchFeatures:
     extra_texts: Tensor | None = None
     extra_images: Tensor | None = None
     queries: Sequence[int] = ()
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = ALONE
 
     @property
     def own(self) -> slice:
@@ -92,7 +92,7 @@ def sample_features(matcher: Matcher, samples: Mapping[str, Any], view: str = MA
     text_first, text_rows = distinct(captions)
     images = _encoded_images(matcher, own, image_first)
     texts = _encoded_texts(matcher, own, text_first)
-    ranks, device, queries = Ranks.here(), images.device, (len(image_id),)
+    ranks, device, queries = ProcessGroup.here(), images.device, (len(image_id),)
     images_of, texts_of = [pictures[i] for i in image_first], [captions[i] for i in text_first]
     if not ranks.alone:
         told = gather_objects((len(image_id), pictures, captions), ranks)
@@ -114,7 +114,7 @@ def sample_features(matcher: Matcher, samples: Mapping[str, Any], view: str = MA
 
 
 def _joined(
-    features: F, of_ranks: Sequence[list[Hashable]], queries: Sequence[int], ranks: Ranks
+    features: F, of_ranks: Sequence[list[Hashable]], queries: Sequence[int], ranks: ProcessGroup
 ) -> tuple[F, list[Any], list[int]]:
     """The global batch's distinct items, as one process would number them.
 
@@ -242,7 +242,7 @@ def whole_batch(
 
 
 class _Gather:
-    def __init__(self, ranks: Ranks, queries: Sequence[int], width: int) -> None:
+    def __init__(self, ranks: ProcessGroup, queries: Sequence[int], width: int) -> None:
         self._ranks, self._queries, self._width = ranks, queries, width
 
     def __call__(self, table: Tensor) -> Tensor:

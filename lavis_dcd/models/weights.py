@@ -17,10 +17,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lavis_dcd.common import files as assets
 from lavis_dcd.common.download import fetch
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import load_tensors
+from lavis_dcd.common.files import asset_path, load_tensors
 from lavis_dcd.common.schema import parse
 
 C = TypeVar("C")
@@ -60,7 +59,7 @@ def locate(source: str, sha256: str | None = None) -> Path:
     """
     if re.match(r"https?://", source):
         return Path(fetch(source, sha256=sha256))
-    path = Path(assets.resolve(source))
+    path = Path(asset_path(source))
     if path.is_dir():
         found = [path / name for name in _HUB_FILES if (path / name).is_file()]
         if not found:

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
+# Names of series that the training loop logs and the report draws in its own way.
+SKIPPED = "skipped_steps"
+DATA_WAIT = "data_wait"  # share of a step's time spent waiting for data
+
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 480, 270

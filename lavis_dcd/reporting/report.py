@@ -14,10 +14,8 @@ from markupsafe import Markup
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.common.texts import memory_in_words as memory_words
-from lavis_dcd.reporting.charts import Series, line_chart
+from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED, Series, line_chart
 from lavis_dcd.reporting.table import Row, body, format_table, headline, tiles, used_columns
-from lavis_dcd.training.health import SKIPPED
-from lavis_dcd.training.logs import DATA_WAIT
 
 __all__ = ["RunFiles", "chart_sections", "format_table", "write_report"]
 

@@ -17,8 +17,8 @@ from lavis_dcd.banks.feature_bank import is_evaluation_set
 from lavis_dcd.banks.feature_cache import with_kept_features
 from lavis_dcd.banks.feature_sets import BankedTrainingSet
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.processes import ALONE, Ranks
-from lavis_dcd.config.run_section import Protocol
+from lavis_dcd.common.processes import ALONE, ProcessGroup
+from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
@@ -123,7 +123,7 @@ class DcdRetrievalTask(BaseTask):
         self._views = MatcherViews.of_model(model)
 
     def _check_pair(self, datasets: Mapping[str, Any]) -> None:
-        protocol = Protocol.of_run(self.run)
+        protocol = EvaluationProtocol.of_run(self.run)
         faults = shortlist_faults(self._matchers, protocol.k_test, protocol.shortlist)
         sets = [dataset for dataset in datasets.values() if is_evaluation_set(dataset)]
         if sets:
@@ -173,7 +173,7 @@ class DcdRetrievalTask(BaseTask):
         run: Any,
         device: Any = None,
         shortlist: Matcher | None = None,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> Evaluation:
         """Figures and scores of one matcher; the result reads as the mapping of its figures.
 
@@ -184,7 +184,7 @@ class DcdRetrievalTask(BaseTask):
         Raises:
             UserError: ``run.shortlist`` names no matcher of the model, or one without a joint space; see `evaluate`.
         """
-        protocol = replace(Protocol.of_run(run), spill_folder=_run_folder())
+        protocol = replace(EvaluationProtocol.of_run(run), spill_folder=_run_folder())
         shortlist = shortlist or self._shortlist_matcher(protocol)
         self._kept.drop(matcher)  # its tables would stand beside the new ones
         own = {"dataset_of": lambda reader: self.dataset_for(reader, dataset)} if self._views.by_name else {}
@@ -192,7 +192,7 @@ class DcdRetrievalTask(BaseTask):
         self._kept.put(matcher, dataset, found)
         return found
 
-    def _shortlist_matcher(self, protocol: Protocol) -> Matcher | None:
+    def _shortlist_matcher(self, protocol: EvaluationProtocol) -> Matcher | None:
         name = protocol.shortlist
         if protocol.k_test is None or name in (None, "joint"):
             return None

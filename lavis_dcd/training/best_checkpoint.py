@@ -19,7 +19,7 @@ from lavis_dcd.common.files import atomic_write
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.reporting.table import format_table
 from lavis_dcd.training import checkpoint
-from lavis_dcd.training.devices import Place
+from lavis_dcd.training.devices import Process
 from lavis_dcd.training.logs import MetricsLog
 from lavis_dcd.training.run_folder import write_results
 from lavis_dcd.training.sharding import load_model, whole
@@ -45,7 +45,7 @@ class Evaluations:
         resume_step: forget evaluations of later steps; None forgets all.
     """
 
-    def __init__(self, folder: Path, task: Any, run: RunConfig, place: Place, resume_step: int | None = None) -> None:
+    def __init__(self, folder: Path, task: Any, run: RunConfig, place: Process, resume_step: int | None = None) -> None:
         self._file, self._task, self._run, self._place = folder / FILE, task, run, place
         self._done: dict[str, dict[str, Any]] = {}
         if resume_step is not None and self._file.is_file():
@@ -121,7 +121,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {metrics[key]:.2f}" for key in shown)
 
 
-def machine(run: RunConfig, place: Place) -> dict[str, Any]:
+def machine(run: RunConfig, place: Process) -> dict[str, Any]:
     """Where the figures were measured."""
     found = {
         "system": f"{platform.system()} {platform.machine()}",
@@ -163,7 +163,7 @@ class Judge:
         self,
         folder: Path,
         run: RunConfig,
-        place: Place,
+        place: Process,
         task: Any,
         model: nn.Module,
         datasets: Mapping[str, Any],

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.processes import Ranks, patient_group
+from lavis_dcd.common.processes import ProcessGroup, patient_group
 from lavis_dcd.common.texts import memory_in_words
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training.sharding import shard
@@ -32,7 +32,7 @@ STEP_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
-class Place:
+class Process:
     """This process: its device, and its rank among `world_size` processes.
 
     `patient` is the group in which the others wait for what only the main process does.
@@ -49,9 +49,9 @@ class Place:
         return self.rank == 0
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> ProcessGroup:
         """The same for code that knows nothing of runners."""
-        return Ranks(self.rank, self.world_size)
+        return ProcessGroup(self.rank, self.world_size)
 
     def share(self, value: Any) -> Any:
         """The main process's `value` (any picklable object), in every process. Also serves as a barrier."""
@@ -96,7 +96,7 @@ class Place:
         return bool(total > 0)
 
 
-def find_place(run: RunConfig) -> Place:
+def this_process(run: RunConfig) -> Process:
     """Choose the device and, under torchrun with several processes, join their group. May be called again.
 
     Raises:
@@ -112,12 +112,12 @@ def find_place(run: RunConfig) -> Place:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:
-        return Place(device)
+        return Process(device)
     if not dist.is_initialized():
         # evaluations and feature banks keep tensors on the host, which nccl does not send
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         _join(backend, run.dist_url)
-    return Place(device, dist.get_rank(), dist.get_world_size(), patient_group())
+    return Process(device, dist.get_rank(), dist.get_world_size(), patient_group())
 
 
 def _join(backend: str, url: str) -> None:
@@ -128,7 +128,7 @@ def _join(backend: str, url: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT)
 
 
-def wrap_for_training(model: nn.Module, place: Place, strategy: str = "ddp") -> nn.Module:
+def wrap_for_training(model: nn.Module, place: Process, strategy: str = "ddp") -> nn.Module:
     """The model itself; when several processes train, inside DistributedDataParallel, or sharded in place.
 
     A model whose loss may leave trainable parameters out says so in an attribute `find_unused_parameters`.

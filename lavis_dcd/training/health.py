@@ -16,15 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import gather_objects
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.training import checkpoint
-from lavis_dcd.training.devices import Place
+from lavis_dcd.training.devices import Process
 from lavis_dcd.training.sharding import kept_whole, local
 
 logger = logging.getLogger(__name__)
 
 MOST_IDS = 10  # pictures that a message names
-SKIPPED = "skipped_steps"  # the count's name in logs
 
 _SCORES = {"teacher_": "teacher scores", "student_": "student scores"}
 
@@ -111,7 +110,7 @@ class Health:
         place: this process among those that train; all of them skip together.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Process) -> None:
         self._place = place
         self.skipped = 0
         self.in_row = 0
@@ -192,7 +191,7 @@ def picture_names(dataset: Any) -> dict[Any, str]:
     names: dict[Any, str] = {}
     if not hasattr(dataset, "__dict__"):  # a plain list of samples
         return names
-    for leaf in leaf_sets(dataset, "").values():
+    for leaf in plain_sets(dataset, "").values():
         numbers = getattr(leaf, "img_ids", None)
         for row in getattr(leaf, "annotation", []) if numbers else []:
             if row.get("image_id") in numbers:

@@ -19,14 +19,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.devices import Place
-from lavis_dcd.training.health import SKIPPED, ScoreWatch
+from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED
+from lavis_dcd.training.devices import Process
+from lavis_dcd.training.health import ScoreWatch
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-DATA_WAIT = "data_wait"  # the name of DataClock's share in logs
 
 
 class Window:
@@ -50,7 +49,7 @@ class Window:
         """The mean of each scalar over the steps that had it."""
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
-    def finite_means(self, place: Place, step: int, folder: Path) -> dict[str, float]:
+    def finite_means(self, place: Process, step: int, folder: Path) -> dict[str, float]:
         """The means over all processes, "loss" first; what is no finite number is left out.
 
         A batch in which no query has a negative has no score of a hardest negative, so its mean is none.
@@ -257,7 +256,7 @@ class StepLog:
     def __init__(
         self,
         run: RunConfig,
-        place: Place,
+        place: Process,
         folder: Path,
         metrics: MetricsLog,
         steps_per_epoch: int,

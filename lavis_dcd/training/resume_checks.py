@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.tree import leaf_sets
+from lavis_dcd.datasets.tree import plain_sets
 
 Force = Literal["teacher", "data", "recipe", "world_size"]
 
@@ -44,7 +44,7 @@ def data_fingerprint(dataset: Any) -> dict[str, dict[str, Any]]:
     if dataset is None:
         return {}
     found = {}
-    for name, leaf in leaf_sets(dataset, "train").items():
+    for name, leaf in plain_sets(dataset, "train").items():
         found[name] = {"rows": len(leaf)}
         annotation = getattr(leaf, "annotation", None)
         if isinstance(annotation, list):

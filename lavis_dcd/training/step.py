@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.seeding import seed_everything, seed_for
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.devices import Place, autocast, to_device
+from lavis_dcd.training.devices import Process, autocast, to_device
 from lavis_dcd.training.health import Health, LiveBuffers, blame, gradient_norm
 from lavis_dcd.training.logs import scalars_of
 from lavis_dcd.training.sharding import is_sharded, kept_whole, load_optimizer, whole
@@ -116,7 +116,7 @@ class Stepper:
         model: nn.Module,
         bare_model: nn.Module,
         run: RunConfig,
-        place: Place,
+        place: Process,
         total_steps: int,
     ) -> None:
         self._task, self._model, self._run, self._place = task, model, run, place

@@ -20,7 +20,7 @@ from lavis_dcd.datasets.tree import batch_groups
 from lavis_dcd.reporting.report import write_report
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.best_checkpoint import Judge
-from lavis_dcd.training.devices import MemoryPeaks, find_place, wrap_for_training
+from lavis_dcd.training.devices import MemoryPeaks, this_process, wrap_for_training
 from lavis_dcd.training.interrupt import InterruptGuard
 from lavis_dcd.training.logs import MetricsLog, StepLog, log_file, progress
 from lavis_dcd.training.run_folder import export_model, write_config
@@ -68,7 +68,7 @@ class Trainer:
         missing = run.missing_splits(self.datasets)
         if missing:
             raise UserError(missing)
-        self.place = find_place(run)
+        self.place = this_process(run)
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
         self.model = model.to(self.place.device)

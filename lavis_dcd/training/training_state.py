@@ -16,7 +16,7 @@ from lavis_dcd.common.seeding import rng_state, set_rng_state
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.best_checkpoint import Judge
-from lavis_dcd.training.devices import Place
+from lavis_dcd.training.devices import Process
 from lavis_dcd.training.logs import Window
 from lavis_dcd.training.resume_checks import check_shapes, data_fingerprint, refusals
 from lavis_dcd.training.run_folder import new_run_folder
@@ -57,7 +57,7 @@ class Start:
 
 def find_start(
     run: RunConfig,
-    place: Place,
+    place: Process,
     project_folder: Path,
     job_id: str | None,
     config: Mapping[str, Any],
@@ -112,7 +112,7 @@ def find_start(
     return Start(folder, weights=weights, data=data)
 
 
-def _from_main(place: Place, work: Callable[[], T]) -> T:
+def _from_main(place: Process, work: Callable[[], T]) -> T:
     """What `work` returns in the main process, in every process; so is a user error of its."""
     result, error = None, None
     if place.is_main:
@@ -143,7 +143,7 @@ class Saver:
         self,
         folder: Path,
         run: RunConfig,
-        place: Place,
+        place: Process,
         model: nn.Module,
         stepper: Stepper,
         window: Window,

@@ -47,17 +47,17 @@ def section(size: str, folder: Path) -> dict[str, Any]:
 def work(strategy: str, size: str, folder: Path) -> None:
     """One process's part, under torchrun; each writes its figures."""
     import torch
-    from lavis_dcd.common.processes import leave_group
 
+    from lavis_dcd.common.processes import leave_group
     from lavis_dcd.config.run_section import RunConfig
     from lavis_dcd.models.building import build_matcher
     from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
-    from lavis_dcd.training.devices import find_place, wrap_for_training
+    from lavis_dcd.training.devices import this_process, wrap_for_training
     from lavis_dcd.training.sharding import local
     from lavis_dcd.training.step import Stepper
 
     run = RunConfig(device="cpu", warmup=0)
-    place = find_place(run)
+    place = this_process(run)
     before = resident_memory()
     torch.manual_seed(0)
     model = build_matcher(section(size, folder), "model").train()

@@ -13,7 +13,7 @@ from lavis_dcd.cli import EXIT_USER_ERROR, guarded
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.devices import find_place
+from lavis_dcd.training.devices import this_process
 from lavis_dcd.training.run_folder import new_run_folder
 
 
@@ -40,12 +40,12 @@ MACHINE = {
 def test_asked_for_and_not_there(no_gpu, name):
     keys, message = MACHINE[name]
     with pytest.raises(UserError) as caught:
-        find_place(RunConfig(**keys))
+        this_process(RunConfig(**keys))
     assert caught.value.faults == [message]
 
 
 def test_without_a_wish_the_cpu_serves(no_gpu):
-    assert find_place(RunConfig()).device.type == "cpu"
+    assert this_process(RunConfig()).device.type == "cpu"
 
 
 @pytest.mark.parametrize("where", ["write", "fsync", "replace"])

@@ -18,7 +18,7 @@ from lavis_dcd.banks.encoding import encode_dataset
 from lavis_dcd.banks.feature_bank import FeatureBank, build_feature_bank, weights_fingerprint
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.tree import batch_groups, leaf_sets
+from lavis_dcd.datasets.tree import batch_groups, plain_sets
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
@@ -439,7 +439,7 @@ def test_same_names_in_two_sets_without_files_are_different_pictures() -> None:
 def test_leaves_of_wrapped_and_concatenated_sets() -> None:
     one, two = Training(), Training("cd")
     both = torch.utils.data.ConcatDataset([one, Drawing(two)])
-    leaves = leaf_sets(both, "train")
+    leaves = plain_sets(both, "train")
     assert leaves == {"train.0": one, "train.1": two}
     banked = BankedTrainingSet(torch.utils.data.ConcatDataset([one, two]), build_feature_bank(Toy(), leaves))
     assert len(banked) == 5 and banked[3]["text_input"] == "c no 0"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lavis_dcd.common.processes import Ranks, gather_objects
 
+from lavis_dcd.common.processes import ProcessGroup, gather_objects
 from lavis_dcd.evaluation.evaluator import Protocol, evaluate
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.models.building import build_matcher
@@ -40,7 +40,7 @@ class Noise(torch.utils.data.Dataset):
         return {"image": torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index)), "index": index}
 
 
-def compare(name: str, matcher, count: int, protocol: Protocol, ranks: Ranks) -> dict:
+def compare(name: str, matcher, count: int, protocol: Protocol, ranks: ProcessGroup) -> dict:
     alone, shared = Noise(count), Noise(count)
     expected = evaluate(matcher, alone, protocol)
     found = evaluate(matcher, shared, protocol, ranks=ranks)
@@ -68,7 +68,7 @@ def compare(name: str, matcher, count: int, protocol: Protocol, ranks: Ranks) ->
 def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
     dist.init_process_group("gloo")
-    ranks = Ranks.here()
+    ranks = ProcessGroup.here()
     matchers = {}
     for section in asked["models"]:
         torch.manual_seed(1)

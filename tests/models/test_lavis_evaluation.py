@@ -9,7 +9,7 @@ from lavis.tasks.retrieval import RetrievalTask
 from omegaconf import OmegaConf
 
 from lavis_dcd.evaluation.metrics import retrieval_metrics
-from lavis_dcd.models.meter.model import MeterRetrieval
+from lavis_dcd.models.meter import MeterRetrieval
 
 TINY = {
     "vision": {"image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2},

@@ -5,7 +5,7 @@ import torch
 
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.models.batch import BatchFeatures, info_nce, sample_features
-from lavis_dcd.models.meter.model import MeterRetrieval
+from lavis_dcd.models.meter import MeterRetrieval
 
 SIZES = {
     "vision": {"image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2},

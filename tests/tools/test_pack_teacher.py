@@ -1,9 +1,10 @@
 """The shipped teacher's format: half precision, with its configuration and its log beside it."""
 
+import runpy
+
 import torch
 
-from lavis_dcd.models.meter.model import MeterRetrieval
-from lavis_dcd.models.pack import pack
+from lavis_dcd.models.meter import MeterRetrieval
 
 SIZES = {
     "vision": {"image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2},
@@ -14,13 +15,14 @@ SIZES = {
 }  # fmt: skip
 
 
-def test_a_packed_model_opens_as_itself_in_half_the_room(tmp_path):
+def test_a_packed_model_opens_as_itself_in_half_the_room(tmp_path, repo_root):
+    pack = runpy.run_path(str(repo_root / "tools" / "pack_teacher.py"))["pack"]
     model = MeterRetrieval.from_config(SIZES).eval()
     (tmp_path / "run").mkdir()
     torch.save(model.checkpoint(), tmp_path / "run" / "model.pth")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train"}\n')
-    pack(tmp_path / "run" / "model.pth", tmp_path)
-    assert (tmp_path / "teacher_log.jsonl").read_text() == '{"kind": "train"}\n'
+    pack(tmp_path / "run" / "model.pth", tmp_path, tmp_path / "logs")
+    assert (tmp_path / "logs" / "teacher_log.jsonl").read_text() == '{"kind": "train"}\n'
     packed = MeterRetrieval.from_config({"finetuned": str(tmp_path / "teacher.safetensors")}).eval()
     assert packed.config.fusion.layers == 2
     for name, tensor in model.state_dict().items():

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from lavis_dcd.common.processes import leave_group
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.processes import leave_group
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.devices import find_place, wrap_for_training
+from lavis_dcd.training.devices import this_process, wrap_for_training
 from lavis_dcd.training.step import Stepper
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     stubs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stubs)
     run = RunConfig(init_lr=0.05, device="cpu")
-    place = find_place(run)
+    place = this_process(run)
     model = stubs.Learner()
     stepper = Stepper(stubs.Task(), wrap_for_training(model, place), model, run, place, total_steps=10)
     taken, error = [], ""

@@ -16,11 +16,11 @@ from torch import nn
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.reporting.report import write_report
-from lavis_dcd.training.devices import Place
+from lavis_dcd.training.devices import Process
 from lavis_dcd.training.health import Blame, Health, blame, last_good, picture_names
 from lavis_dcd.training.step import Stepper
 
-CPU = Place(torch.device("cpu"))
+CPU = Process(torch.device("cpu"))
 NAN, INF = float("nan"), float("inf")
 
 

@@ -5,10 +5,10 @@ import threading
 import pytest
 
 from lavis_dcd.training import interrupt
-from lavis_dcd.training.devices import Place
+from lavis_dcd.training.devices import Process
 from lavis_dcd.training.interrupt import InterruptGuard, Terminated, terminations_raised
 
-ALONE = Place(device=None)
+ALONE = Process(device=None)
 
 
 def send(number):

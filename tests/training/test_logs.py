@@ -5,7 +5,7 @@ import torch
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.training import logs
-from lavis_dcd.training.devices import Place
+from lavis_dcd.training.devices import Process
 from lavis_dcd.training.logs import DataClock, MetricsLog, Window, scalars_of
 
 
@@ -23,7 +23,7 @@ def test_window_means_over_the_steps_that_had_a_value():
 
 
 def test_means_of_a_window_come_loss_first_and_finite(tmp_path):
-    window, place = Window(), Place(torch.device("cpu"))
+    window, place = Window(), Process(torch.device("cpu"))
     assert window.finite_means(place, 3, tmp_path) == {}
     window.add({"a": torch.tensor(1.0), "loss": torch.tensor(2.0), "b": torch.tensor(float("nan"))})
     window.add({"a": torch.tensor(2.0), "loss": torch.tensor(4.0), "c": torch.tensor(5.0)})

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.devices import Place, wrap_for_training
+from lavis_dcd.training.devices import Process, wrap_for_training
 from lavis_dcd.training.health import gradient_norm
 from lavis_dcd.training.sharding import (
     is_sharded,
@@ -152,7 +152,7 @@ def test_unsharded_any_method_runs_before_the_first_step_and_after_it(pair):
 def test_one_process_keeps_the_plain_model(caplog):
     model = Model()
     with caplog.at_level(logging.INFO, "lavis_dcd"):
-        assert wrap_for_training(model, Place(CPU), "fsdp") is model
+        assert wrap_for_training(model, Process(CPU), "fsdp") is model
     assert [record.getMessage() for record in caplog.records] == [
         "run.strategy: fsdp has nothing to share out with one process; the model stays whole"
     ]

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lavis_dcd.common import files as assets
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import update_with_tensors
+from lavis_dcd.common.files import asset_path, update_with_tensors
 from lavis_dcd.common.schema import parse, plain
 from lavis_dcd.matching.adapters.vocabulary import local_vocabulary
 from lavis_dcd.matching.contract import Matcher, pair_chunks
@@ -144,7 +143,7 @@ class Adapter(nn.Module, Matcher):
         return self._read(url_or_filename, "checkpoint")
 
     def _read(self, source: str, where: str, pretrained: bool = False) -> list[str]:
-        source = assets.resolve(source)
+        source = asset_path(source)
         if "://" not in source and not Path(source).expanduser().is_file():
             raise UserError(f"{where}: no file {source}")
         names = ("load_from_pretrained", "load_checkpoint") if pretrained else ("load_checkpoint",)

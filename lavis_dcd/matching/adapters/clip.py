@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lavis_dcd.common import files as assets
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import load_tensors
+from lavis_dcd.common.files import asset_path, load_tensors
 from lavis_dcd.common.schema import parse
 from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions
 from lavis_dcd.matching.adapters.registry import register_adapter
@@ -147,7 +146,7 @@ def finetuned(section: Any) -> str | None:
 
 def local_file(source: Any) -> Path | None:
     """``source`` as a path where it is a file here; ``None`` for tags, addresses and nothing."""
-    path = Path(assets.resolve(str(source))).expanduser() if source else None
+    path = Path(asset_path(str(source))).expanduser() if source else None
     return path if path is not None and path.is_file() else None
 
 

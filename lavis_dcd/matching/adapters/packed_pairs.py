@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,21 @@ from lavis_dcd.matching.attention import (
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.matching.recompute import Recomputed
 
-if TYPE_CHECKING:
-    from lavis_dcd.matching.adapters.albef_blip import CrossAttentionAdapter
+
+class FusionAdapter(Protocol):
+    """An adapter whose text encoder looks at pictures by cross-attention, as :class:`PackedMatch` reads it."""
+
+    model: nn.Module  # LAVIS's own, with `text_encoder` and `itm_head`
+    shortcuts: Shortcuts
+    options: Any  # with `grad_checkpoint` and `match_memory_mb`
+
+    def fusion_layers(self) -> list[nn.Module]:
+        """Return the layers that have cross-attention, in order."""
+
+    def head_scores(
+        self, classes: Tensor, images: ImageFeatures, texts: TextFeatures, image: Tensor, text: Tensor
+    ) -> Tensor:
+        """Return the logits ``[P]`` of pairs from their last class tokens ``[P, D]``."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +307,7 @@ class PackedMatch:
         texts: tokens ``[T, L, D]``, each with a class token first.
     """
 
-    def __init__(self, adapter: CrossAttentionAdapter, images: ImageFeatures, texts: TextFeatures) -> None:
+    def __init__(self, adapter: FusionAdapter, images: ImageFeatures, texts: TextFeatures) -> None:
         self.adapter, self.images, self.texts = adapter, images, texts
         self.shortcuts, self.dtype = adapter.shortcuts, adapter.model.itm_head.weight.dtype
         self.image_mask = None if images.mask is None or bool(images.mask.all()) else images.mask

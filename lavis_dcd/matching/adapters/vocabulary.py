@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import BertTokenizer
 
-from lavis_dcd.common import files as assets
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import asset_path
 
 HUB_NAME = "bert-base-uncased"
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -57,7 +57,7 @@ def vocabulary_file(folder: str, field: str) -> Path:
     Raises:
         UserError: there is none, or it lacks BERT's special tokens.
     """
-    path = Path(assets.resolve(folder)).expanduser()
+    path = Path(asset_path(folder)).expanduser()
     vocabulary = path if path.is_file() else path / "vocab.txt"
     if not vocabulary.is_file():
         raise UserError(f"{field}: no vocab.txt in {folder}; name a folder with BERT's vocabulary")

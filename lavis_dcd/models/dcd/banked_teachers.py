@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lavis.common.registry import registry
 from torch import Tensor
 
 from lavis_dcd.banks.score_bank import ScoreBank
@@ -18,11 +17,10 @@ from lavis_dcd.banks.score_candidates import SCORES
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.objective import DUAL, FUSION
-from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.batch import BatchFeatures
-from lavis_dcd.models.building import full_section
-from lavis_dcd.models.dcd.config import BANK, DcdConfig
+from lavis_dcd.models.dcd.checks import family_of
+from lavis_dcd.models.dcd.config import DcdConfig
 
 log = logging.getLogger(__name__)
 
@@ -104,52 +102,3 @@ class BankedTeachers:
             scores = torch.as_tensor(scores, device=pool.valid.device).float()
             found.append(scores.masked_fill(~(pool.valid | everything), 0.0))
         return found
-
-
-def family_of(section: Mapping[str, Any], path: str) -> str:
-    """ "fusion" or "dual": what the scores of a ``model:`` section's matcher are, without building it.
-
-    Raises:
-        UserError: an arch that LAVIS does not know.
-    """
-    arch = full_section(section, path).arch
-    family = getattr(adapter_for(arch) or registry.get_model_class(arch), "family", None)
-    return family if isinstance(family, str) else FUSION
-
-
-def bank_faults(config: DcdConfig) -> list[str]:
-    """What does not fit a score bank in a distillation's settings, one line per fault."""
-    sources, bank = config.candidates.sources(), config.candidates.bank
-    faults = []
-    if config.candidates.source is not None and config.candidates.source not in sources.values() and sources:
-        named = ", ".join(f"{direction}.source={source}" for direction, source in sources.items())
-        faults.append(
-            f"model.candidates.source: {config.candidates.source} has no effect beside {named}; leave it out, or take "
-            "those out (or set them)"
-        )
-    if bank.by not in ("joint", "student", "none"):
-        faults.append(f"model.candidates.bank.by: {bank.by!r} is none of joint, student, none")
-    faults += [
-        f"model.candidates.bank.{name}: {getattr(bank, name)}, at least {least} is needed"
-        for name, least in (("shortlist", 0), ("random", 0), ("keep", 1))
-        if getattr(bank, name) < least
-    ]
-    if not config.candidates.from_bank:
-        return faults
-    for direction, source in sources.items():
-        if source != BANK:
-            faults.append(
-                f"model.candidates.{direction}.source: {source}, but the other direction's is bank, with which no "
-                f"teacher runs; set it to bank, or the direction to null (model.candidates.{direction}=null)"
-            )
-    if config.candidates.teacher_budget is not None:
-        faults.append("model.candidates.teacher_budget: no teacher runs with source: bank; leave it out (null)")
-    if config.loss.reference == "release":
-        faults.append("model.loss.reference: release scores all candidates in the step, which source: bank does not")
-    kept = config.selection.hard_negatives
-    if kept is not None and kept > bank.keep:
-        faults.append(
-            f"model.selection.hard_negatives: {kept}, but candidates.bank.keep is {bank.keep}; lower the one or raise "
-            "the other and mine again"
-        )
-    return faults

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from lavis.common.registry import registry
@@ -12,20 +11,14 @@ from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
-from lavis_dcd.distillation.candidates import PoolStrategy, build_pool
-from lavis_dcd.distillation.objective import DUAL, FUSION, loss_defaults
-from lavis_dcd.distillation.objective import config_faults as loss_faults
-from lavis_dcd.distillation.selection import SELECTION_STRATEGIES
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.building import build_matcher, full_section
-from lavis_dcd.models.dcd.banked_teachers import BankedTeachers, bank_faults, family_of
-from lavis_dcd.models.dcd.config import DISTILLER_KEYS, CandidatesConfig, DcdConfig, SuccessionConfig
+from lavis_dcd.models.dcd.banked_teachers import BankedTeachers
+from lavis_dcd.models.dcd.config import DcdConfig, SuccessionConfig, model_section
 from lavis_dcd.models.dcd.prescreen import Prescreen
 from lavis_dcd.models.dcd.teachers import Teachers
 
 log = logging.getLogger(__name__)
-
-_OURS = {key for keys in DISTILLER_KEYS.values() for key in keys}
 
 
 def build_teachers(config: DcdConfig) -> Teachers:
@@ -90,11 +83,6 @@ def build_student(config: DcdConfig, teacher: Matcher | None) -> Matcher:
     return student
 
 
-def model_section(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A teacher's or student's section without the keys that are the distiller's."""
-    return {key: value for key, value in section.items() if key not in _OURS}
-
-
 def _thinned_section(teacher: Matcher, section: dict[str, Any], layers: list[int]) -> dict[str, Any]:
     """The student's section; what it leaves out is the teacher's, its fusion as deep as ``layers``."""
     if not hasattr(teacher, "init_from_teacher"):
@@ -141,103 +129,6 @@ def check_student(student: nn.Module) -> None:
     """Raises a ``UserError`` where nothing would learn."""
     if not any(p.requires_grad for p in student.parameters()):
         raise UserError("model.student: no parameter would learn; unfreeze a tower or keep a fusion of its own")
-
-
-def section_faults(section: Mapping[str, Any], path: str) -> list[str]:
-    """Return what is wrong with a whole ``model:`` section that fits its schema, without building any model.
-
-    Beside :func:`method_faults`, the loss terms that "auto" stands for must go with the rest; the families by which
-    they are chosen are known by the models' names.
-    """
-    config = parse(DcdConfig, section, path)
-    if faults := method_faults(config, path):
-        return faults
-    try:
-        families = _families(config)
-    except UserError:  # a teacher or student that does not exist is reported by whoever checks its section
-        return []
-    return [f"{path}.{line}" for line in loss_faults(loss_defaults(config.loss, *families))]
-
-
-def _families(config: DcdConfig) -> tuple[str, str]:
-    teachers = {family_of(model_section(section), path) for path, section in config.teacher_sections}
-    student = model_section(config.student)
-    if "arch" not in student and config.student.get("init_from_teacher"):
-        student = {"arch": config.teacher_sections[0][1].get("arch"), **student}
-    return DUAL if teachers == {DUAL} else FUSION, family_of(student, "model.student")
-
-
-def method_faults(config: DcdConfig, path: str = "model") -> list[str]:
-    """Return what is wrong with the method's settings, one line per fault.
-
-    Args:
-        path: where the section stands.
-    """
-    faults = [f"{path}.{line}" for line in loss_faults(config.loss)]
-    how = config.selection
-    if how.hard_negatives is not None and how.hard_negatives < 1:
-        faults.append(f"{path}.selection.hard_negatives: {how.hard_negatives}, at least 1 is needed (null keeps all)")
-    if how.strategy not in SELECTION_STRATEGIES:
-        known = ", ".join(sorted(SELECTION_STRATEGIES))
-        faults.append(f"{path}.selection.strategy: {how.strategy!r} is none of {known}")
-    budget = config.candidates.teacher_budget
-    if budget is not None and budget < 2:
-        faults.append(f"{path}.candidates.teacher_budget: {budget}, at least 2 pairs per query are needed (null: all)")
-    chunk = config.student_chunk_pairs
-    if chunk is not None and chunk < 1:
-        faults.append(f"{path}.student_chunk_pairs: {chunk}, at least 1 is needed (null: all at once)")
-    if config.loss.reference == "release" and (how.hard_negatives is None or budget is not None):
-        faults.append(f"{path}.loss.reference: release knows no selection.hard_negatives: null and no teacher_budget")
-    faults += bank_faults(config) + prescreen_faults(config)
-    try:
-        build_pools(config.candidates)
-    except UserError as error:
-        faults += error.faults
-    return faults
-
-
-def build_pools(config: CandidatesConfig) -> list[PoolStrategy]:
-    """The pool of each direction that is trained.
-
-    Raises:
-        UserError: no direction, an unknown source, a ``count`` that does not belong to it.
-    """
-    sources = config.sources()
-    if not sources:
-        raise UserError("model.candidates: both directions are null, nothing would be distilled")
-    pools, faults = [], []
-    for direction, source in sources.items():
-        try:
-            pools.append(build_pool(source, direction))
-        except ValueError as error:
-            faults.append(f"model.candidates.{direction}.source: {error}")
-        count = getattr(config, direction).count
-        if (source == "random") != bool(count):
-            faults.append(f"model.candidates.{direction}.count: {count}; the source random needs the number of "
-                          "captions to draw per picture, and no other source takes one")  # fmt: skip
-    if faults:
-        raise UserError(faults)
-    return pools
-
-
-def prescreen_faults(config: DcdConfig) -> list[str]:
-    """What is wrong with ``selection.prescreen``, one line per fault."""
-    wanted, where = config.selection.prescreen, "model.selection.prescreen"
-    if wanted is None:
-        return []
-    faults = []
-    hardest = config.selection.hard_negatives
-    if hardest is None or wanted.keep < hardest:
-        faults.append(f"{where}.keep: {wanted.keep}, but selection.hard_negatives is {hardest}: the teacher would have "
-                      "nothing to choose; keep more of them, or leave prescreen out")  # fmt: skip
-    if wanted.check_every < 0:
-        faults.append(f"{where}.check_every: {wanted.check_every} must not be negative (0: never)")
-    for given, name in ((config.candidates.from_bank, "candidates.source: bank, which was mined before"),
-                        (config.candidates.teacher_budget is not None, "candidates.teacher_budget, which also cuts"),
-                        (config.loss.reference == "release", "loss.reference: release")):  # fmt: skip
-        if given:
-            faults.append(f"{where}: does not go with {name}; take one of them out")
-    return faults
 
 
 def build_prescreen(config: DcdConfig, teachers: Any, student: Matcher) -> Prescreen | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,6 +88,9 @@ DISTILLER_KEYS = {
 }
 
 
+_OURS = {key for keys in DISTILLER_KEYS.values() for key in keys}
+
+
 @dataclass
 class SuccessionConfig:
     """``student.init_from_teacher``: layers of the teacher's fusion, or its towers.
@@ -142,3 +145,8 @@ class DcdConfig:
         """
         named = zip(teachers, self.teacher_sections, strict=False)
         return {**{name: section for name, (_, section) in named}, MAIN_VIEW: self.student}
+
+
+def model_section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A teacher's or student's section without the keys that are the distiller's."""
+    return {key: value for key, value in section.items() if key not in _OURS}

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_dcd.banks.encoding import autocast_to, device_of
@@ -30,14 +31,12 @@ from lavis_dcd.models.batch import BatchFeatures, info_nce, own_rows, sample_fea
 from lavis_dcd.models.dcd.banked_teachers import BankedTeachers
 from lavis_dcd.models.dcd.build import (
     build_from_bank,
-    build_pools,
     build_prescreen,
     build_student,
     build_teachers,
     check_student,
-    method_faults,
-    section_faults,
 )
+from lavis_dcd.models.dcd.checks import build_pools, inner_faults, inner_models, method_faults, section_faults
 from lavis_dcd.models.dcd.config import DcdConfig
 from lavis_dcd.models.dcd.teachers import Teachers, gather_tables, match_tables
 
@@ -95,6 +94,16 @@ class DynamicContrastiveDistillation(BaseModel):
     def config_faults(cls, section: Mapping[str, Any], path: str) -> list[str]:
         """Return what is wrong with a ``model:`` section across its keys, one line per fault; nothing is built."""
         return section_faults(section, path)
+
+    @classmethod
+    def inner_models(cls, section: DictConfig) -> dict[str, DictConfig]:
+        """Return the sections of the teachers and the student, each over its own defaults."""
+        return inner_models(section)
+
+    @classmethod
+    def inner_faults(cls, section: DictConfig, path: str) -> list[str]:
+        """Return what is wrong with the teachers' and the student's sections, one line per fault."""
+        return inner_faults(section, path)
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> DynamicContrastiveDistillation:

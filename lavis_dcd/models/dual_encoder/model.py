@@ -13,8 +13,8 @@ from lavis.common.registry import registry
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lavis_dcd.common import files as assets
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import asset_path
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import F, ImageFeatures, TextFeatures
 from lavis_dcd.models import weights
@@ -51,7 +51,7 @@ class DualEncoder(TwoTowers):
         if vision.weights:
             vision = dataclasses.replace(vision, weights=str(weights.locate(vision.weights)))
         self.vision_tower = build_vision_tower(vision)
-        self.text_tower = TextTower(dataclasses.replace(config.text, name=assets.resolve(config.text.name)))
+        self.text_tower = TextTower(dataclasses.replace(config.text, name=asset_path(config.text.name)))
         head = config.head
         self.image_head = EmbeddingHead(self.vision_tower.width, head.image_pooling, head)
         self.text_head = EmbeddingHead(self.text_tower.width, head.text_pooling, head)

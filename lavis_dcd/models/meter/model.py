@@ -10,8 +10,8 @@ import torch
 from lavis.common.registry import registry
 from torch import Tensor, nn
 
-from lavis_dcd.common import files as assets
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import asset_path
 from lavis_dcd.matching.attention import Shortcuts, additive_mask
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
@@ -46,10 +46,10 @@ class MeterRetrieval(TwoTowers):
     def _build(self, config: MeterConfig) -> None:
         self.config = config
         width = config.fusion.width
-        text = dataclasses.replace(config.text, name=assets.resolve(config.text.name))
+        text = dataclasses.replace(config.text, name=asset_path(config.text.name))
         vision = config.vision
         if vision.weights:
-            vision = dataclasses.replace(vision, weights=assets.resolve(vision.weights))
+            vision = dataclasses.replace(vision, weights=asset_path(vision.weights))
         self.vision_tower = build_vision_tower(vision)
         self.text_tower = TextTower(text)
         self.cross_modal_text_transform = nn.Linear(self.text_tower.width, width)

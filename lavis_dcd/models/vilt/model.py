@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from transformers import ViltModel
 
-from lavis_dcd.common import files as assets
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import asset_path
 from lavis_dcd.matching.attention import Shortcuts, additive_mask
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
@@ -92,7 +92,7 @@ class ViltRetrieval(Retriever):
             UserError: when it is neither on disk nor can be fetched, or has more ids than there are embeddings.
         """
         if self._tokenizer is None:
-            tokenizer = load_tokenizer(assets.resolve(self.config.text.name))
+            tokenizer = load_tokenizer(asset_path(self.config.text.name))
             if len(tokenizer) > self.config.text.vocab_size:
                 raise UserError(
                     f"model.text.name: the tokenizer {self.config.text.name} has {len(tokenizer)} entries, "

@@ -26,10 +26,11 @@ from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.mining.identity import identity_of
 from lavis_dcd.models.building import build_matcher
+from lavis_dcd.models.dcd import DynamicContrastiveDistillation
 from lavis_dcd.models.dcd import build as dcd_building
-from lavis_dcd.models.dcd.banked_teachers import BankedTeachers, family_of
+from lavis_dcd.models.dcd.banked_teachers import BankedTeachers
+from lavis_dcd.models.dcd.checks import family_of
 from lavis_dcd.models.dcd.config import CandidatesConfig, DcdConfig, PoolConfig, SelectionConfig
-from lavis_dcd.models.dcd.model import DynamicContrastiveDistillation
 from lavis_dcd.runners.runner_dcd import by_split
 from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
 

@@ -10,8 +10,8 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.distillation.objective import LossConfig
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.models.dcd import DynamicContrastiveDistillation
 from lavis_dcd.models.dcd.config import CandidatesConfig, DcdConfig, PoolConfig, SelectionConfig
-from lavis_dcd.models.dcd.model import DynamicContrastiveDistillation
 
 
 class Stub(nn.Module, Matcher):

@@ -10,8 +10,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.models.batch import sample_features
-from lavis_dcd.models.dual_encoder.model import DualEncoder
-from lavis_dcd.models.meter.model import MeterRetrieval
+from lavis_dcd.models.dual_encoder import DualEncoder
+from lavis_dcd.models.meter import MeterRetrieval
 
 WORDS = ["red", "blue", "green", "small", "large", "ring"]
 VISION = {"image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2}

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.models.meter import MeterRetrieval
 from lavis_dcd.models.meter import weights as meter_weights
-from lavis_dcd.models.meter.model import MeterRetrieval
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

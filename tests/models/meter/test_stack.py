@@ -10,7 +10,7 @@ from torch import nn
 
 from lavis_dcd.matching.attention import Shortcuts
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.models.meter.model import MeterRetrieval
+from lavis_dcd.models.meter import MeterRetrieval
 
 SINGLE = [
     dataclasses.replace(Shortcuts.none(), **{field.name: True}) for field in dataclasses.fields(Shortcuts)

@@ -15,10 +15,10 @@ from transformers import ViltForImageAndTextRetrieval
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.attention import Shortcuts
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.models.dcd.model import DynamicContrastiveDistillation
+from lavis_dcd.models.dcd import DynamicContrastiveDistillation
+from lavis_dcd.models.vilt import ViltRetrieval
 from lavis_dcd.models.vilt import weights as vilt_weights
 from lavis_dcd.models.vilt.config import ViltConfig, transformers_config
-from lavis_dcd.models.vilt.model import ViltRetrieval
 from lavis_dcd.models.weights import SavedWeights
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

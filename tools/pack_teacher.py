@@ -1,6 +1,6 @@
-"""Packs a trained model into the half-precision file that ships as the quickstart's teacher.
+"""Pack a trained model into the half-precision file that ships as the quickstart's teacher.
 
-python -m lavis_dcd.models.pack output/quickstart_teacher/<job>/model.pth lavis_dcd/assets/quickstart
+python tools/pack_teacher.py output/quickstart_teacher/<job>/model.pth lavis_dcd/assets/quickstart docs/quickstart
 """
 
 import json
@@ -12,16 +12,16 @@ from safetensors.torch import save
 from lavis_dcd.common.files import atomic_write, load_tensors
 
 
-def pack(source: Path, folder: Path) -> None:
-    """``source`` as ``folder/teacher.safetensors`` with its configuration, and its run's log beside it."""
+def pack(source: Path, folder: Path, logs: Path) -> None:
+    """Write `source` as `folder/teacher.safetensors` with its configuration, and its run's log into `logs`."""
     content = load_tensors(source)
     tensors = {k: t.half() if t.is_floating_point() else t for k, t in content["model"].items()}
     metadata = {"arch": content["arch"], "config": json.dumps(content["config"])}
     with atomic_write(folder / "teacher.safetensors") as handle:
         handle.write(save({k: t.contiguous() for k, t in tensors.items()}, metadata))
-    with atomic_write(folder / "teacher_log.jsonl") as handle:
+    with atomic_write(logs / "teacher_log.jsonl") as handle:
         handle.write((source.parent / "metrics.jsonl").read_bytes())
 
 
 if __name__ == "__main__":
-    pack(Path(sys.argv[1]), Path(sys.argv[2]))
+    pack(*map(Path, sys.argv[1:4]))

@@ -1,0 +1,52 @@
+"""What a registered class may tell of its own section of a job file, beside LAVIS's `from_config`.
+
+All are optional, and told from a class by its methods: LAVIS's own models, data sets and runners have none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from omegaconf import DictConfig
+
+
+@runtime_checkable
+class HasSchema(Protocol):
+    """A model or runner whose section is a dataclass."""
+
+    @classmethod
+    def config_schema(cls) -> type:
+        """Return the dataclass that the section must fit."""
+
+
+@runtime_checkable
+class ChecksItself(Protocol):
+    """A model or data set builder with rules across its keys."""
+
+    @classmethod
+    def config_faults(cls, section: Mapping[str, Any], path: str) -> list[str]:
+        """Return one line per fault of a section that fits its schema; nothing is built.
+
+        Args:
+            section: the section over its defaults.
+            path: where it stands, as in "model" or "datasets.coco_captions".
+        """
+
+
+@runtime_checkable
+class HoldsModels(Protocol):
+    """A model made of other registered models: a distiller."""
+
+    @classmethod
+    def inner_models(cls, section: DictConfig) -> dict[str, DictConfig]:
+        """Return the sections inside, each over its own defaults, by where they stand ("teacher", "student")."""
+
+    @classmethod
+    def inner_faults(cls, section: DictConfig, path: str) -> list[str]:
+        """Return one line per fault of the sections inside, and of how they go together."""
+
+
+def tells(registered: type | None, what: type) -> bool:
+    """Whether a registered class (or None) has the methods of one of the Protocols above."""
+    return registered is not None and issubclass(registered, what)
