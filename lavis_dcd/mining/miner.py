@@ -29,8 +29,8 @@ from lavis_dcd.mining.plan import Plan, WorkFolder, merge
 from lavis_dcd.mining.pools import Pairing, shortlists, with_random
 from lavis_dcd.mining.report import report
 from lavis_dcd.mining.scores import Means, PairScorer, Reader, ReadSet, embed_all, pairing_of
-from lavis_dcd.models.dcd.checks import bank_faults
 from lavis_dcd.models.dcd.build import build_student, build_teachers
+from lavis_dcd.models.dcd.checks import bank_faults
 from lavis_dcd.models.dcd.config import DcdConfig
 from lavis_dcd.models.dcd.teachers import Teachers
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from lavis_dcd.common.processes import main_process_first
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
@@ -18,6 +17,7 @@ from torchvision import transforms
 from lavis_dcd.banks.feature_cache import draws_at_random, with_kept_features
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.processes import main_process_first
 from lavis_dcd.common.seeding import rng_state
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.matching.contract import Matcher
