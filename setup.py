@@ -64,6 +64,7 @@ setup(
         "tensorboard",
         "jinja2",
         "tqdm",
+        "typing_extensions>=4.4",
         "pillow",
     ],
     extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=64,<81", "wheel"]},
