@@ -40,7 +40,7 @@ setup(
         "lavis": "lavis_dcd/launch",
     },
     package_data={
-        "lavis_dcd": ["assets/**", "**/*.html", "**/*.jinja", "**/*.j2", "**/*.css"],
+        "lavis_dcd": ["py.typed", "assets/**", "**/*.html", "**/*.jinja", "**/*.j2", "**/*.css"],
         "lavis_dcd.configs": ["**/*.yaml"],
         # not example_plugin/: a package of its own, for a checkout
         "lavis_dcd.projects": ["dcd/*.yaml"],
@@ -67,8 +67,16 @@ setup(
         "typing_extensions>=4.4",
         "pillow",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=64,<81", "wheel"]},
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=64,<81", "wheel"],
+        "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"],
+    },
+    keywords=["LAVIS", "image-text retrieval", "knowledge distillation", "vision-language", "METER", "dual encoder"],
+    project_urls={"Paper": "https://arxiv.org/abs/2207.01426", "LAVIS": "https://github.com/salesforce/LAVIS"},
     classifiers=[
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "License :: OSI Approved :: Apache Software License",

@@ -41,8 +41,7 @@ that names the nearest keys, and the whole configuration is checked before anyth
 This page lists every key with its type and default. Where a model's or a data set's default file (under `configs/`)
 gives another value for a key, that file wins over the default here; the job file wins over both.
 
-Types are written as in Python: `int | None` takes a whole number or `null`, and `Literal['a', 'b']` one of the words.
-A section whose type may be `None` can be switched on with all of its defaults by `true`.
+A section that may be null can be switched on with all of its defaults by `true`, and off by `null`.
 """
 
 
@@ -59,7 +58,7 @@ class Setting:
 
 @dataclass
 class Section:
-    """One dataclass: the first paragraph of its docstring and its fields."""
+    """One dataclass: the first paragraph of its docstring, and its fields."""
 
     name: str
     summary: str
@@ -148,7 +147,8 @@ def page() -> str:
     for heading, below, sections in PARTS:
         lines += [f"## {heading}\n", f"{below}\n"]
         for where, module, name in sections:
-            lines += _section_lines(where, read_section(PACKAGE / module, name))
+            title = where if len(sections) > 1 else ""
+            lines += _section_lines(title, read_section(PACKAGE / module, name))
     lines += _type_lines()
     return "\n".join(lines).rstrip() + "\n"
 
@@ -227,7 +227,7 @@ def _settings(
                 value = constants.get(value.id, value)
             default = _default(value)
             meaning = meaning or ("a section of its own" if default == A_SECTION else "")
-            yield Setting(node.target.id, ast.unparse(kind), default, meaning, group)
+            yield Setting(node.target.id, _words(kind), default, meaning, group)
 
 
 def _class_variable(node: ast.AnnAssign) -> bool:
@@ -256,6 +256,26 @@ def _comments(source: str) -> dict[int, str]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT and token.line[: token.start[1]].strip() and "type:" not in token.string
     }
+
+
+def _words(kind: ast.expr) -> str:
+    """A type as a reader of YAML has it."""
+    if isinstance(kind, ast.BinOp):  # left | right
+        return f"{_words(kind.left)} or {_words(kind.right)}"
+    if isinstance(kind, ast.Subscript):
+        inner = kind.slice
+        arms = list(inner.elts) if isinstance(inner, ast.Tuple) else [inner]
+        name = ast.unparse(kind.value)
+        if name == "Literal":
+            return ", ".join(f"`{ast.literal_eval(arm)}`" for arm in arms)
+        if name == "tuple":
+            return f"list of {len(arms)} {_words(arms[0])}s"
+        return {"list": f"list of {_PLURALS.get(ast.unparse(arms[0]), _words(arms[0]))}"}.get(name, "section")
+    return _KINDS.get(ast.unparse(kind), "section")
+
+
+_KINDS = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "null"}
+_PLURALS = {"str": "texts", "int": "whole numbers", "float": "numbers", "dict[str, Any]": "sections"}
 
 
 def _default(value: ast.expr | None) -> str:
@@ -322,7 +342,8 @@ def _registered(module: str, name: str) -> list[str]:
 
 
 def _section_lines(where: str, section: Section) -> Iterator[str]:
-    yield f"### {', '.join(f'`{name}`' for name in where.split(', '))}\n"
+    if where:
+        yield f"### {', '.join(f'`{name}`' for name in where.split(', '))}\n"
     yield f"{_markdown(section.summary)}\n"
     group = None
     for setting in section.settings:
@@ -334,10 +355,9 @@ def _section_lines(where: str, section: Section) -> Iterator[str]:
             yield "| key | type | default | meaning |"
             yield "| --- | --- | --- | --- |"
             group = setting.group
-        kind = setting.kind.replace("|", "\\|")
         meaning = _markdown(setting.meaning).replace("|", "\\|")
         default = setting.default.replace("|", "\\|")
-        yield f"| `{setting.name}` | `{kind}` | {default} | {meaning} |"
+        yield f"| `{setting.name}` | {setting.kind} | {default} | {meaning} |"
     yield ""
 
 

@@ -21,7 +21,7 @@ class RunConfig:
     task: str = "dcd_retrieval"  # LAVIS's name of the task
     runner: str = "runner_dcd"  # LAVIS's name of the runner
 
-    # Where the outputs go: <output_dir>/<project>/<job_id>
+    # Where the outputs go: ``<output_dir>/<project>/<job_id>``
     project: str | None = None  # default: the stem of the config file
     output_dir: str = "output"  # below the current folder, unless absolute
     job_id: str | None = None  # default: the time of the start
