@@ -24,6 +24,8 @@ setup(
     long_description=readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["LAVIS", "image-text retrieval", "knowledge distillation", "vision-language", "METER", "dual encoder"],
+    project_urls={"Paper": "https://arxiv.org/abs/2207.01426", "LAVIS": "https://github.com/salesforce/LAVIS"},
     python_requires=">=3.10,<3.12",
     # `lavis` here is one folder with the two launchers. In a wheel they land beside LAVIS's own modules; in
     # an editable install setuptools' finder is asked only for what the real package lacks. configs/ and
@@ -68,17 +70,16 @@ setup(
         "pillow",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=64,<81", "wheel"],
-        "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "setuptools>=64,<81", "wheel"],
+        "lint": ["ruff", "mypy", "import-linter", "types-PyYAML", "types-tqdm"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]"],
     },
-    keywords=["LAVIS", "image-text retrieval", "knowledge distillation", "vision-language", "METER", "dual encoder"],
-    project_urls={"Paper": "https://arxiv.org/abs/2207.01426", "LAVIS": "https://github.com/salesforce/LAVIS"},
     classifiers=[
-        "Intended Audience :: Science/Research",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        "Typing :: Typed",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "License :: OSI Approved :: Apache Software License",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )
