@@ -24,6 +24,8 @@ setup(
     long_description=readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["LAVIS", "image-text retrieval", "knowledge distillation", "vision-language", "METER", "dual encoder"],
+    project_urls={"Paper": "https://arxiv.org/abs/2207.01426", "LAVIS": "https://github.com/salesforce/LAVIS"},
     python_requires=">=3.10,<3.12",
     # `lavis` here is one folder with the two launchers. In a wheel they land beside LAVIS's own modules; in
     # an editable install setuptools' finder is asked only for what the real package lacks. configs/ and
@@ -40,7 +42,7 @@ setup(
         "lavis": "lavis_dcd/launch",
     },
     package_data={
-        "lavis_dcd": ["assets/**", "**/*.html", "**/*.jinja", "**/*.j2", "**/*.css"],
+        "lavis_dcd": ["py.typed", "assets/**", "**/*.html", "**/*.jinja", "**/*.j2", "**/*.css"],
         "lavis_dcd.configs": ["**/*.yaml"],
         # not example_plugin/: a package of its own, for a checkout
         "lavis_dcd.projects": ["dcd/*.yaml"],
@@ -76,5 +78,8 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "License :: OSI Approved :: Apache Software License",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

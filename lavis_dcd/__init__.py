@@ -6,6 +6,8 @@ builders and processors enter LAVIS's registry as soon as LAVIS itself is import
 
 from lavis_dcd.hook import install
 
-__version__ = "0.1.0"
+__all__ = ["__version__"]
+
+__version__ = "0.2.0"
 
 install()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-README = Path(__file__).parents[1] / "README.md"
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB = "asset:quickstart/vocab.txt"
 TINY = {  # a METER of a few thousand weights with BERT's kind of vocabulary
@@ -164,35 +161,3 @@ def test_coco_captions_train_on_the_mini_set(job_file, rows, shared_folder):
         "run": {"valid_splits": ["val"], "k_test": 2, "evaluate_before": False},
     }
     assert rows(job_file(settings))["model"]["how"] == "shortlist k=2 (joint)"
-
-
-# -- what the README says to type --------------------------------------------------------------------------------
-
-
-def _commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if "--cfg-path" in line]
-
-
-@pytest.mark.parametrize("command", _commands())
-def test_commands_of_the_readme_name_jobs_and_settings_that_exist(command, tmp_path, monkeypatch):
-    import lavis  # noqa: F401
-
-    from lavis_dcd.config.checks import job_faults
-    from lavis_dcd.config.job_file import merge_defaults, read_job
-    from lavis_dcd.variants import split_off
-
-    (tmp_path / "captions.csv").touch()
-    monkeypatch.setenv("OWN_PHOTOS", str(tmp_path))
-    words = shlex.split(command)
-    options = words[words.index("--options") + 1 :] if "--options" in words else []
-    own, _ = split_off(read_job(words[words.index("--cfg-path") + 1], options)[0])
-    assert job_faults(merge_defaults(own)) == []
-
-
-def test_the_readme_opens_with_the_two_commands_and_its_links_lead_somewhere():
-    text = README.read_text(encoding="utf-8")
-    assert "python -m pip install -e . && python -m lavis.train --cfg-path projects/dcd/quickstart.yaml" in text
-    assert 'python -m pip install -e ".[test]" && python -m pytest' in text
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (README.parent / target).is_file(), target

@@ -1,0 +1,1 @@
+"""Ground for all rooms: files, downloads, errors, seeds, processes, and settings checked against dataclasses."""

@@ -18,39 +18,39 @@ class RunConfig:
         UserError: one line per value that makes no sense.
     """
 
-    task: str = "dcd_retrieval"
-    runner: str = "runner_dcd"
+    task: str = "dcd_retrieval"  # LAVIS's name of the task
+    runner: str = "runner_dcd"  # LAVIS's name of the runner
 
-    # Where the outputs go: <output_dir>/<project>/<job_id>
+    # Where the outputs go: ``<output_dir>/<project>/<job_id>``
     project: str | None = None  # default: the stem of the config file
-    output_dir: str = "output"
+    output_dir: str = "output"  # below the current folder, unless absolute
     job_id: str | None = None  # default: the time of the start
-    report: bool = True
+    report: bool = True  # write report.html
 
     # The machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     amp: Literal["off", "bf16", "fp16"] = "off"  # fp16 needs CUDA
     strategy: Literal["ddp", "fsdp"] = "ddp"  # of several processes; fsdp shards what learns
     num_threads: int | None = None  # torch's CPU threads; default: torch's own choice
-    num_workers: int = 0
-    seed: int = 42
+    num_workers: int = 0  # processes that load the data; 0: the training process itself
+    seed: int = 42  # of everything drawn: weights, order of the data, dropout
 
     # The length and the size of the steps
-    max_epoch: int = 10
+    max_epoch: int = 10  # epochs; training ends earlier at max_steps
     max_steps: int | None = None  # optimizer steps; ends training earlier than max_epoch
     batch_size_train: int = 64  # per process
-    batch_size_eval: int = 64
+    batch_size_eval: int = 64  # items encoded at once in an evaluation
     accum_grad_iters: int = 1  # micro-batches averaged in one optimizer step
-    drop_last: bool = True
+    drop_last: bool = True  # leave out an epoch's last batch where it is smaller than the others
     batch_by: str | None = None  # a key of the annotation's rows: pictures that share its value come in one batch
 
     # The optimizer
-    init_lr: float = 1e-4
-    min_lr: float = 0.0
-    head_lr_multiplier: float = 5.0
-    weight_decay: float = 0.01
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-8
+    init_lr: float = 1e-4  # base rate
+    min_lr: float = 0.0  # where the schedule ends
+    head_lr_multiplier: float = 5.0  # factor on the base rate for fusion layers and heads
+    weight_decay: float = 0.01  # of weights; biases and norms have none
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # AdamW's
+    eps: float = 1e-8  # AdamW's
     lr_sched: Literal["linear_warmup_linear", "cosine", "constant", "linear_warmup_cosine_lr", "constant_lr"] = (
         "linear_warmup_linear"  # the last two are LAVIS's names of the two before them
     )
@@ -60,39 +60,40 @@ class RunConfig:
     max_bad_steps: int = 5  # steps with a NaN or infinite loss or gradient are skipped; so many in a row end the job
 
     # What is evaluated, and when
-    train_splits: list[str] = field(default_factory=lambda: ["train"])
-    valid_splits: list[str] = field(default_factory=list)
-    test_splits: list[str] = field(default_factory=list)
+    train_splits: list[str] = field(default_factory=lambda: ["train"])  # joined to one training set
+    valid_splits: list[str] = field(default_factory=list)  # the first one's mean recall chooses the best weights
+    test_splits: list[str] = field(default_factory=list)  # of the final table; none: the validation splits
     evaluate: bool = False  # evaluate only
     evaluate_before: bool = True  # the student before its first step, on the test splits
-    evaluate_teacher: bool = True
+    evaluate_teacher: bool = True  # the table's row of the teacher
     teacher_split_eval: list[str] | None = None  # the teacher's splits; default: the test splits
-    eval_every_epochs: int = 1
-    k_test: int | None = None
-    shortlist: str | None = None
-    match_memory_mb: float = 1024
+    eval_every_epochs: int = 1  # epochs between two evaluations on the validation splits
+    k_test: int | None = None  # rerank only that many per query, the best by a joint space; null: score every pair
+    shortlist: str | None = None  # whose joint space: the name of a matcher; null or joint: the model's own
+    match_memory_mb: float = 1024  # MiB of the rows gathered for one call of a matcher
     eval_memory_mb: float = 4096  # features of one evaluation that take more are read from disk; the scores are equal
-    coco_1k_folds: bool = False
+    coco_1k_folds: bool = False  # add COCO's 1K protocol to the results
 
     # Data
-    cache_features: Literal["off", "memory", "disk"] = "off"
+    cache_features: Literal["off", "memory", "disk"] = "off"  # frozen towers run once per item, without augmentation
     cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # how precisely features are kept
+    # check pictures at the start; full decodes each one, fast reads its header
     verify: Literal["fast", "full", "off"] = "fast"
 
     # Checkpoints and logs
     save_every: int | None = None  # optimizer steps; a checkpoint is also written at the end of each epoch
-    keep_last: int = 2
+    keep_last: int = 2  # newest checkpoints that stay
     keep_best: int = 1  # best weights; those that a kept checkpoint speaks of stay in any case
     resume: str | None = None  # "auto", a checkpoint, or a run folder
     # Differences from the checkpoint that a resumed job accepts
     resume_force: list[Literal["teacher", "data", "recipe", "world_size"]] = field(default_factory=list)
-    log_freq: int = 50
+    log_freq: int = 50  # steps between two lines of the log
 
     # Accepted so that LAVIS's own YAML files load. Derived from the environment (torchrun), hence never read
-    world_size: int | None = None
-    dist_url: str = "env://"
-    distributed: bool | None = None
-    use_dist_eval_sampler: bool | None = None
+    world_size: int | None = None  # LAVIS's
+    dist_url: str = "env://"  # LAVIS's
+    distributed: bool | None = None  # LAVIS's
+    use_dist_eval_sampler: bool | None = None  # LAVIS's
 
     def __post_init__(self) -> None:
         found = self.faults()

@@ -1,0 +1,1 @@
+"""Scores of pictures against texts: the contract of a matcher, features, attention, adapters."""

@@ -32,17 +32,17 @@ class VisionConfig:
     ``forward_features`` (its map becomes tokens).
     """
 
-    backbone: str = "clip_vit"
-    image_size: int = 384
-    patch_size: int = 16
-    width: int = 768
+    backbone: str = "clip_vit"  # clip_vit, or timm:<name>
+    image_size: int = 384  # side of the pictures in pixels; the processors' image_size must be the same
+    patch_size: int = 16  # clip_vit only: side of a patch in pixels
+    width: int = 768  # clip_vit only: channels of a token
     layers: int = 11  # blocks that run: METER drops CLIP's last one, so 11 of ViT-B's 12
     heads: int | None = None  # None: one per 64 channels, as in CLIP
     # the tower's own weights, when no checkpoint of the whole model has them: a file in timm's names, for clip_vit one
     # of a CLIP in transformers' names
     weights: str | None = None
     grid: int | None = None  # timm maps only: average-pool the map to grid x grid tokens
-    freeze: bool = False
+    freeze: bool = False  # the tower does not learn
 
 
 @dataclass
@@ -56,7 +56,7 @@ class TextConfig:
     load_weights: bool = False  # start from the weights in ``name`` (a checkpoint of the whole model brings its own)
     max_length: int = 40  # tokens, the two specials included; longer captions are cut
     config: dict[str, Any] = field(default_factory=dict)  # sizes in transformers' names; empty: read from ``name``
-    freeze: bool = False
+    freeze: bool = False  # the tower does not learn
 
 
 class ClipVisionTower(nn.Module):

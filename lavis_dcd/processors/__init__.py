@@ -1,0 +1,1 @@
+"""From pictures to tensors, and from captions to text."""

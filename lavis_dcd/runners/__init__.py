@@ -1,0 +1,1 @@
+"""LAVIS's name for the training loop: ``runner_dcd``."""

@@ -1,0 +1,1 @@
+"""LAVIS's name for the task: ``dcd_retrieval``."""

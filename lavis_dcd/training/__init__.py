@@ -1,0 +1,1 @@
+"""Steps, checkpoints and resumption; this room imports no model."""

@@ -24,9 +24,9 @@ CAPTIONS_PER_SCENE = 5
 class SceneCounts:
     """Scenes per split."""
 
-    train: int = 3000
-    val: int = 300
-    test: int = 300
+    train: int = 3000  # scenes to train on
+    val: int = 300  # scenes to validate on
+    test: int = 300  # scenes to test on
 
     def __post_init__(self) -> None:
         for split, count in vars(self).items():

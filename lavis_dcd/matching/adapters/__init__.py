@@ -1,0 +1,1 @@
+"""LAVIS's own models as matchers."""

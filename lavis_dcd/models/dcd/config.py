@@ -37,8 +37,8 @@ class BankConfig:
 class CandidatesConfig:
     """Candidate pools by direction; a direction set to null is not trained."""
 
-    image_to_text: PoolConfig | None = field(default_factory=PoolConfig)
-    text_to_image: PoolConfig | None = field(default_factory=PoolConfig)
+    image_to_text: PoolConfig | None = field(default_factory=PoolConfig)  # pictures that look for their captions
+    text_to_image: PoolConfig | None = field(default_factory=PoolConfig)  # captions that look for their picture
     # pairs that the teacher scores per batch and direction: each query's most promising by a dual student's current
     # scores, random ones for other students; null: all of the pool
     teacher_budget: int | None = None
@@ -64,8 +64,9 @@ class CandidatesConfig:
 class PrescreenConfig:
     """A cheap look that leaves the teacher fewer candidates to score. Not exact: it may miss hard ones."""
 
-    by: Literal["student", "joint", "random"] = "joint"  # joint: the teacher's joint space where it has one and reads
-    # the student's features, else the student's own
+    # whose cheap scores choose; joint: the teacher's joint space where it has one and reads the student's features,
+    # else the student's own
+    by: Literal["student", "joint", "random"] = "joint"
     keep: int = 16  # candidates per query that the teacher scores, the match beside them
     check_every: int = 50  # steps between those in which the teacher scores all, for prescreen_found; 0: never
 
@@ -74,7 +75,7 @@ class PrescreenConfig:
 class SelectionConfig:
     """Which candidates reach the student."""
 
-    hard_negatives: int | None = 7  # null: all of the pool
+    hard_negatives: int | None = 7  # K, per query; null: all of the pool
     strategy: str = "hardest"  # hardest: by teacher score | random
     margin: float | None = None  # drop candidates that the teacher scores above the match by more than this
     prescreen: PrescreenConfig | None = None  # null: the teacher scores every candidate
@@ -99,8 +100,9 @@ class SuccessionConfig:
         ValueError: neither is given.
     """
 
+    # fusion layers of the teacher that the student starts from and keeps, counted from 0
     layers: list[int] | None = None
-    towers: bool = False
+    towers: bool = False  # a dual_encoder on the teacher's towers
 
     def __post_init__(self) -> None:
         if not self.layers and not self.towers:
@@ -114,11 +116,13 @@ class DcdConfig:
     """Everything ``dcd`` is built from. ``teacher`` and ``student`` are ``model:`` sections of any matcher."""
 
     arch: str = "dcd"
-    model_type: str = "default"
+    model_type: str = "default"  # the file of defaults below this section
+    # any registered matcher: arch, model_type, its weights (finetuned) and its own keys
     teacher: dict[str, Any] | None = None
     # several teachers instead of one, each a section with an optional ``weight``: their scores are standardised per
     # query and averaged
     teachers: list[dict[str, Any]] = field(default_factory=list)
+    # any registered matcher, or only init_from_teacher: {layers: [...]}
     student: dict[str, Any] = field(default_factory=dict)
     # true: the student uses the teacher's own frozen towers; false: never; null: true for a student that starts from
     # its teacher, else only where both have equal frozen towers

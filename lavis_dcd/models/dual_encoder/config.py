@@ -21,11 +21,11 @@ class HeadConfig:
     dim: int = 256  # of the joint space
     hidden: int = 1024  # width between the projection's two layers; 0: a single linear map without bias, as CLIP's
     dropout: float = 0.4  # of the pooled vector, after its norm
-    hidden_dropout: float = 0.4
+    hidden_dropout: float = 0.4  # between the projection's two layers
     token_dropout: float = 0.3  # share of the tokens left out of the pooling in training; cls keeps its token
     temperature: float = 0.05  # where the learned temperature starts; it stays at or above 0.01
-    image_pooling: Pooling = "mean"
-    text_pooling: Pooling = "mean"
+    image_pooling: Pooling = "mean"  # how a picture's tokens become one vector
+    text_pooling: Pooling = "mean"  # how a caption's tokens become one vector
     pooling_heads: int = 4  # of attention and attention_mean
 
     def __post_init__(self) -> None:
@@ -65,8 +65,8 @@ class DualEncoderConfig:
     """Everything ``dual_encoder`` is built from. Unknown keys are refused."""
 
     arch: str = "dual_encoder"
-    model_type: str | None = None
-    load_finetuned: bool = True
+    model_type: str | None = None  # the file of defaults below this section
+    load_finetuned: bool = True  # read the file that finetuned names; false: start from pretrained or at random
     finetuned: str | None = None  # a file of a dual_encoder
     pretrained: str | None = None  # the same, read when finetuned is not
     checkpoint_sha256: str | None = None  # of the file at the address above

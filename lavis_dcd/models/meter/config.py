@@ -12,12 +12,12 @@ from lavis_dcd.models.towers import TextConfig, VisionConfig
 class FusionConfig:
     """The co-attention stack: per layer one text block and one image block that attend to each other."""
 
-    width: int = 768
-    layers: int = 6
-    heads: int = 12
-    mlp_ratio: int = 4
-    dropout: float = 0.1
-    shortcuts: bool = True  # the exact ones of matching.shortcuts; false: every layer in full for every pair
+    width: int = 768  # channels of a token; the towers' tokens are projected to it
+    layers: int = 6  # co-attention layers
+    heads: int = 12  # attention heads per block
+    mlp_ratio: int = 4  # width of a feed-forward's inside, in widths
+    dropout: float = 0.1  # of attention and feed-forward, in training
+    shortcuts: bool = True  # the exact ones; false: every layer in full for every pair
     grad_checkpoint: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
     compile: bool = False  # torch.compile the layers: minutes at the first batches, then perhaps faster
     init_from_text: bool = False  # start from the text tower's upper layers; new cross-attention begins at zero
@@ -33,9 +33,9 @@ class FusionConfig:
 class JointHeadConfig:
     """Projections of the pooled uni-modal tokens to a joint space; its scaled cosine adds to the fusion score."""
 
-    dim: int = 256
-    hidden: int = 512
-    dropout: float = 0.3
+    dim: int = 256  # of the joint space
+    hidden: int = 512  # width between the projection's two layers
+    dropout: float = 0.3  # of the projection, in training
     temperature: float = 0.05  # where the learned temperature starts
 
 
@@ -44,8 +44,8 @@ class MeterConfig:
     """Everything ``meter_retrieval`` is built from. Unknown keys are refused."""
 
     arch: str = "meter_retrieval"
-    model_type: str | None = None
-    load_finetuned: bool = True
+    model_type: str | None = None  # the file of defaults below this section
+    load_finetuned: bool = True  # read the file that finetuned names; false: start from pretrained or at random
     finetuned: str | None = None  # file or address of retrieval weights
     pretrained: str | None = None  # file or address of pre-trained weights, read when finetuned is not
     checkpoint_part: str = "auto"  # auto | teacher | student: which fusion stack of a file that carries both
@@ -54,7 +54,7 @@ class MeterConfig:
     text: TextConfig = field(default_factory=TextConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     joint_head: JointHeadConfig | None = None  # true: with its defaults
-    fusion_score: bool = True  # False: the score is the joint head's alone (a dual encoder)
+    fusion_score: bool = True  # false: the score is the joint head's alone (a dual encoder)
     loss: RetrievalLossConfig = field(default_factory=RetrievalLossConfig)
     match_memory_mb: float = 1024.0  # activations of one chunk of ``match`` without gradients, MiB
     # parameter-name prefixes that learn at run.head_lr_multiplier times the base rate

@@ -14,7 +14,7 @@ class ViltImageConfig:
     """Patches of pictures of any size whose sides are multiples of ``patch_size``."""
 
     image_size: int = 384  # the side that the grid of learned positions covers; other grids are interpolated from it
-    patch_size: int = 32
+    patch_size: int = 32  # side of a patch in pixels
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
@@ -27,7 +27,7 @@ class ViltTextConfig:
 
     name: str = "bert-base-uncased"  # hub name, local folder or vocab.txt: the tokenizer
     max_length: int = 40  # tokens, specials included; longer captions are cut
-    vocab_size: int = 30522
+    vocab_size: int = 30522  # entries of the tokenizer's vocabulary
     max_positions: int = 40  # learned positions; max_length may not exceed it
 
     def __post_init__(self) -> None:
@@ -42,10 +42,10 @@ class ViltTextConfig:
 class ViltFusionConfig:
     """The transformer that reads words and patches together."""
 
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    mlp_ratio: int = 4
+    width: int = 768  # channels of a token
+    layers: int = 12  # transformer blocks
+    heads: int = 12  # attention heads per block
+    mlp_ratio: int = 4  # width of a feed-forward's inside, in widths
     dropout: float = 0.1  # of the embeddings, projections and feed-forward; attention has none
     norm_eps: float = 1.0e-6  # the authors'; the hub's files were converted for 1e-12, which trained weights bear
     shortcuts: bool = True  # the same scores for less work; false: transformers' own forward for every pair
@@ -63,8 +63,8 @@ class ViltConfig:
     """Everything ``vilt_retrieval`` is built from. Unknown keys are refused."""
 
     arch: str = "vilt_retrieval"
-    model_type: str | None = None
-    load_finetuned: bool = True
+    model_type: str | None = None  # the file of defaults below this section
+    load_finetuned: bool = True  # read the file that finetuned names; false: start from pretrained or at random
     finetuned: str | None = None  # file or address of retrieval weights
     pretrained: str | None = None  # file or address of pre-trained weights, read when finetuned is not
     checkpoint_sha256: str | None = None  # of the file at the address above
