@@ -64,6 +64,11 @@ def inner_models(section: DictConfig) -> dict[str, DictConfig]:
     return found
 
 
+def matcher_names(section: Mapping[str, Any]) -> list[str]:
+    """Return the names of the matchers that a distillation evaluates."""
+    return ["student"] if parse(DcdConfig, section, "model").candidates.from_bank else ["teacher", "student"]
+
+
 def inner_faults(section: DictConfig, path: str) -> list[str]:
     """Return the faults of a distiller's teachers and student, and of how they go together."""
     found: list[str] = []
@@ -86,6 +91,9 @@ def inner_faults(section: DictConfig, path: str) -> list[str]:
             found += schema_faults(_Weight, {"weight": given.weight}, where)
         if "init_from_teacher" in given and role == "student":
             found += _succession_faults(given, section, f"{where}.init_from_teacher")
+    weights = [inner.get("weight", 1.0) for inner in section.get("teachers") or [] if isinstance(inner, DictConfig)]
+    if not found and weights and not any(weights):
+        found.append(f"{path}.teachers: all weights are 0; give at least one teacher a weight above 0")
     return found
 
 
