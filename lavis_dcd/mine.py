@@ -1,4 +1,4 @@
-"""The command ``python -m lavis_dcd mine --cfg-path F``."""
+"""The command `python -m lavis_dcd mine --cfg-path F`."""
 
 from __future__ import annotations
 

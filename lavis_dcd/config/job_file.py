@@ -196,7 +196,7 @@ def merge_defaults(user: DictConfig) -> DictConfig:
 
 
 def model_defaults(section: DictConfig) -> DictConfig:
-    """Return the default YAML (`model:`, perhaps `preprocess:`) of a section's `arch` and `model_type`, or an empty one."""
+    """Return the default YAML (`model:`, perhaps `preprocess:`) of a section's `arch` and `model_type`, or {}."""
     model = registered(registry.get_model_class, section.get("arch"))
     types = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
     kind = section.get("model_type")

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from huggingface_hub import try_to_load_from_cache
 from lavis.common.registry import registry
+from lavis.models.clip_models.pretrained import download_pretrained, get_pretrained_url
 from omegaconf import DictConfig, ListConfig
+from timm.models import hub as timm_hub
+from transformers.utils import hub as transformers_hub
 
 from lavis_dcd.common.download import cached_path, fetch, is_url, unreachable
 from lavis_dcd.common.errors import UserError
@@ -125,8 +129,6 @@ def _tagged_weights(model: type, section: Mapping[str, Any], field: str) -> Requ
     """Return the weights that LAVIS's CLIP names by a tag and keeps in a folder of its own; None for other models."""
     if not model.__module__.startswith("lavis.models.clip_models"):
         return None
-    from lavis.models.clip_models.pretrained import download_pretrained, get_pretrained_url
-
     name = str(section.get("model_type")).replace("/", "-")
     url = get_pretrained_url(name, str(section["pretrained"]))
     if not url:
@@ -172,22 +174,17 @@ def _hub_or_local(field: str, source: str) -> RequiredFile:
     local = source.startswith((ASSET_PREFIX, "/", ".", "~")) or source.count("/") > 1
     if local or Path(source).exists():
         return _local(field, source, "name a local folder that does, or a model on the hub")
-    from huggingface_hub import try_to_load_from_cache
-    from transformers.utils.hub import TRANSFORMERS_CACHE
-
     for file in ("tokenizer.json", "vocab.json", "vocab.txt"):
-        cached = try_to_load_from_cache(source, file, cache_dir=TRANSFORMERS_CACHE)
+        cached = try_to_load_from_cache(source, file, cache_dir=transformers_hub.TRANSFORMERS_CACHE)
         if isinstance(cached, str):
             return RequiredFile(field, Path(cached))
-    folder = Path(TRANSFORMERS_CACHE) / f"models--{source.replace('/', '--')}"
+    folder = Path(transformers_hub.TRANSFORMERS_CACHE) / f"models--{source.replace('/', '--')}"
     return RequiredFile(field, folder, f"https://huggingface.co/{source}/resolve/main/config.json", hub=source)
 
 
 def _lavis_cached(url: str) -> Path:
     # LAVIS's own models look for a downloaded checkpoint in timm's hub folder, by the address's last part.
-    from timm.models import hub
-
-    return Path(hub.get_cache_dir()) / Path(urlparse(url).path).name
+    return Path(timm_hub.get_cache_dir()) / Path(urlparse(url).path).name
 
 
 def _named(section: Mapping[str, Any], keys: tuple[str, ...], path: str) -> Iterator[tuple[str, str]]:

@@ -219,7 +219,7 @@ class EvaluationProtocol:
 
     @classmethod
     def of_run(cls, run: Any) -> EvaluationProtocol:
-        """Read the keys of a ``run:`` section, a dataclass or a mapping; those that it leaves out have their defaults."""
+        """Read a ``run:`` section, a dataclass or a mapping; keys that it leaves out have their defaults."""
         keys = {name: name for name in cls.__dataclass_fields__}
         keys |= {"batch_size": "batch_size_eval", "memory_mb": "match_memory_mb"}
         values = {name: _read(run, key) for name, key in keys.items()}
