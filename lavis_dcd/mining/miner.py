@@ -53,7 +53,7 @@ class Process(Protocol):
 
     @property
     def is_main(self) -> bool:
-        """Whether it writes the files."""
+        """The one that writes the files is the main process."""
 
     def share(self, value: Any) -> Any:
         """Return the main process's value, in every process."""

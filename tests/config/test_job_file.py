@@ -380,6 +380,14 @@ def test_how_a_student_starts_from_its_teacher(start, expected):
     assert of_model(distilled(student={"init_from_teacher": start})) == expected
 
 
+def test_a_student_without_towers_cannot_take_them_over():
+    student = {"arch": "meter_retrieval", "model_type": "student_coco", "init_from_teacher": {"towers": True}}
+    assert of_model(distilled(student=student)) == [
+        "model.student.init_from_teacher.towers: meter_retrieval has no towers to start; use it with a dual_encoder"
+    ]
+    assert of_model(distilled(student={**student, "arch": "dual_encoder", "model_type": "tiny"})) == []
+
+
 QUICKSTART = "projects/dcd/quickstart.yaml"
 BANK = "model.candidates.source=bank"
 # options over the quickstart, and what is told of each; no data set and no model has been made by then

@@ -101,6 +101,9 @@ def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> l
     start = student.init_from_teacher
     if found := schema_faults(SuccessionConfig, start, path):
         return found
+    learner = registered(registry.get_model_class, student.get("arch"))
+    if start.get("towers") and learner is not None and not hasattr(learner, "adopt_towers"):
+        return [f"{path}.towers: {student.arch} has no towers to start; use it with a dual_encoder"]
     first = next((part for name, part in inner_models(section).items() if name != "student"), {})
     arch = first.get("arch")
     teacher = registered(adapter_for, arch) or registered(registry.get_model_class, arch)
