@@ -1,4 +1,4 @@
-"""`python -m lavis_dcd COMMAND`: what belongs to no door of LAVIS."""
+"""`python -m lavis_dcd COMMAND`: the commands that LAVIS has no entry point for."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"error: {name!r} is no command\n{usage()}")
         return EXIT_USAGE
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    status: int = importlib.import_module(COMMANDS[name][0]).main(rest)
+    return status
 
 
 def usage() -> str:
-    """The commands, a line each."""
+    """Return the commands, a line each."""
     width = max(len(name) for name in COMMANDS)
     lines = [f"  {name:<{width}}  {words}" for name, (_, words) in COMMANDS.items()]
     return "\n".join(
         ["usage: python -m lavis_dcd COMMAND ... (python -m lavis_dcd COMMAND --help tells more)", "", *lines,
-         "", "training and evaluation have doors of their own: python -m lavis.train, python -m lavis.evaluate", ""]
+         "", "training and evaluation have commands of their own: python -m lavis.train, python -m lavis.evaluate", ""]
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the doors share: flags, checks, logging, and one line per fault instead of a traceback."""
+"""The common part of all commands: flags, checks, logging, and one line per fault instead of a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXIT_TERMINATED = 143  # as a shell names the end by SIGTERM: 128 + 15
 
 
 def job_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """Reads `cfg_path`, `options` and `plugins` off a command line, and what a door adds."""
+    """Return a parser of `--cfg-path`, `--options` and `--plugins`, to which a command may add flags."""
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument(
         "--cfg-path",
@@ -46,7 +46,7 @@ def job_parser(program: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_door(program: str, description: str, argv: Sequence[str] | None, evaluate: bool) -> int:
+def run_command(program: str, description: str, argv: Sequence[str] | None, evaluate: bool) -> int:
     """Run a job and return the exit status: 0, 2 for what the user can put right, 130 or 143 when stopped.
 
     130 is for Ctrl-C, 143 for SIGTERM.
@@ -79,7 +79,7 @@ def guarded(work: Callable[[], None]) -> int:
 
 
 def _way_out(error: OSError) -> str | None:
-    """What the user can do about a disk that takes nothing; None for other faults of the system."""
+    """Return the user's way out where a disk takes nothing; None for other faults of the system."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space; what was written before stays, and run.resume=auto continues a training"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace, evaluate: bool) -> None:
 
 
 def ready_process() -> None:
-    """What a door does before anything else."""
+    """Set up logging and environment; every command calls it first."""
     set_up_logging()
     # loader workers are forked after the tokenizer has run; it would warn at each of them
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -105,7 +105,7 @@ def ready_process() -> None:
 
 
 def set_up_logging() -> None:
-    """Messages of the first process go to stderr; of the others, warnings only."""
+    """Send the messages of the first process to stderr; of the others, warnings only."""
     first = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger().setLevel(logging.INFO if first else logging.WARNING)

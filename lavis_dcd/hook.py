@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _HOST, _OURS = "lavis", "lavis_dcd."
 
@@ -27,9 +28,9 @@ def _register() -> None:
 
 
 class _AfterHost(MetaPathFinder):
-    """Watches for the import of LAVIS; once it has come and our modules are registered, it removes itself.
+    """Watches for the import of LAVIS; once it is complete and our modules are registered, it removes itself.
 
-    One of our own modules may be what imports LAVIS. Registering in the middle of it could import, from a
+    One of our own modules may be the one that imports LAVIS. Registering in the middle of it could import, from a
     module that is only half executed, names that it has not defined yet; so registration waits until the
     outermost of our modules is complete.
     """
@@ -41,16 +42,17 @@ class _AfterHost(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Return the other finders' spec; for LAVIS and our modules with a loader that notes when they are complete."""
         if fullname != _HOST and not fullname.startswith(_OURS):
             return None
-        spec = self._found_by_others(fullname, path, target)
-        if spec is None or not hasattr(spec.loader, "exec_module"):
-            return spec
-        wrap = self._host if fullname == _HOST else self._own
-        spec.loader.exec_module = wrap(spec.loader.exec_module)
+        spec = self._spec_of_others(fullname, path, target)
+        loader: Any = spec.loader if spec is not None else None
+        if hasattr(loader, "exec_module"):
+            wrap = self._around_host if fullname == _HOST else self._around_ours
+            loader.exec_module = wrap(loader.exec_module)
         return spec
 
-    def _found_by_others(
+    def _spec_of_others(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
     ) -> ModuleSpec | None:
         for finder in sys.meta_path:
@@ -60,7 +62,7 @@ class _AfterHost(MetaPathFinder):
                     return spec
         return None
 
-    def _host(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    def _around_host(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
         def execute_then_register(module: ModuleType) -> None:
             with warnings.catch_warnings():
                 # fairscale, timm and pkg_resources greet every import of LAVIS with their deprecations.
@@ -72,7 +74,7 @@ class _AfterHost(MetaPathFinder):
 
         return execute_then_register
 
-    def _own(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    def _around_ours(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
         def execute_counted(module: ModuleType) -> None:
             self._depth += 1
             try:

@@ -1,4 +1,4 @@
-"""What enters LAVIS's registry: our own modules, and those of third parties."""
+"""Fill LAVIS's registry: with our own modules, and those of third parties."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import ImageFile
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "lavis.plugins"
 
@@ -46,7 +46,7 @@ def register_all() -> None:
     for name in _MODULES:
         importlib.import_module(name)
     for line in _entry_point_faults():
-        logger.warning(line)
+        log.warning(line)
     _set_cache_root()
     # one of LAVIS's data sets switches this on for the whole process: a picture cut short would train as half grey
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -80,10 +80,10 @@ def refresh_zoos() -> None:
 
 
 def _entry_point_faults() -> list[str]:
-    found: list[str] = []
+    faults: list[str] = []
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        found += _import_faults(point.value, f"entry point {ENTRY_POINT_GROUP}: {point.name}", point.load)
-    return found
+        faults += _import_faults(point.value, f"entry point {ENTRY_POINT_GROUP}: {point.name}", point.load)
+    return faults
 
 
 def _import_faults(name: str, origin: str, load: Callable[[], object]) -> list[str]:

@@ -27,11 +27,11 @@ from lavis_dcd.reporting.report import write_report
 from lavis_dcd.reporting.table import format_table
 from lavis_dcd.training.run_folder import write_config, write_results
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 SECTIONS = ("variants", "seeds")
-_SINGLE = ("teacher", "student before training")  # rows that every variant shares, evaluated by the first run alone
-_MEANS = re.compile(r"(_r\d+|r_sum|r_mean|ms_per_pair|median_rank)$")
+_SHARED = ("teacher", "student before training")  # rows that every variant shares, evaluated by the first run alone
+_AVERAGED = re.compile(r"(_r\d+|r_sum|r_mean|ms_per_pair|median_rank)$")
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,23 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        return self.settings.run.job_id
+        """The name of the run's folder in the comparison's."""
+        return str(self.settings.run.job_id)
 
 
 def slug(name: str) -> str:
-    """A folder name: lower-case letters, digits and dashes."""
+    """Return a name as a folder name: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def split_off(user: DictConfig) -> tuple[DictConfig, DictConfig]:
-    """A job file's own sections, and its ``variants`` and ``seeds`` where it has them."""
-    own = OmegaConf.masked_copy(user, [k for k in user if k not in SECTIONS])
-    return own, OmegaConf.masked_copy(user, [k for k in user if k in SECTIONS])
+    """Split a job file into the sections of one job, and ``variants`` and ``seeds`` where it has them."""
+    job = OmegaConf.masked_copy(user, [key for key in user if key not in SECTIONS])
+    return job, OmegaConf.masked_copy(user, [key for key in user if key in SECTIONS])
 
 
 def home_folder(run: Mapping[str, Any], project: str) -> Path:
-    """``<run.output_dir>/<project>/<job id>``: the newest one with ``run.resume: auto``, else a new one."""
+    """Return ``<run.output_dir>/<project>/<job id>``: the newest one with ``run.resume: auto``, else a new one."""
     parent = Path(run.get("output_dir", "output")) / project
     if run.get("job_id"):
         return parent / str(run["job_id"])
@@ -68,7 +69,7 @@ def home_folder(run: Mapping[str, Any], project: str) -> Path:
 
 
 def expand(comparison: DictConfig, run: Mapping[str, Any], home: Path) -> list[Variant]:
-    """Every variant with every seed, the first run evaluating what all share.
+    """Return every variant with every seed; the first alone evaluates the models that all share.
 
     Args:
         comparison: ``variants`` and ``seeds``.
@@ -91,48 +92,48 @@ def expand(comparison: DictConfig, run: Mapping[str, Any], home: Path) -> list[V
             faults.append(f"variants.{name}: expected sections such as model: or run: under a name with letters")
     if faults:
         raise UserError(faults)
-    found: list[Variant] = []
+    runs: list[Variant] = []
     for seed in seeds:
         for name, settings in variants.items():
             place = {"seed": seed, "output_dir": str(home.parent), "project": home.name}
             place["job_id"] = f"{slug(str(name))}-seed{seed}"
-            shared = {"evaluate_teacher": False, "evaluate_before": False} if found else {}
-            found.append(Variant(str(name), seed, OmegaConf.merge({"run": shared}, settings or {}, {"run": place})))
-    return found
+            shared = {"evaluate_teacher": False, "evaluate_before": False} if runs else {}
+            runs.append(Variant(str(name), seed, OmegaConf.merge({"run": shared}, settings or {}, {"run": place})))
+    return runs
 
 
 def is_done(home: Path, variant: Variant) -> bool:
-    """Whether this run has its results, so that a comparison taken up again does not repeat it."""
+    """Return whether this run has its results, so that a comparison taken up again does not repeat it."""
     return (home / variant.folder / "results.json").is_file()
 
 
 def summarise(home: Path, title: str, variants: Sequence[Variant], config: Mapping[str, Any]) -> Path:
-    """One table and report of all runs in ``home``: means over seeds, ``<metric>_std`` their standard deviation.
+    """Write one table and report of all runs in ``home``: means over seeds, ``<metric>_std`` their standard deviation.
 
     Returns:
         the path of the report.
     """
     results = [json.loads((home / v.folder / "results.json").read_text(encoding="utf-8")) for v in variants]
     first = results[0]
-    rows = [row for row in first["rows"] if row["name"] in _SINGLE]
+    rows = [row for row in first["rows"] if row["name"] in _SHARED]
     for name in dict.fromkeys(v.name for v in variants):
         learners = [
             row for v, content in zip(variants, results, strict=True) if v.name == name
-            for row in content["rows"] if row["name"] not in _SINGLE
+            for row in content["rows"] if row["name"] not in _SHARED
         ]  # fmt: skip
         rows.append(_mean_row(name, learners))
     write_config(home, config)
     write_results(home, title, {first["split"]: rows}, first["gallery"], first["machine"])
     seeds = len({v.seed for v in variants})
     of_seeds = f"means of {seeds} seeds" if seeds > 1 else "one seed"
-    logger.info("results on %s, %s:\n%s", first["split"], of_seeds, format_table(rows))
+    log.info("results on %s, %s:\n%s", first["split"], of_seeds, format_table(rows))
     return write_report(home)
 
 
 def _mean_row(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged = {**rows[0], "name": name, "seeds": len(rows)}
     for key, value in rows[0].items():
-        if isinstance(value, int | float) and _MEANS.search(key):
+        if isinstance(value, int | float) and _AVERAGED.search(key):
             values = [row[key] for row in rows]
             merged[key] = statistics.fmean(values)
             if len(values) > 1:

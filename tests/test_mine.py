@@ -309,7 +309,7 @@ def test_a_bank_that_is_there(job, tmp_path, monkeypatch, caplog, capsys):
     assert mined("--overwrite", "--options", "model.candidates.bank.shortlist=2").settings["shortlist"] == 2
 
 
-# -- the door ----------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------
 
 
 def test_no_joint_space_says_what_else_to_do(job, tmp_path, capsys):

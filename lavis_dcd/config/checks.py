@@ -1,83 +1,142 @@
-"""Every fault of a job's configuration: names not registered, keys that nothing reads, wrong types."""
+"""Check a merged job: names that are not registered, keys that nothing reads, wrong types and values."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import math
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import faults as schema_faults
-from lavis_dcd.common.schema import unknown_key
-from lavis_dcd.common.texts import shown
+from lavis_dcd.common.schema import parse, unknown_key
+from lavis_dcd.common.texts import one_line, shown
 from lavis_dcd.config.contracts import ChecksItself, HasSchema, HoldsModels, tells
 from lavis_dcd.config.job_file import among, model_defaults, registered
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.adapters.registry import adapter_for
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_RETRIEVAL_TASK = "dcd_retrieval"
 _MODEL_KEYS = {"arch", "model_type", "load_finetuned", "load_pretrained", "finetuned", "pretrained"}
 _DATASET_KEYS = {"data_type", "data_dir", "type", "build_info", "vis_processor", "text_processor"}
-_SPLITS = {"train", "val", "test"}
+_BELOW_ANNOTATIONS = {"train", "val", "test", "url", "md5", "storage"}
 _KINDS = ("vis_processor", "text_processor")
 
 
+@dataclass(frozen=True)
+class CheckedSections:
+    """A merged job's faults, one line each, and its sections as dataclasses.
+
+    Args:
+        faults: empty when the job is sound. Files are checked by ``lavis_dcd.config.required_files``.
+        run: the ``run:`` section; None where it has faults.
+        model: the ``model:`` section; None where it has faults, or its arch has no schema.
+    """
+
+    faults: list[str]
+    run: RunConfig | None
+    model: Any
+
+
+def check_sections(config: DictConfig) -> CheckedSections:
+    """Check a merged job; nothing is built. A key that may be a mistake, but need not, is a warning in the log."""
+    run, faults = _check_run(config.run)
+    model, of_model = _check_model(config.model, "model")
+    faults += of_model + _datasets_faults(config.datasets)
+    if run is not None and not of_model:
+        faults += _shortlist_faults(run, config.model)
+    return CheckedSections(faults, run, model)
+
+
 def job_faults(config: DictConfig) -> list[str]:
-    """Return one line per fault of a merged job; empty when it is sound. Files: `lavis_dcd.config.required_files`."""
-    return _run_faults(config.run) + model_faults(config.model, "model") + _datasets_faults(config.datasets)
+    """Return one line per fault of a merged job; empty when it is sound."""
+    return check_sections(config).faults
+
+
+def model_faults(section: DictConfig, path: str) -> list[str]:
+    """Return the faults of a model section, those of the models inside it (a teacher, a student) included."""
+    return _check_model(section, path)[1]
 
 
 def unknown_name(path: str, name: Any, registered: Iterable[str]) -> str:
-    """The line that reports a name nobody registered, with the nearest and all the registered ones."""
+    """Return the line that reports a name nobody registered, with the nearest and all the registered ones."""
     names = sorted(registered)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{path}: {shown(name)} is not registered; {hint}registered: {', '.join(names)}"
 
 
-def _run_faults(run: DictConfig) -> list[str]:
-    found = []
+def _parsed(schema: type[T], section: Any, path: str) -> tuple[T | None, list[str]]:
+    """Return a section as its dataclass, or None and its faults."""
+    try:
+        return parse(schema, section, path), []
+    except UserError as error:
+        return None, error.faults
+
+
+def _check_run(run: DictConfig) -> tuple[RunConfig | None, list[str]]:
+    faults = []
     if run.task not in registry.list_tasks():
-        found.append(unknown_name("run.task", run.task, registry.list_tasks()))
+        faults.append(unknown_name("run.task", run.task, registry.list_tasks()))
     runner = registered(registry.get_runner_class, run.runner)
     if runner is None:
-        return [*found, unknown_name("run.runner", run.runner, registry.list_runners())]
+        return None, [*faults, unknown_name("run.runner", run.runner, registry.list_runners())]
     schema = runner.config_schema() if tells(runner, HasSchema) else RunConfig
-    return found + schema_faults(schema, run, "run")
+    section, of_section = _parsed(schema, run, "run")
+    return section, faults + of_section
 
 
-def model_faults(section: DictConfig, path: str) -> list[str]:
-    """The faults of a model section, those of the models inside it (a teacher, a student) included."""
+def _shortlist_faults(run: RunConfig, section: DictConfig) -> list[str]:
+    """Return a line where ``run.shortlist`` names none of the matchers that the job evaluates."""
+    if run.task != _RETRIEVAL_TASK or run.k_test is None or run.shortlist in (None, "joint"):
+        return []
+    model = registry.get_model_class(section.arch)
+    names = model.matcher_names(section) if tells(model, HoldsModels) else ["model"]
+    if run.shortlist in names:
+        return []
+    return [f"run.shortlist: {run.shortlist!r} is none of this job's matchers: {', '.join(['joint', *names])}"]
+
+
+def _check_model(section: DictConfig, path: str) -> tuple[Any, list[str]]:
+    """Return a model section as the dataclass of its arch (None without one), and its faults."""
     arch, kind = section.get("arch"), section.get("model_type")
     model = registered(registry.get_model_class, arch)
     if model is None:
-        return [unknown_name(f"{path}.arch", arch, registry.list_models())]
+        return None, [unknown_name(f"{path}.arch", arch, registry.list_models())]
     types = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
     if kind is not None and not among(types, kind):
-        return [unknown_name(f"{path}.model_type", kind, types)]
+        return None, [unknown_name(f"{path}.model_type", kind, types)]
     adapter = adapter_for(arch)
     options = adapter.option_names() if adapter else set()
+    parsed = None
     if tells(model, HasSchema):
-        found = schema_faults(model.config_schema(), section, path)
+        parsed, found = _parsed(model.config_schema(), section, path)
     else:
-        # without a type, the keys of all types stand for what the model's parts read
-        legal = _MODEL_KEYS | options | (keys_of_types(model) if kind is None else set())
-        found = _by_example(section, model_defaults(section).get("model", {}), path,
-                            legal | (_keys_read_by(model.from_config) or set(section)))  # fmt: skip
+        example = model_defaults(section).get("model", {})
+        # without a type, the keys of all types stand for those that the model's parts read
+        known = keys_of_types(model) if kind is None else set(example)
+        more = _MODEL_KEYS | options | known | (_constructor_names(model) or set())
+        found = _faults_by_example(section, example, path, more if known else set(section))
     if adapter:
-        own = {key: value for key, value in section.items() if key in options}
-        found += schema_faults(adapter.options_class, OmegaConf.create(own), path)
+        given = {key: value for key, value in section.items() if key in options}
+        found += schema_faults(adapter.options_class, OmegaConf.create(given), path)
     if tells(model, ChecksItself) and not found:
         found += model.config_faults(section, path)
-    return found + (model.inner_faults(section, path) if tells(model, HoldsModels) else [])
+    return parsed, found + (model.inner_faults(section, path) if tells(model, HoldsModels) else [])
 
 
 def section_schema(section: Mapping[str, Any]) -> type | None:
-    """The dataclass that a model section must fit; None where its arch has none."""
+    """Return the dataclass that a model section must fit; None where its arch has none."""
     model = registered(registry.get_model_class, section.get("arch"))
     return model.config_schema() if tells(model, HasSchema) else None
 
@@ -88,8 +147,8 @@ def inner_models(section: Mapping[str, Any]) -> dict[str, DictConfig]:
     return model.inner_models(section) if tells(model, HoldsModels) else {}
 
 
-def keys_of_types(model: type) -> set[str]:
-    """The keys of the model's default YAML files."""
+def keys_of_types(model: Any) -> set[str]:
+    """Return the keys of the model's default YAML files."""
     kinds = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
     files = [OmegaConf.load(model.default_config_path(kind)) for kind in kinds]
     return {key for file in files for key in file.get("model", {})}
@@ -114,7 +173,7 @@ def _datasets_faults(datasets: DictConfig) -> list[str]:
     return found
 
 
-def _dataset_faults(builder: type, section: DictConfig, path: str) -> list[str]:
+def _dataset_faults(builder: Any, section: DictConfig, path: str) -> list[str]:
     default = OmegaConf.load(builder.default_config_path(type=section.get("type", "default")))
     example = default.datasets[next(iter(default.datasets))]
     if tells(builder, ChecksItself):
@@ -122,12 +181,12 @@ def _dataset_faults(builder: type, section: DictConfig, path: str) -> list[str]:
         found = [unknown_key(path, key, legal) for key in section if key not in legal]
         found += builder.config_faults(section, path)
     else:
-        found = _by_example(section, example, path, _DATASET_KEYS)
+        found = _faults_by_example(section, example, path, _DATASET_KEYS)
     return found + processors_faults(OmegaConf.masked_copy(section, [key for key in _KINDS if key in section]), path)
 
 
 def processors_faults(section: Any, path: str) -> list[str]:
-    """Faults of LAVIS's ``vis_processor: {train, eval}`` and ``text_processor: {train, eval}``."""
+    """Return the faults of LAVIS's ``vis_processor: {train, eval}`` and ``text_processor: {train, eval}``."""
     if section is None:
         return []
     if not isinstance(section, DictConfig):
@@ -153,52 +212,59 @@ def _processor_faults(section: Any, path: str) -> list[str]:
     processor = registered(registry.get_processor_class, section.name)
     if processor is None:
         return [unknown_name(f"{path}.name", section.name, registry.list_processors())]
-    if hasattr(processor, "config_class"):
-        return schema_faults(processor.config_class, section, path)
-    legal = _keys_read_by(processor.from_config)
-    if legal is None:
-        return []
-    return [unknown_key(path, key, legal | {"name"}) for key in section if key not in legal | {"name"}]
+    if tells(processor, HasSchema):
+        return schema_faults(processor.config_schema(), section, path)
+    known = _constructor_names(processor)
+    if known is not None:
+        _warn_of_unknown_keys(section, known | {"name"}, path)
+    return []
 
 
-def _keys_read_by(from_config: Any) -> set[str] | None:
-    """The keys that a LAVIS class takes from its section, read off its source; None where unknown."""
-    try:
-        source = inspect.getsource(from_config)
-    except (OSError, TypeError):
+def _constructor_names(built: Any) -> set[str] | None:
+    """Return the names that a class's constructor takes, usually the keys of its section; None if it takes any."""
+    parameters = inspect.signature(built.__init__).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    found = re.findall(r"\b(?:cfg|config)(?:\.get\(\s*|\[)[\"'](\w+)[\"']", source)
-    return set(found) | (set(re.findall(r"\bcfg\.(\w+)", source)) - {"get"})
+    return {parameter.name for parameter in parameters} - {"self"}
 
 
-def _by_example(section: Any, example: Any, path: str, more: Iterable[str] = ()) -> list[str]:
-    """Faults of a section that has no schema, against the default YAML that it overrides."""
+def _warn_of_unknown_keys(section: DictConfig, known: Collection[str], path: str) -> None:
+    """Log the keys that a class without a schema may never read; whether it does, only its own code could tell."""
+    for key in section:
+        if key not in known:
+            names = sorted(known)
+            near = difflib.get_close_matches(str(key), names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            where = one_line(f"{path}.{key}")
+            log.warning(
+                "%s: no default has this key, so nothing may read it; %sknown: %s", where, hint, ", ".join(names)
+            )
+
+
+def _faults_by_example(section: DictConfig, example: Any, path: str, more: Iterable[str] = ()) -> list[str]:
+    """Return the faults of a section that has no schema: values of another kind than those of the default YAML.
+
+    Args:
+        example: the default that the section overrides.
+        more: keys beside the example's that are known; others are warned of.
+    """
+    _warn_of_unknown_keys(section, {*example, *more}, path)
     found = []
-    legal = {*example, *more}
     for key, value in section.items():
-        where, model = f"{path}.{key}", example.get(key)
-        if key not in legal:
-            found.append(unknown_key(path, key, legal))
-        elif key in _KINDS:
+        where, default = f"{path}.{key}", example.get(key)
+        if key in _KINDS:
             continue
-        elif isinstance(model, DictConfig):
+        if isinstance(default, DictConfig):
             if isinstance(value, DictConfig):
-                found += _by_example(value, model, where, _extra(where))
+                found += _faults_by_example(value, default, where, _BELOW_ANNOTATIONS if "annotations" in where else ())
             else:
-                found.append(f"{where}: {shown(value)} is not a section; expected keys {', '.join(model)}")
-        elif value is not None and isinstance(model, bool | int | float) and not _fits(value, model):
-            found.append(f"{where}: {shown(value)} is not of the default's kind ({model!r})")
+                found.append(f"{where}: {shown(value)} is not a section; expected keys {', '.join(default)}")
+        elif value is not None and isinstance(default, bool | int | float) and not _same_kind(value, default):
+            found.append(f"{where}: {shown(value)} is not of the default's kind ({default!r})")
     return found
 
 
-def _extra(path: str) -> set[str]:
-    parts = path.split(".")
-    if parts[-1] == "annotations":
-        return _SPLITS
-    return {"url", "md5", "storage"} if len(parts) > 1 and parts[-2] == "annotations" else set()
-
-
-def _fits(value: Any, model: bool | int | float) -> bool:
-    if isinstance(model, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(model, bool)
+def _same_kind(value: Any, default: bool | int | float) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
     return isinstance(value, int | float) and math.isfinite(value)

@@ -1,6 +1,6 @@
-"""What a registered class may tell of its own section of a job file, beside LAVIS's `from_config`.
+"""Protocols by which a registered class describes its own section of a job file, beside LAVIS's ``from_config``.
 
-All are optional, and told from a class by its methods: LAVIS's own models, data sets and runners have none of them.
+All are optional, and recognised by their methods: LAVIS's own models, data sets and runners have none of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 @runtime_checkable
 class HasSchema(Protocol):
-    """A model or runner whose section is a dataclass."""
+    """A model, processor or runner whose section is a dataclass; a runner's is a ``RunConfig``."""
 
     @classmethod
     def config_schema(cls) -> type:
@@ -46,7 +46,11 @@ class HoldsModels(Protocol):
     def inner_faults(cls, section: DictConfig, path: str) -> list[str]:
         """Return one line per fault of the sections inside, and of how they go together."""
 
+    @classmethod
+    def matcher_names(cls, section: DictConfig) -> list[str]:
+        """Return the names of the matchers that are evaluated, as ``run.shortlist`` may give them."""
+
 
 def tells(registered: type | None, what: type) -> bool:
-    """Whether a registered class (or None) has the methods of one of the Protocols above."""
+    """Return whether a registered class (or None) has the methods of one of the Protocols above."""
     return registered is not None and issubclass(registered, what)

@@ -1,15 +1,13 @@
-"""A job: its YAML file, the options over it, the defaults under it, checked before anything is built."""
+"""Read a job: its YAML file, the options over it, the defaults under it."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -27,50 +25,8 @@ _TO_BE_GIVEN = "???"
 _NO_YAML = (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, LookupError, OverflowError)
 
 
-class JobConfig:
-    """What LAVIS's own `Config` offers its tasks and runners, of a job that `load_config` has checked.
-
-    Attributes:
-        config: the whole, merged.
-        args: `cfg_path` (the file that was read) and `options`, as in LAVIS.
-    """
-
-    def __init__(self, config: DictConfig, cfg_path: Path, options: Sequence[str] = ()) -> None:
-        from lavis.common.registry import registry
-
-        self.config = config
-        self.args = Namespace(cfg_path=str(cfg_path), options=list(options))
-        registry.register("configuration", self)
-
-    @property
-    def run_cfg(self) -> DictConfig:
-        return self.config.run
-
-    @property
-    def datasets_cfg(self) -> DictConfig:
-        return self.config.datasets
-
-    @property
-    def model_cfg(self) -> DictConfig:
-        return self.config.model
-
-    def get_config(self) -> DictConfig:
-        return self.config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, interpolations resolved."""
-        return OmegaConf.to_container(self.config, resolve=True)
-
-    def pretty_print(self) -> None:
-        """Log the run, the data sets and the model, as LAVIS does."""
-        content = self.to_dict()
-        for section in ("run", "datasets", "model"):
-            text = json.dumps(content[section], indent=4, sort_keys=True)
-            logging.info("=====  %s  =====\n%s", section, text)
-
-
 def read_job(cfg_path: str, options: Sequence[str] = (), evaluate: bool = False) -> tuple[DictConfig, Path]:
-    """A job's own sections with the options over them, unchecked, and the file they stand in."""
+    """Return a job's sections as written, the options over them, and the file they stand in; nothing is checked."""
     path = find_config(cfg_path)
     user = merge(read_yaml(path), parse_options(options))
     if evaluate:
@@ -79,7 +35,7 @@ def read_job(cfg_path: str, options: Sequence[str] = (), evaluate: bool = False)
 
 
 def find_config(cfg_path: str) -> Path:
-    """`cfg_path` in the current folder if it is there, else among the packaged jobs.
+    """Return `cfg_path` in the current folder if it is there, else among the packaged jobs.
 
     Raises:
         UserError: in neither; the packaged jobs are listed.
@@ -94,8 +50,8 @@ def find_config(cfg_path: str) -> Path:
     except FileNotFoundError as error:
         raise UserError(f"--cfg-path {cfg_path}: no such file ({error})") from error
     parts = here.parts[1:] if here.parts[:1] == ("projects",) else here.parts
-    if not here.is_absolute() and os.path.isfile(found := packaged.joinpath(*parts)):
-        return found
+    if not here.is_absolute() and os.path.isfile(path := packaged.joinpath(*parts)):
+        return path
     names = sorted(f"projects/{p.relative_to(packaged).as_posix()}" for p in packaged.glob("*/*.yaml"))
     raise UserError(
         f"--cfg-path {cfg_path}: no such file in {Path.cwd()}, and none of the packaged: {', '.join(names)}"
@@ -103,7 +59,7 @@ def find_config(cfg_path: str) -> Path:
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """The mapping in a YAML file.
+    """Return the mapping in a YAML file.
 
     Raises:
         UserError: it is no YAML, or no mapping.
@@ -128,7 +84,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def parse_options(options: Sequence[str]) -> DictConfig:
-    """`a.b=c` items, or LAVIS's `a.b c` pairs, as a nested mapping; values are read as YAML.
+    """Return `a.b=c` items, or LAVIS's `a.b c` pairs, as a nested mapping; values are read as YAML.
 
     Raises:
         UserError: one line per item that is neither.
@@ -155,7 +111,7 @@ def parse_options(options: Sequence[str]) -> DictConfig:
 
 
 def merge(*sections: DictConfig) -> DictConfig:
-    """Sections over each other, the last one winning.
+    """Merge sections, each over those before it.
 
     Raises:
         UserError: one has a list where another has keys.
@@ -181,7 +137,16 @@ def _clashes(under: Any, over: Any, path: str) -> list[str]:
     return [line for key, pair in pairs.items() for line in _clashes(*pair, f"{path}.{key}" if path else str(key))]
 
 
-def check_sections(user: DictConfig, path: Path) -> None:
+def refuse_unusable(user: DictConfig, path: Path) -> None:
+    """Refuse a job that lacks a section, has one too many, or holds values that cannot be resolved.
+
+    Args:
+        user: the job's sections as written.
+        path: the file they stand in.
+
+    Raises:
+        UserError: one line per fault.
+    """
     faults = [unknown_key("", key, _SECTIONS) for key in user if key not in _SECTIONS]
     try:
         content = OmegaConf.to_container(user, resolve=True)
@@ -200,8 +165,7 @@ def check_sections(user: DictConfig, path: Path) -> None:
 
 
 def _unusable(content: Any, path: str) -> list[str]:
-    """Values without which nothing else can be looked at: names that are no text, and OmegaConf's mark for a value
-    to be given."""
+    """Return the faults that hide all others: names that are no text, and OmegaConf's mark for a value to be given."""
     if content == _TO_BE_GIVEN:
         return [f"{path}: {_TO_BE_GIVEN} stands for a value; give one"]
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
@@ -216,12 +180,10 @@ def _unusable(content: Any, path: str) -> list[str]:
 
 
 def merge_defaults(user: DictConfig) -> DictConfig:
-    """The user's sections over the default YAML files of the model type and of every data set.
+    """Merge the user's sections over the default YAML files of the model type and of every data set.
 
     A name that is not registered contributes no defaults; `lavis_dcd.config.checks` reports it.
     """
-    from lavis.common.registry import registry
-
     merged = OmegaConf.create({"run": {"task": "dcd_retrieval", "runner": "runner_dcd"}})
     model = model_defaults(user.model)
     for name, section in user.datasets.items():
@@ -234,9 +196,7 @@ def merge_defaults(user: DictConfig) -> DictConfig:
 
 
 def model_defaults(section: DictConfig) -> DictConfig:
-    """The default YAML (`model:`, perhaps `preprocess:`) of a section's `arch` and `model_type`, or empty."""
-    from lavis.common.registry import registry
-
+    """Return the default YAML (`model:`, perhaps `preprocess:`) of a section's `arch` and `model_type`, or {}."""
     model = registered(registry.get_model_class, section.get("arch"))
     types = getattr(model, "PRETRAINED_MODEL_CONFIG_DICT", {})
     kind = section.get("model_type")
@@ -246,10 +206,10 @@ def model_defaults(section: DictConfig) -> DictConfig:
 
 
 def registered(find: Callable[[str], Any], name: Any) -> Any:
-    """What is registered under a name; None where nothing is, or the name is no text."""
+    """Return the class that is registered under a name; None where none is, or the name is no text."""
     return find(name) if isinstance(name, str) else None
 
 
 def among(names: Collection[str], name: Any) -> bool:
-    """Whether a value that a user wrote, of any kind, is one of the names."""
+    """Return whether a value that a user wrote, of any kind, is one of the names."""
     return isinstance(name, str) and name in names

@@ -1,16 +1,20 @@
-"""The files a job needs that are not there: which, and where they come from."""
+"""The files that a job reads: which, where they lie, and where they come from."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from huggingface_hub import try_to_load_from_cache
 from lavis.common.registry import registry
+from lavis.models.clip_models.pretrained import download_pretrained, get_pretrained_url
 from omegaconf import DictConfig, ListConfig
+from timm.models import hub as timm_hub
+from transformers.utils import hub as transformers_hub
 
 from lavis_dcd.common.download import cached_path, fetch, is_url, unreachable
 from lavis_dcd.common.errors import UserError
@@ -26,74 +30,85 @@ _BLIP2_TOWERS = {"eva_clip_g": f"{_BLIP2}/eva_vit_g.pth", "clip_L": f"{_BLIP2}/c
 
 
 @dataclass(frozen=True)
-class Need:
-    """One file or folder that a configuration names."""
+class RequiredFile:
+    """One file or folder that a configuration names.
+
+    Args:
+        field: the key that names it, as in "model.teacher.finetuned".
+        target: where it lies, or is put by a download.
+        url: where it comes from; None where nothing downloads it.
+        md5, sha256: its checksums.
+        note: what to do where there is no address.
+        hub: its name on the hub; transformers fetches it, into a layout of its own.
+    """
 
     field: str
     target: Path
     url: str | None = None
     md5: str | None = None
     sha256: str | None = None
-    note: str = ""  # what to do where there is no address
-    hub: str | None = None  # its name on the hub; transformers fetches it, into a layout of its own
+    note: str = ""
+    hub: str | None = None
 
     def missing(self) -> bool:
+        """Return whether it is not there."""
         return not self.target.exists()
 
 
-def needs(config: DictConfig) -> list[Need]:
-    """Every file and folder that a merged job reads, there or not."""
-    found = list(_model_needs(config.model, "model"))
+def required_files(config: DictConfig) -> list[RequiredFile]:
+    """Return every file and folder that a merged job reads, there or not."""
+    files = list(_model_files(config.model, "model"))
     for name, section in config.datasets.items():
-        found += _dataset_needs(registry.get_builder_class(name), section, f"datasets.{name}")
+        files += _dataset_files(registry.get_builder_class(name), section, f"datasets.{name}")
     resume = config.run.get("resume")
     if resume not in (None, "auto"):
-        found.append(Need("run.resume", Path(str(resume)), note="give a checkpoint, a run folder, or auto"))
-    return found
+        files.append(RequiredFile("run.resume", Path(str(resume)), note="give a checkpoint, a run folder, or auto"))
+    return files
 
 
-def missing_faults(config: DictConfig) -> list[str]:
-    """One line per needed file that is absent and cannot be fetched now. Nothing is downloaded."""
-    absent = [need for need in needs(config) if need.missing()]
-    mute = unreachable({need.url for need in absent if need.url})
+def missing_faults(files: Sequence[RequiredFile]) -> list[str]:
+    """Return one line per file that is absent and cannot be fetched now. Nothing is downloaded."""
+    absent = [file for file in files if file.missing()]
+    unreachable_urls = unreachable({file.url for file in absent if file.url})
     found = []
-    for need in absent:
-        if need.url is None:
-            found.append(f"{need.field}: {need.target} does not exist; {need.note}")
-        elif need.url in mute:
-            found.append(f"{need.field}: {_absence(need, mute[need.url])}")
+    for file in absent:
+        if file.url is None:
+            found.append(f"{file.field}: {file.target} does not exist; {file.note}")
+        elif file.url in unreachable_urls:
+            found.append(f"{file.field}: {_absence(file, unreachable_urls[file.url])}")
     return found
 
 
-def _absence(need: Need, reason: str) -> str:
-    if need.hub:
+def _absence(file: RequiredFile, reason: str) -> str:
+    if file.hub:
         return (
-            f"{need.hub} is not in the hub's cache ({need.target}), and {need.url} cannot be reached "
-            f"({reason}): set {need.field} to a local folder, or run again with a network"
+            f"{file.hub} is not in the hub's cache ({file.target}), and {file.url} cannot be reached "
+            f"({reason}): set {file.field} to a local folder, or run again with a network"
         )
     return (
-        f"{need.target} does not exist; it comes from {need.url}, which cannot be reached ({reason}): "
+        f"{file.target} does not exist; it comes from {file.url}, which cannot be reached ({reason}): "
         "bring it to that path by hand, or run again with a network"
     )
 
 
-def fetch_missing(config: DictConfig) -> None:
-    """Download what is absent and has an address; call it in one process only.
+def fetch_missing(files: Sequence[RequiredFile]) -> None:
+    """Download the files that are absent and have an address; call it in one process only.
 
     Raises:
         UserError: a download that fails.
     """
-    for need in needs(config):
-        if need.url is not None and not need.hub and need.missing():
-            fetch(need.url, need.target, md5=need.md5, sha256=need.sha256)
+    for file in files:
+        if file.url is not None and not file.hub and file.missing():
+            fetch(file.url, file.target, md5=file.md5, sha256=file.sha256)
 
 
-def _model_needs(section: DictConfig, path: str) -> Iterator[Need]:
+def _model_files(section: DictConfig, path: str) -> Iterator[RequiredFile]:
+    """Yield the weights, tokenizers and towers of a model, or of the models inside it."""
     inner = inner_models(section)
-    for name, part in inner.items():
+    for name, of_inner in inner.items():
         # a student that is thinned from its teacher reads nothing besides
         if name != "student" or section.student.get("arch") or "init_from_teacher" not in section.student:
-            yield from _model_needs(part, f"{path}.{name}")
+            yield from _model_files(of_inner, f"{path}.{name}")
     model = registry.get_model_class(section.get("arch"))
     if model is None or inner:
         return
@@ -103,19 +118,17 @@ def _model_needs(section: DictConfig, path: str) -> Iterator[Need]:
         tagged = _tagged_weights(model, section, f"{path}.{key}") if key == "pretrained" else None
         yield tagged or _weights(model, f"{path}.{key}", str(source), section.get("checkpoint_sha256"))
     if adapter_for(section.arch) is not None:
-        yield from _adapted_needs(model, section, path)
+        yield from _adapted_files(model, section, path)
     for where, value in _named(section, ("weights",), path):
         yield _weights(model, where, value, None)
     for where, value in _named(section, ("text", "name"), path):
         yield _hub_or_local(where, value)
 
 
-def _tagged_weights(model: type, section: Mapping[str, Any], field: str) -> Need | None:
-    """LAVIS's CLIP names published weights by a tag and keeps them in a folder of its own; None for other models."""
+def _tagged_weights(model: type, section: Mapping[str, Any], field: str) -> RequiredFile | None:
+    """Return the weights that LAVIS's CLIP names by a tag and keeps in a folder of its own; None for other models."""
     if not model.__module__.startswith("lavis.models.clip_models"):
         return None
-    from lavis.models.clip_models.pretrained import download_pretrained, get_pretrained_url
-
     name = str(section.get("model_type")).replace("/", "-")
     url = get_pretrained_url(name, str(section["pretrained"]))
     if not url:
@@ -123,11 +136,11 @@ def _tagged_weights(model: type, section: Mapping[str, Any], field: str) -> Need
     folder = Path(inspect.signature(download_pretrained).parameters["root"].default)
     parts = url.split("/")
     # its first publisher puts the file's checksum into the address
-    return Need(field, folder / parts[-1], url, sha256=parts[-2] if "openaipublic" in url else None)
+    return RequiredFile(field, folder / parts[-1], url, sha256=parts[-2] if "openaipublic" in url else None)
 
 
-def _adapted_needs(model: type, section: Mapping[str, Any], path: str) -> Iterator[Need]:
-    """What LAVIS's own models read beside their weights: BERT's vocabulary and configuration, BLIP-2's vision tower."""
+def _adapted_files(model: type, section: Mapping[str, Any], path: str) -> Iterator[RequiredFile]:
+    """Yield the files beside the weights of LAVIS's own models: BERT's vocabulary and configuration, BLIP-2's tower."""
     if tokenizer := section.get("tokenizer"):
         yield _local(f"{path}.tokenizer", str(tokenizer), "name a local folder with a vocab.txt")
     elif hasattr(model, "init_tokenizer"):
@@ -139,48 +152,43 @@ def _adapted_needs(model: type, section: Mapping[str, Any], path: str) -> Iterat
     if hasattr(model, "init_Qformer") and not section.get("sizes"):
         tower = _BLIP2_TOWERS.get(str(section.get("vit_model", "eva_clip_g")))
         if tower:
-            yield Need(f"{path}.vit_model", _lavis_cached(tower), tower)
+            yield RequiredFile(f"{path}.vit_model", _lavis_cached(tower), tower)
 
 
-def _weights(model: type, field: str, source: str, sha256: str | None) -> Need:
+def _weights(model: type, field: str, source: str, sha256: str | None) -> RequiredFile:
     if not is_url(source):
         return _local(field, source, "name a checkpoint file that does")
     ours = tells(model, HasSchema)
-    return Need(field, cached_path(source) if ours else _lavis_cached(source), source, sha256=sha256)
+    return RequiredFile(field, cached_path(source) if ours else _lavis_cached(source), source, sha256=sha256)
 
 
-def _local(field: str, source: str, note: str) -> Need:
+def _local(field: str, source: str, note: str) -> RequiredFile:
     try:
-        return Need(field, Path(asset_path(source)).expanduser(), note=note)
+        return RequiredFile(field, Path(asset_path(source)).expanduser(), note=note)
     except UserError as error:
-        return Need(field, Path(source), note=error.faults[0].partition(": ")[2])
+        return RequiredFile(field, Path(source), note=error.faults[0].partition(": ")[2])
 
 
-def _hub_or_local(field: str, source: str) -> Need:
-    """A tokenizer or tower of `transformers`: a local folder or file, an asset, or a name on the hub."""
+def _hub_or_local(field: str, source: str) -> RequiredFile:
+    """Return a tokenizer or tower of `transformers`: a local folder or file, an asset, or a name on the hub."""
     local = source.startswith((ASSET_PREFIX, "/", ".", "~")) or source.count("/") > 1
     if local or Path(source).exists():
         return _local(field, source, "name a local folder that does, or a model on the hub")
-    from huggingface_hub import try_to_load_from_cache
-    from transformers.utils.hub import TRANSFORMERS_CACHE
-
     for file in ("tokenizer.json", "vocab.json", "vocab.txt"):
-        found = try_to_load_from_cache(source, file, cache_dir=TRANSFORMERS_CACHE)
-        if isinstance(found, str):
-            return Need(field, Path(found))
-    folder = Path(TRANSFORMERS_CACHE) / f"models--{source.replace('/', '--')}"
-    return Need(field, folder, f"https://huggingface.co/{source}/resolve/main/config.json", hub=source)
+        cached = try_to_load_from_cache(source, file, cache_dir=transformers_hub.TRANSFORMERS_CACHE)
+        if isinstance(cached, str):
+            return RequiredFile(field, Path(cached))
+    folder = Path(transformers_hub.TRANSFORMERS_CACHE) / f"models--{source.replace('/', '--')}"
+    return RequiredFile(field, folder, f"https://huggingface.co/{source}/resolve/main/config.json", hub=source)
 
 
 def _lavis_cached(url: str) -> Path:
     # LAVIS's own models look for a downloaded checkpoint in timm's hub folder, by the address's last part.
-    from timm.models import hub
-
-    return Path(hub.get_cache_dir()) / Path(urlparse(url).path).name
+    return Path(timm_hub.get_cache_dir()) / Path(urlparse(url).path).name
 
 
 def _named(section: Mapping[str, Any], keys: tuple[str, ...], path: str) -> Iterator[tuple[str, str]]:
-    """The strings in a section whose keys end in `keys`, with where they stand."""
+    """Yield the strings in a section whose keys end in `keys`, with where they stand."""
     for key, value in section.items():
         where = f"{path}.{key}"
         if isinstance(value, Mapping):
@@ -189,22 +197,21 @@ def _named(section: Mapping[str, Any], keys: tuple[str, ...], path: str) -> Iter
             yield where, value
 
 
-def _dataset_needs(builder: type | None, section: Any, path: str) -> Iterator[Need]:
-    """LAVIS's layout: annotation files per split with an address, and one folder of pictures without."""
+def _dataset_files(builder: type | None, section: Any, path: str) -> Iterator[RequiredFile]:
+    """Yield the files of LAVIS's layout: annotations per split with an address, one folder of pictures without."""
     build = _mapping(_mapping(section).get("build_info"))
     if builder is None or tells(builder, ChecksItself):
         return
     for split, info in _mapping(build.get("annotations")).items():
-        stores, urls, sums = (_listed(_mapping(info).get(key)) for key in ("storage", "url", "md5"))
-        for i, store in enumerate(stores):
+        files, urls, sums = (_listed(_mapping(info).get(key)) for key in ("storage", "url", "md5"))
+        for i, file in enumerate(files):
             url = urls[i] if i < len(urls) and is_url(urls[i]) else None
             md5 = sums[i] if i < len(sums) else None
             field = f"{path}.build_info.annotations.{split}.storage"
-            yield Need(field, _in_cache(store), url, md5, note="give the annotation file's absolute path")
+            yield RequiredFile(field, _in_cache(file), url, md5, note="give the annotation file's absolute path")
     kind = _mapping(section).get("data_type", "images")
-    store = _mapping(build.get(kind)).get("storage")
-    for folder in _listed(store):
-        yield Need(
+    for folder in _listed(_mapping(build.get(kind)).get("storage")):
+        yield RequiredFile(
             f"{path}.build_info.{kind}.storage",
             _in_cache(folder),
             note=f"nothing downloads the {kind}: put them there by hand, or name their folder with --options",

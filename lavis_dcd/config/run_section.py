@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from lavis_dcd.common.errors import UserError
 
+FP16_ON_CPU = "run.amp: fp16 needs CUDA; on a CPU set run.amp=bf16 or off"
+
 
 @dataclass
 class RunConfig:
@@ -101,7 +103,7 @@ class RunConfig:
             raise UserError(found)
 
     def faults(self) -> list[str]:
-        """One line per value out of its range; empty when the section is sound."""
+        """Return one line per value out of its range; empty when the section is sound."""
         found = []
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -113,6 +115,8 @@ class RunConfig:
                 found.append(f"run.{name}: {value!r} must not be negative")
         if not 0 <= self.warmup <= 1:
             found.append(f"run.warmup: {self.warmup!r} is a fraction of all steps, 0 to 1 (see run.warmup_steps)")
+        if self.amp == "fp16" and self.device == "cpu":
+            found.append(FP16_ON_CPU)
         if self.strategy not in ("ddp", "fsdp"):
             found.append(f"run.strategy: {self.strategy!r} must be 'ddp' or 'fsdp'")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -139,12 +143,12 @@ class RunConfig:
 
     @property
     def used_splits(self) -> list[str]:
-        """What the job reads, with "train" for the training splits together."""
+        """The splits that the job reads, with "train" for the training splits together."""
         training = [] if self.evaluate else ["train"]
         return list(dict.fromkeys([*training, *self.valid_splits, *self.test_splits, *self.teacher_splits]))
 
     def missing_splits(self, available: Collection[str]) -> list[str]:
-        """One line per split that the job needs and its data sets do not have.
+        """Return one line per split that the job needs and its data sets do not have.
 
         Args:
             available: the splits there are.
@@ -163,7 +167,7 @@ class RunConfig:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers only, as a checkpoint may hold them."""
+        """Return plain containers only, as a checkpoint may hold them."""
         return asdict(self)
 
 
@@ -191,10 +195,6 @@ _POSITIVE = (
 _NOT_NEGATIVE = ("num_workers", "seed", "min_lr", "weight_decay", "warmup_steps")
 
 
-# ----------------------------------------------------------------------------------------------------
-# How evaluation sets are scored, as the ``run:`` section has it.
-
-
 @dataclass(frozen=True)
 class EvaluationProtocol:
     """How evaluation sets are scored: the keys of ``run:`` that it reads.
@@ -220,18 +220,18 @@ class EvaluationProtocol:
 
     @classmethod
     def of_run(cls, run: Any) -> EvaluationProtocol:
-        """From a ``run:`` section, a dataclass or a mapping; what it leaves out has its default."""
+        """Read a ``run:`` section, a dataclass or a mapping; keys that it leaves out have their defaults."""
         keys = {name: name for name in cls.__dataclass_fields__}
         keys |= {"batch_size": "batch_size_eval", "memory_mb": "match_memory_mb"}
-        found = {name: _read(run, key) for name, key in keys.items()}
-        given = {name: value for name, value in found.items() if value is not None}
+        values = {name: _read(run, key) for name, key in keys.items()}
+        given = {name: value for name, value in values.items() if value is not None}
         if given.get("amp") is False:  # LAVIS's own way to say off
             given["amp"] = "off"
         return cls(**given)
 
     @property
     def how(self) -> str:
-        """In words, for tables."""
+        """The protocol in words, for tables."""
         if self.k_test is None:
             return "exhaustive"
         return f"shortlist k={self.k_test} ({self.shortlist or 'joint'})"

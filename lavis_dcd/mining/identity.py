@@ -1,6 +1,6 @@
-"""What a score bank belongs to: hashes of its teachers, its training rows and the teachers' way of reading them.
+"""The identity of a score bank: hashes of its teachers, its training rows and the teachers' way of reading them.
 
-Nothing here builds a teacher: its section and the files that it names say which one it is.
+No teacher is built: its section and the files that it names identify it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models import hub as timm_hub
 
 from lavis_dcd.banks.feature_bank import is_evaluation_set
 from lavis_dcd.banks.score_bank import BankIdentity
@@ -46,7 +47,7 @@ def bank_identity(
     train_set: Any,
     read_by: View | Sequence[View | None] | None = None,
 ) -> BankIdentity:
-    """The identity of the bank of these teachers on this training set.
+    """Return the identity of the bank of these teachers on this training set.
 
     Args:
         teacher_sections: where each section stands, and the section as written; its ``weight`` counts where there
@@ -68,7 +69,7 @@ def bank_identity(
 
 
 def identity_of(config: DcdConfig, datasets: Mapping[str, Any]) -> BankIdentity:
-    """The identity of a job's bank.
+    """Return the identity of a job's bank.
 
     Args:
         datasets: by split, "train" among them, as the runner has them before any feature bank or view.
@@ -80,22 +81,20 @@ def identity_of(config: DcdConfig, datasets: Mapping[str, Any]) -> BankIdentity:
 
 
 def teacher_views(config: DcdConfig, datasets: Mapping[str, Any]) -> list[View]:
-    """How each teacher reads what is mined, with all of ``vis_eval`` and ``text_eval`` given: without random changes.
+    """Return how each teacher reads pictures and captions: through its evaluation processors, without random changes.
 
     A teacher reads through its section's ``preprocess``; else, where the student starts from it and shares its
     encoders, as the student does; else as its model type's YAML says; else through the data set's evaluation
     processors.
 
     Args:
-        datasets: by split; the first evaluation set's processors are the data set's, the training set's without one.
+        datasets: by split, see :func:`evaluation_view`.
 
     Raises:
         UserError: processors that cannot be built.
     """
-    evaluation = [dataset for dataset in datasets.values() if is_evaluation_set(dataset)]
-    own = evaluation[0] if evaluation else next(iter(plain_sets(datasets["train"], "").values()))
     sharing = config.student.get("init_from_teacher") is not None and config.share_encoders is not False
-    found = []
+    views = []
     for number, (path, section) in enumerate(config.teacher_sections):
         if section.get("preprocess") or not (sharing and number == 0):
             view = build_view(section, path)
@@ -103,24 +102,28 @@ def teacher_views(config: DcdConfig, datasets: Mapping[str, Any]) -> list[View]:
             view = build_view({"preprocess": config.student["preprocess"]}, "model.student")
         else:
             view = View()
-        found.append(
-            dataclasses.replace(
-                view,
-                vis_eval=view.vis_eval or own.vis_processor,
-                text_eval=view.text_eval or own.text_processor,
-            )
-        )
-    return found
+        views.append(evaluation_view(view, datasets))
+    return views
 
 
-# -- the teachers ------------------------------------------------------------------------------------------------
+def evaluation_view(view: View, datasets: Mapping[str, Any]) -> View:
+    """Return a view with all evaluation processors given: those that it lacks are the data set's.
+
+    Args:
+        datasets: by split; the first evaluation set's processors are the data set's, the training set's without one.
+    """
+    evaluation = [dataset for dataset in datasets.values() if is_evaluation_set(dataset)]
+    source = evaluation[0] if evaluation else next(iter(plain_sets(datasets["train"], "").values()))
+    return dataclasses.replace(
+        view, vis_eval=view.vis_eval or source.vis_processor, text_eval=view.text_eval or source.text_processor
+    )
 
 
 def _teachers_digest(sections: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     content = []
     for path, section in sections:
-        own = {key: value for key, value in plain(section).items() if key not in DISTILLER_KEYS["teachers"]}
-        resolved = plain(full_section(own, path))
+        of_model = {key: value for key, value in plain(section).items() if key not in DISTILLER_KEYS["teachers"]}
+        resolved = plain(full_section(of_model, path))
         if not (resolved.get("load_finetuned", True) and resolved.get("finetuned")):
             resolved.pop("finetuned", None)
         else:
@@ -137,11 +140,11 @@ def _teachers_digest(sections: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def _names_weights(key: str, value: str) -> bool:
-    """Whether a string of a section stands for weights: by its key, or because it is a file here."""
+    """Return whether a string of a section stands for weights: by its key, or because it is a file here."""
     if key in ("finetuned", "pretrained", "weights"):
         return bool(value)
-    found = _local(key, value)
-    return found is not None and found.is_file() and found.suffix in (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
+    path = _local(key, value)
+    return path is not None and path.is_file() and path.suffix in (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 
 
 def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -156,7 +159,7 @@ def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _with_contents(content: Any, key: str = "") -> Any:
-    """A section without what changes no score, every file and folder that it names replaced by a hash of it."""
+    """Return a section without keys that change no score, each file and folder that it names replaced by its hash."""
     if isinstance(content, Mapping):
         return {str(k): _with_contents(v, str(k)) for k, v in content.items() if k not in _SCORELESS}
     if isinstance(content, (list, tuple)):
@@ -167,12 +170,10 @@ def _with_contents(content: Any, key: str = "") -> Any:
 
 
 def _local(key: str, value: str) -> Path | None:
-    """The file or folder that a string of a section names, as the models find it; None where it names none here."""
+    """Return the file or folder that a string of a section names, as the models find it; None where it is none."""
     if is_url(value):
-        from timm.models import hub
-
         # LAVIS's own models keep what they fetch in timm's folder
-        places = [cached_path(value), Path(hub.get_cache_dir()) / value.rpartition("/")[2]]
+        places = [cached_path(value), Path(timm_hub.get_cache_dir()) / value.rpartition("/")[2]]
         return next((place for place in places if place.is_file()), None)
     looks_so = value.startswith((ASSET_PREFIX, "~", ".")) or os.sep in value or Path(value).suffix
     if not value or not (looks_so or key in _PATH_KEYS):
@@ -199,9 +200,6 @@ def _digest_in_folder(path: Path) -> str:
     return f"{size}:{digest.hexdigest()}"
 
 
-# -- data and reading --------------------------------------------------------------------------------------------
-
-
 def _data_digest(train_set: Any) -> str:
     digest = hashlib.sha256(b"pictures 2")  # 2: upright, on white, 16 bits scaled
     for leaf in plain_sets(train_set, "").values():
@@ -216,7 +214,7 @@ def _data_digest(train_set: Any) -> str:
 
 
 def _state_of_picture(leaf: Any, name: str, index: int) -> Any:
-    """A file's size and time; of a picture that is no file, a hash of it."""
+    """Return a file's size and time; of a picture that is no file, a hash of it."""
     try:
         stat = os.stat(os.path.join(getattr(leaf, "vis_root", None) or "", name))
     except OSError:

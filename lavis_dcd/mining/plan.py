@@ -1,4 +1,4 @@
-"""The pairs of a mining, cut into shards; on disk, so that every process and every restart works on the same."""
+"""The pairs of a mining, cut into shards and kept on disk for every process and restart; the tables of their scores."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import BoolTensor, Tensor
 
 from lavis_dcd.banks.score_bank import BankTable
 from lavis_dcd.common.files import atomic_write, update_with_tensors
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 PLAN = "plan.safetensors"
 PAIRS_PER_SHARD = 4096  # what an interruption costs at most
 IMAGES_PER_SHARD = 64  # their features are held together
+ROWS_AT_ONCE = 4096  # of the training set, whose tables are made together
 
 
 @dataclass(frozen=True)
@@ -45,41 +46,43 @@ class Plan:
 
     @classmethod
     def of(cls, pairing: Pairing, pools: Mapping[str, Tensor]) -> Plan:
-        """The plan for these pools."""
-        found = [pairing.match_keys()]
+        """Return the plan for these pools."""
+        keys_of_pools = [pairing.match_keys()]
         for direction, pool in pools.items():
             items = pool.long()
             queries = torch.arange(len(pool))[:, None].expand_as(items)
             images, texts = (queries, items) if direction == IMAGE_TO_TEXT else (items, queries)
-            found.append(pairing.keys(images, texts)[items >= 0].unique())
-        keys = torch.unique(torch.cat(found))
+            keys_of_pools.append(pairing.keys(images, texts)[items >= 0].unique())
+        keys = torch.unique(torch.cat(keys_of_pools))
         return cls(dict(pools), keys, _bounds(keys, pairing.texts))
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return len(self.bounds) - 1
 
     def shard(self, number: int) -> Tensor:
-        """Keys of the shard's pairs."""
+        """Return the keys of the shard's pairs."""
         return self.keys[self.bounds[number] : self.bounds[number + 1]]
 
     def pairs_in(self, number: int) -> int:
+        """Return the number of the shard's pairs."""
         return int(self.bounds[number + 1] - self.bounds[number])
 
     def fingerprint(self) -> str:
-        """A hash of all of it."""
+        """Return a hash of all of it."""
         digest = hashlib.sha256()
         update_with_tensors(digest, sorted(self._tensors().items()))
         return digest.hexdigest()
 
     def save(self, file: Path, made_for: Mapping[str, Any]) -> None:
-        """Written whole or not at all; ``made_for`` tells what it was made from."""
+        """Write it whole or not at all; ``made_for`` describes the mining it was made for."""
         with atomic_write(file) as handle:
             handle.write(save(self._tensors(), {"made_for": _words(made_for)}))
 
     @classmethod
     def load(cls, file: Path) -> Plan:
-        """Raises ``SafetensorError`` or ``OSError`` where there is none."""
+        """Read a plan; raises ``SafetensorError`` or ``OSError`` where there is none."""
         with safe_open(str(file), "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return cls({d: tensors[f"pools.{d}"] for d in DIRECTIONS}, tensors["keys"], tensors["bounds"])
@@ -101,34 +104,35 @@ class WorkFolder:
         self.folder, self.made_for, self._hash = folder, made_for, ""
 
     def open_plan(self) -> Plan | None:
-        """The plan of an interrupted mining of the same teacher, data and settings; None where there is none."""
+        """Return the plan of an interrupted mining of the same teacher, data and settings; None where there is none."""
         try:
             with safe_open(str(self.folder / PLAN), "pt") as opened:
                 same = (opened.metadata() or {}).get("made_for") == _words(self.made_for)
-            return self.adopt(Plan.load(self.folder / PLAN)) if same else self._start_anew()
+            if same:
+                return self.adopt(Plan.load(self.folder / PLAN))
         except (SafetensorError, OSError, KeyError):
             return None
-
-    def _start_anew(self) -> None:
         log.info("%s: from a mining of another teacher, other data or settings; starting anew", self.folder)
         self.remove()
+        return None
 
     def begin(self, plan: Plan) -> Plan:
-        """Keeps a new plan."""
+        """Keep a new plan, and nothing that was there before."""
         self.remove()
         plan.save(self.folder / PLAN, self.made_for)
         return self.adopt(plan)
 
     def read_plan(self) -> Plan:
-        """The plan that another process has kept."""
+        """Return the plan that another process has kept."""
         return self.adopt(Plan.load(self.folder / PLAN))
 
     def adopt(self, plan: Plan) -> Plan:
+        """Take the shards of this plan alone for done."""
         self._hash = plan.fingerprint()
         return plan
 
     def is_done(self, shard: int) -> bool:
-        """Whether the scores of a shard of this plan are there."""
+        """Return whether the scores of a shard of this plan are there."""
         try:
             with safe_open(str(self._file(shard)), "pt") as opened:
                 return (opened.metadata() or {}).get("plan") == self._hash
@@ -136,21 +140,21 @@ class WorkFolder:
             return False
 
     def keep(self, shard: int, scores: list[Tensor]) -> None:
-        """The scores of a shard, float32 ``[P]`` per teacher."""
+        """Keep the scores of a shard, float32 ``[P]`` per teacher."""
         with atomic_write(self._file(shard)) as handle:
-            handle.write(save({str(i): part for i, part in enumerate(scores)}, {"plan": self._hash}))
+            handle.write(save({str(i): of_teacher for i, of_teacher in enumerate(scores)}, {"plan": self._hash}))
 
     def scores(self, plan: Plan, teachers: int) -> list[Tensor]:
-        """Of all pairs, float32 ``[P]`` per teacher."""
-        kept = [torch.empty(len(plan.keys)) for _ in range(teachers)]
+        """Return the scores of all pairs, float32 ``[P]`` per teacher."""
+        of_teachers = [torch.empty(len(plan.keys)) for _ in range(teachers)]
         for shard in range(plan.shards):
             with safe_open(str(self._file(shard)), "pt") as opened:
-                for i, scores in enumerate(kept):
+                for i, scores in enumerate(of_teachers):
                     scores[plan.bounds[shard] : plan.bounds[shard + 1]] = opened.get_tensor(str(i))
-        return kept
+        return of_teachers
 
     def remove(self) -> None:
-        """Nothing of it is left."""
+        """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, shard: int) -> Path:
@@ -159,7 +163,7 @@ class WorkFolder:
 
 
 def _bounds(keys: Tensor, texts: int) -> Tensor:
-    """Cuts between pictures, so that a shard has few pictures and, unless one alone has more, few pairs."""
+    """Cut between pictures, so that a shard has few pictures and, unless one alone has more, few pairs."""
     ends = torch.unique_consecutive(keys // texts, return_counts=True)[1].cumsum(0).tolist()
     bounds, images = [0], 0
     for end, following in zip(ends, [*ends[1:], None], strict=True):
@@ -175,16 +179,10 @@ def _words(made_for: Mapping[str, Any]) -> str:
     return json.dumps(made_for, sort_keys=True)
 
 
-# ----------------------------------------------------------------------------------------------------
-# From the scores of all pairs to the bank's tables.
-
-ROWS_AT_ONCE = 4096
-
-
-def merge(
+def bank_tables(
     pairing: Pairing, plan: Plan, scores: Sequence[Tensor], weights: Sequence[float], keep: int
 ) -> dict[str, BankTable]:
-    """Per direction and row of the training set the match's score and the ``keep`` highest of its candidates.
+    """Return per direction and row of the training set the match's score and the highest of its candidates.
 
     Several teachers' scores are standardised over the match and the pool of each row and averaged, as in training
     (``distillation.ensemble.combine``).
@@ -194,29 +192,36 @@ def merge(
         weights: of the teachers.
         keep: at most so many candidates per row.
     """
-    return {direction: _table(pairing, plan, direction, scores, weights, keep) for direction in plan.pools}
+    tables = {}
+    for direction, pool in plan.pools.items():
+        to_text = direction == IMAGE_TO_TEXT
+        sides = (pairing.image_of_row, pairing.text_of_row)
+        queries, matches = sides if to_text else sides[::-1]
+        row_of_item = pairing.row_of_text if to_text else pairing.row_of_image
+        blocks = []
+        for query, match in zip(queries.split(ROWS_AT_ONCE), matches.split(ROWS_AT_ONCE), strict=True):
+            items = torch.cat([match[:, None], pool[query].long()], dim=1)
+            pairs = (query[:, None].expand_as(items), items.clamp_min(0))
+            keys = pairing.keys(*(pairs if to_text else pairs[::-1]))
+            # entries that are none may have no pair; combine ignores what they hold
+            places = torch.searchsorted(plan.keys, keys).clamp_max(len(plan.keys) - 1)
+            valid = cast(BoolTensor, items >= 0)
+            combined = combine([of_teacher[places] for of_teacher in scores], valid, weights)
+            blocks.append(_highest(combined, items, valid, row_of_item, keep))
+        tables[direction] = BankTable(*(torch.cat(columns) for columns in zip(*blocks, strict=True)))
+    return tables
 
 
-def _table(
-    pairing: Pairing, plan: Plan, direction: str, scores: Sequence[Tensor], weights: Sequence[float], keep: int
-) -> BankTable:
-    to_text = direction == IMAGE_TO_TEXT
-    queries = pairing.image_of_row if to_text else pairing.text_of_row
-    matches = pairing.text_of_row if to_text else pairing.image_of_row
-    row_of_item = pairing.row_of_text if to_text else pairing.row_of_image
-    candidates, kept_scores = [], []
-    for own, match in zip(queries.split(ROWS_AT_ONCE), matches.split(ROWS_AT_ONCE), strict=True):
-        items = torch.cat([match[:, None], plan.pools[direction][own].long()], dim=1)
-        valid = items >= 0
-        sides = (own[:, None].expand_as(items), items.clamp_min(0))
-        keys = pairing.keys(*(sides if to_text else sides[::-1]))
-        # entries that are none may have no pair; combine ignores what they hold
-        places = torch.searchsorted(plan.keys, keys).clamp_max(len(plan.keys) - 1)
-        combined = combine([of_teacher[places] for of_teacher in scores], valid, weights)
-        ranked = combined[:, 1:].masked_fill(~valid[:, 1:], -torch.inf).sort(dim=1, descending=True, stable=True)
-        order, there = ranked.indices[:, :keep], ranked.values[:, :keep] > -torch.inf
-        rows = row_of_item[items[:, 1:].gather(1, order).clamp_min(0)]
-        candidates.append(rows.masked_fill(~there, -1).int())
-        best = ranked.values[:, :keep].masked_fill(~there, 0.0)
-        kept_scores.append(torch.cat([combined[:, :1], best], dim=1))
-    return BankTable(torch.cat(candidates), torch.cat(kept_scores))
+def _highest(scores: Tensor, items: Tensor, valid: Tensor, row_of_item: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Return the highest candidates of each row as rows of the training set ``[Q, K]``, and the scores ``[Q, 1+K]``.
+
+    Args:
+        scores: ``[Q, 1+N]``, the match first.
+        items, valid: of the same shape.
+        row_of_item: the first row of each item.
+    """
+    ranked = scores[:, 1:].masked_fill(~valid[:, 1:], -torch.inf).sort(dim=1, descending=True, stable=True)
+    order, highest = ranked.indices[:, :keep], ranked.values[:, :keep]
+    absent = highest == -torch.inf
+    candidates = row_of_item[items[:, 1:].gather(1, order).clamp_min(0)].masked_fill(absent, -1).int()
+    return candidates, torch.cat([scores[:, :1], highest.masked_fill(absent, 0.0)], dim=1)

@@ -1,4 +1,4 @@
-"""Which pairs a teacher scores when a bank is mined: per query the most promising candidates, and random ones."""
+"""The pairs that a teacher scores when a bank is mined: per query the most promising candidates, and random ones."""
 
 from __future__ import annotations
 
@@ -37,49 +37,51 @@ class Pairing:
 
     @classmethod
     def of(cls, image_ids: Sequence[int], captions: Sequence[str]) -> Pairing:
-        """Of the rows' picture ids and captions; pictures and captions are numbered as they first appear."""
+        """Pair the rows' picture ids and captions; both are numbered as they first appear."""
         images, image_of_row = distinct(list(image_ids))
         texts, text_of_row = distinct(list(captions))
         return cls(*(torch.tensor(rows, dtype=torch.int64) for rows in (image_of_row, text_of_row, images, texts)))
 
     @property
     def images(self) -> int:
+        """The number of distinct pictures."""
         return len(self.row_of_image)
 
     @property
     def texts(self) -> int:
+        """The number of distinct captions."""
         return len(self.row_of_text)
 
     def keys(self, images: Tensor, texts: Tensor) -> Tensor:
-        """One number per pair, int64; in order of the pictures, then of the captions."""
+        """Return one number per pair, int64; in order of the pictures, then of the captions."""
         return images * self.texts + texts
 
     def match_keys(self) -> Tensor:
-        """Of all distinct matches, sorted."""
+        """Return the keys of all distinct matches, sorted."""
         return torch.unique(self.keys(self.image_of_row, self.text_of_row))
 
     def queries(self, direction: str) -> int:
-        """Distinct queries: pictures for image_to_text, captions for text_to_image."""
+        """Return the number of distinct queries: pictures for image_to_text, captions for text_to_image."""
         return self.images if direction == IMAGE_TO_TEXT else self.texts
 
     def candidates(self, direction: str) -> int:
-        """Distinct items that a query of this direction is compared with."""
+        """Return the number of distinct items that a query of this direction is compared with."""
         return self.texts if direction == IMAGE_TO_TEXT else self.images
 
-    def own(self, direction: str) -> list[np.ndarray]:
-        """Per query its matches, sorted."""
+    def matches(self, direction: str) -> list[np.ndarray]:
+        """Return per query its matches, sorted."""
         keys = self.match_keys()
         images, texts = keys // self.texts, keys % self.texts
         queries, items = (images, texts) if direction == IMAGE_TO_TEXT else (texts, images)
         order = queries.sort(stable=True).indices
         counts = torch.bincount(queries, minlength=self.queries(direction))
-        return [part.numpy() for part in items[order].split(counts.tolist())]
+        return [of_query.numpy() for of_query in items[order].split(counts.tolist())]
 
 
 def shortlists(
     pairing: Pairing, matcher: Matcher, image_embeds: Tensor, text_embeds: Tensor, count: int
 ) -> dict[str, Tensor]:
-    """By direction the ``count`` candidates with the highest scores of a joint space, matches left out.
+    """Return by direction the ``count`` candidates with the highest scores of a joint space, matches left out.
 
     The table of all pairs is made tile by tile, both directions off each, and never stands in memory as a whole.
 
@@ -100,8 +102,8 @@ def shortlists(
         to_text, to_image = (best[d] for d in DIRECTIONS)
         text_embeds = text_embeds.to(device)
         for images, texts in reported(tiles, len(tiles), "blocks of cheap scores", True):
-            part = image_embeds[images.start : images.stop].to(device)
-            scores = finite(matcher.joint_scores(part, text_embeds[texts.start : texts.stop]).float())
+            block = image_embeds[images.start : images.stop].to(device)
+            scores = finite(matcher.joint_scores(block, text_embeds[texts.start : texts.stop]).float())
             _hide(scores, matches, images, texts, pairing.texts)
             to_text.add(images, texts, scores)
             to_image.add(texts, images, scores.T.contiguous())
@@ -109,9 +111,9 @@ def shortlists(
 
 
 def with_random(pairing: Pairing, direction: str, chosen: Tensor, count: int, seed: int) -> Tensor:
-    """``chosen [Q, S]`` and up to ``count`` random candidates behind, none twice and no match.
+    """Return ``chosen [Q, S]`` and up to ``count`` random candidates behind, none twice and no match.
 
-    What is drawn depends on (seed, direction, query) and what is chosen already.
+    The draw depends on (seed, direction, query) and on the candidates that are chosen already.
 
     Returns:
         int32 ``[Q, S + count]``, -1 where there are no more; columns that no query uses are cut off.
@@ -120,18 +122,19 @@ def with_random(pairing: Pairing, direction: str, chosen: Tensor, count: int, se
     pool = np.full((len(chosen), chosen.shape[1] + count), -1, dtype=np.int32)
     pool[:, : chosen.shape[1]] = chosen.numpy()
     code = DIRECTIONS.index(direction)
-    matches = pairing.own(direction) if count else []
-    told = reported(matches, len(matches), f"{direction} queries given random candidates", True)
-    for query, own in enumerate(told):
+    matches = pairing.matches(direction) if count else []
+    queries = reported(matches, len(matches), f"{direction} queries given random candidates", True)
+    for query, of_query in enumerate(queries):
         before = pool[query, : chosen.shape[1]]
-        drawn = _draw(np.union1d(own, before[before >= 0]), total, count, np.random.default_rng([seed, code, query]))
+        taken = np.union1d(of_query, before[before >= 0])
+        drawn = _draw(taken, total, count, np.random.default_rng([seed, code, query]))
         pool[query, chosen.shape[1] : chosen.shape[1] + len(drawn)] = drawn
     used = (pool >= 0).any(axis=0)
     return torch.from_numpy(np.ascontiguousarray(pool[:, used]))
 
 
 def _draw(taken: np.ndarray, total: int, count: int, random: np.random.Generator) -> np.ndarray:
-    """``count`` of 0..total-1 that are not ``taken``, or all there are, without repeats."""
+    """Draw ``count`` of 0..total-1 that are not ``taken``, or all there are, without repeats."""
     if total - len(taken) <= 4 * count:
         return random.permutation(np.setdiff1d(np.arange(total), taken))[:count]
     drawn = np.empty(0, np.int64)
@@ -150,7 +153,7 @@ class _Best:
         self._items = torch.full((queries, count), -1, dtype=torch.int32, device=device)
 
     def add(self, queries: range, items: range, scores: Tensor) -> None:
-        """A block of scores, ``[len(queries), len(items)]``; -inf for what must not be taken."""
+        """Take in a block of scores, ``[len(queries), len(items)]``; -inf where no candidate is."""
         rows, count = slice(queries.start, queries.stop), self._scores.shape[1]
         values, columns = scores.topk(min(count, len(items)), dim=1)
         values = torch.cat([self._scores[rows], values], dim=1)
@@ -159,6 +162,7 @@ class _Best:
         self._items[rows] = whose.gather(1, places)
 
     def items(self) -> Tensor:
+        """Return the items, highest first, -1 where there are no more."""
         return self._items.masked_fill(self._scores == -torch.inf, -1).cpu()
 
 

@@ -1,4 +1,4 @@
-"""What a score bank says of its teacher, as a table that one can act on."""
+"""The closing table of a mining: how its teacher ranks, and what to do about it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DirectionReport:
 
 @dataclass
 class MarginReport:
-    """What ``selection.margin`` would drop: candidates, and queries that lose their hardest, by direction."""
+    """The cost of a ``selection.margin`` by direction: candidates dropped, and queries that lose their hardest."""
 
     margin: float
     candidates: dict[str, int]
@@ -56,33 +56,33 @@ class MiningReport:
     command: str = ""
 
     def lines(self) -> list[str]:
-        """The table as text."""
-        found = []
-        for direction, part in self.directions.items():
-            per_query = part.candidates / max(1, part.queries)
-            found += [f"{direction}: {part.queries:,} queries, {per_query:.1f} candidates each"]
-            if part.queries:
-                found += [
+        """Return the table as text."""
+        table = []
+        for direction, ranks in self.directions.items():
+            per_query = ranks.candidates / max(1, ranks.queries)
+            table += [f"{direction}: {ranks.queries:,} queries, {per_query:.1f} candidates each"]
+            if ranks.queries:
+                table += [
                     _row("  quantile", [f"{100 * q:.0f} %" for q in QUANTILES]),
-                    _row("  match", [f"{value:.2f}" for value in part.match]),
-                    _row("  hardest negative", [f"{value:.2f}" for value in part.hardest]),
-                    f"  misranked (the hardest as high as the match or higher): {100 * part.misranked:.1f} % of them",
+                    _row("  match", [f"{value:.2f}" for value in ranks.match]),
+                    _row("  hardest negative", [f"{value:.2f}" for value in ranks.hardest]),
+                    f"  misranked (the hardest as high as the match or higher): {100 * ranks.misranked:.1f} % of them",
                 ]
-        found += ["", "what model.selection.margin would drop: candidates, and queries that would lose their hardest"]
+        table += ["", "what model.selection.margin would drop: candidates, and queries that would lose their hardest"]
         heads = [f"{direction} {what}" for direction in self.directions for what in ("candidates", "queries")]
-        found += [_row("  margin", heads, 28)]
-        found += [_row(f"  {step.margin:g}", self._dropped(step), 28) for step in self.margins]
-        return [*found, "", self.advice, *([f"train from it: {self.command}"] if self.command else [])]
+        table += [_row("  margin", heads, 28)]
+        table += [_row(f"  {step.margin:g}", self._dropped(step), 28) for step in self.margins]
+        return [*table, "", self.advice, *([f"train from it: {self.command}"] if self.command else [])]
 
     def _dropped(self, step: MarginReport) -> list[str]:
         cells = []
-        for direction, part in self.directions.items():
-            cells.append(_share(step.candidates[direction], part.candidates))
-            cells.append(_share(step.queries[direction], part.queries))
+        for direction, ranks in self.directions.items():
+            cells.append(_share(step.candidates[direction], ranks.candidates))
+            cells.append(_share(step.queries[direction], ranks.queries))
         return cells
 
     def save(self, folder: Path) -> None:
-        """``table.txt`` and, with the same figures, ``table.json``."""
+        """Write ``table.txt`` and, with the same figures, ``table.json``."""
         with atomic_write(folder / "table.txt", "w") as handle:
             handle.write("\n".join(self.lines()) + "\n")
         with atomic_write(folder / "table.json", "w") as handle:
@@ -90,19 +90,19 @@ class MiningReport:
 
 
 def report(tables: Mapping[str, BankTable], command: str = "") -> MiningReport:
-    """What the bank's scores say.
+    """Sum up the bank's scores.
 
     Args:
         tables: by direction.
         command: the line that trains from the bank.
     """
     above = {direction: _above_match(table) for direction, table in tables.items()}
-    ladder = margins_of(torch.cat([part[part > 0] for part in above.values()]))
+    ladder = margins_of(torch.cat([excess[excess > 0] for excess in above.values()]))
     steps = [
         MarginReport(
             margin,
-            {direction: int((part > margin).sum()) for direction, part in above.items()},
-            {direction: int((part[:, :1] > margin).sum()) for direction, part in above.items()},
+            {direction: int((excess > margin).sum()) for direction, excess in above.items()},
+            {direction: int((excess[:, :1] > margin).sum()) for direction, excess in above.items()},
         )
         for margin in ladder
     ]
@@ -111,35 +111,35 @@ def report(tables: Mapping[str, BankTable], command: str = "") -> MiningReport:
 
 
 def margins_of(excess: Tensor) -> list[float]:
-    """0, and round numbers near the ``LADDER`` quantiles of positive differences ``excess [N]``."""
+    """Return 0, and round numbers near the ``LADDER`` quantiles of positive differences ``excess [N]``."""
     if not len(excess):
         return [0.0]
-    found = {_rounded(float(value)) for value in _quantiles(excess, LADDER)}
-    return [0.0, *sorted(found - {0.0})]
+    steps = {_rounded(float(value)) for value in _quantiles(excess, LADDER)}
+    return [0.0, *sorted(steps - {0.0})]
 
 
 def _above_match(table: BankTable) -> Tensor:
-    """``[R, K]``: how far each candidate scores above the match, -inf where there is none."""
+    """Return ``[R, K]``, how far each candidate scores above the match, -inf where there is none."""
     excess = table.scores[:, 1:] - table.scores[:, :1]
     return excess.masked_fill(table.candidates < 0, -torch.inf)
 
 
 def _of_direction(table: BankTable) -> DirectionReport:
-    there = table.candidates >= 0
-    some = there.any(dim=1)
-    found = DirectionReport(int(some.sum()), int(there.sum()))
-    if found.queries:
-        match, hardest = table.scores[some, 0], table.scores[some, 1]
-        found.match, found.hardest = _quantiles(match, QUANTILES), _quantiles(hardest, QUANTILES)
-        found.misranked = float((hardest >= match).double().mean())
-    return found
+    valid = table.candidates >= 0
+    some = valid.any(dim=1)
+    if not some.any():
+        return DirectionReport(queries=0, candidates=0)
+    match, hardest = table.scores[some, 0], table.scores[some, 1]
+    misranked = float((hardest >= match).double().mean())
+    quantiles = _quantiles(match, QUANTILES), _quantiles(hardest, QUANTILES)
+    return DirectionReport(int(some.sum()), int(valid.sum()), *quantiles, misranked)
 
 
 def _advice(directions: Mapping[str, DirectionReport], steps: Sequence[MarginReport]) -> str:
-    queries = sum(part.queries for part in directions.values())
+    queries = sum(ranks.queries for ranks in directions.values())
     if not queries:
         return "no query has a candidate: mine a larger pool (model.candidates.bank.shortlist, .random) or more data"
-    share = sum(part.misranked * part.queries for part in directions.values()) / queries
+    share = sum(ranks.misranked * ranks.queries for ranks in directions.values()) / queries
     start = f"the teacher ranks a candidate at least as high as the match for {100 * share:.1f} % of the queries"
     # the step next above the median: it takes the clearer part of what stands above the match
     step = steps[min(2, len(steps) - 1)]
@@ -154,13 +154,13 @@ def _advice(directions: Mapping[str, DirectionReport], steps: Sequence[MarginRep
 
 
 def _quantiles(values: Tensor, at: Sequence[float]) -> list[float]:
-    """Nearest-rank quantiles; torch.quantile refuses more than 16 million values."""
+    """Return nearest-rank quantiles; torch.quantile refuses more than 16 million values."""
     ordered = values.sort().values
     return [float(ordered[min(len(ordered) - 1, math.floor(q * len(ordered)))]) for q in at]
 
 
 def _rounded(value: float) -> float:
-    """The nearest of 1, 2, 3, 5, 7 times a power of ten."""
+    """Return the nearest of 1, 2, 3, 5, 7 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
     lead = min((1, 2, 3, 5, 7, 10), key=lambda known: abs(known - value / power))
     return float(f"{lead * power:.6g}")

@@ -1,4 +1,4 @@
-"""A job's score bank: found and loaded before its model is built, checked against its data before it trains."""
+"""A job's score bank: loaded before its model is built, checked against its data before it trains."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lavis_dcd.banks.score_candidates import BankCandidates, Choice
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
 from lavis_dcd.config.checks import section_schema
+from lavis_dcd.config.job import Job
 from lavis_dcd.mining.identity import identity_of
 from lavis_dcd.models.dcd.checks import method_faults
 from lavis_dcd.models.dcd.config import DcdConfig
@@ -37,27 +38,23 @@ class KeptScores:
 
     @classmethod
     def of_job(cls, cfg: Any) -> KeptScores | None:
-        """The bank of a job that trains from one; None for other jobs.
+        """Load the bank of a job that trains from one; None for other jobs.
 
         Args:
-            cfg: with ``model_cfg``, ``datasets_cfg`` and ``run_cfg``.
+            cfg: a :class:`Job`, or LAVIS's ``Config``, whose sections nobody has checked.
 
         Raises:
             UserError: settings that do not fit each other; there is no bank, or a broken one.
         """
-        section = cfg.model_cfg
-        if section_schema(section) is not DcdConfig or cfg.run_cfg.get("evaluate"):
+        if cfg.run_cfg.get("evaluate"):
             return None
-        config = parse(DcdConfig, section, "model")
-        if not config.candidates.from_bank:
+        config = cfg.model if isinstance(cfg, Job) else _parsed(cfg.model_cfg)
+        if not isinstance(config, DcdConfig) or not config.candidates.from_bank:
             return None
-        # a setting that cannot work would ask for a bank that is not needed
-        if faults := method_faults(config):
-            raise UserError(faults)
-        return cls(config, bank_folder(section, cfg.datasets_cfg))
+        return cls(config, bank_folder(cfg.model_cfg, cfg.datasets_cfg))
 
     def check(self, datasets: Mapping[str, Any]) -> None:
-        """Refuses a bank of another teacher, other data or other transforms.
+        """Refuse a bank of another teacher, other data or other transforms.
 
         Args:
             datasets: by split, as the runner has them before any view or feature bank.
@@ -71,7 +68,7 @@ class KeptScores:
         self._checked = True
 
     def _warn_of_settings(self) -> None:
-        """A bank mined in another way is as good a bank; who changes a setting may expect another one."""
+        """Warn of settings with which the bank was not mined: it serves as well, but may not be the one expected."""
         wanted = self.config.candidates.bank
         for name in ("by", "shortlist", "random", "keep"):
             mined = self.bank.settings.get(name)
@@ -82,7 +79,7 @@ class KeptScores:
                 )  # fmt: skip
 
     def around(self, dataset: Any, seed: int) -> BankCandidates:
-        """The training set with the bank's hard candidates.
+        """Return the training set with the bank's hard candidates.
 
         Raises:
             UserError: a bank of another number of rows, or without a direction that is trained.
@@ -92,3 +89,14 @@ class KeptScores:
         how = self.config.selection
         choice = Choice(how.hard_negatives, how.strategy, how.margin)
         return BankCandidates(dataset, self.bank, list(self.config.candidates.sources()), choice, seed)
+
+
+def _parsed(section: Mapping[str, Any]) -> DcdConfig | None:
+    """Return the ``model:`` section of a distillation, None for other models."""
+    if section_schema(section) is not DcdConfig:
+        return None
+    config = parse(DcdConfig, section, "model")
+    # a setting that cannot work would ask for a bank that is not needed
+    if faults := method_faults(config):
+        raise UserError(faults)
+    return config

@@ -53,6 +53,11 @@ class DcdCaptionProcessor(BaseProcessor):
         return self.config.prompt + (caption.lower() if self.config.lower else caption)
 
     @classmethod
+    def config_schema(cls) -> type:
+        """Return the dataclass that a section must fit."""
+        return CaptionConfig
+
+    @classmethod
     def from_config(cls, cfg: Any = None) -> DcdCaptionProcessor:
         """Build from a `text_processor` section.
 

@@ -63,6 +63,11 @@ class PictureProcessor(BaseProcessor):
         super().__init__()
 
     @classmethod
+    def config_schema(cls) -> type:
+        """Return the dataclass that a section must fit."""
+        return cls.config_class
+
+    @classmethod
     def from_config(cls, cfg: Any = None) -> Self:
         """Build from a `vis_processor` section.
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse, plain
+from lavis_dcd.config.job import Job
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.splits import distinct_image_ids
 from lavis_dcd.training.trainer import Trainer
@@ -34,7 +35,7 @@ class RunnerDCD(Trainer):
     """
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Mapping[str, Any], job_id: str | None) -> None:
-        run = parse(RunConfig, cfg.run_cfg, "run")
+        run = cfg.run if isinstance(cfg, Job) else parse(RunConfig, cfg.run_cfg, "run")
         config = {"model": plain(cfg.model_cfg), "datasets": plain(cfg.datasets_cfg)}
         super().__init__(run, config, task, model, by_split(datasets, run), _project(cfg, run), job_id)
         self.cfg = cfg

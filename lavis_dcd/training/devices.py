@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ProcessGroup, patient_group
 from lavis_dcd.common.texts import memory_in_words
-from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.config.run_section import FP16_ON_CPU, RunConfig
 from lavis_dcd.training.sharding import shard
 
 logger = logging.getLogger(__name__)
@@ -96,17 +96,24 @@ class Process:
         return bool(total > 0)
 
 
+def device_faults(run: RunConfig) -> list[str]:
+    """Return one line per setting that this machine cannot serve; nothing is started."""
+    if run.device == "cpu" or torch.cuda.is_available():
+        return []
+    if run.device == "cuda":
+        return ["run.device: cuda is not available here; set run.device=auto or cpu"]
+    return [FP16_ON_CPU] if run.amp == "fp16" else []
+
+
 def this_process(run: RunConfig) -> Process:
     """Choose the device and, under torchrun with several processes, join their group. May be called again.
 
     Raises:
         UserError: run.device is cuda and there is none; run.amp is fp16 on a CPU.
     """
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device: cuda is not available here; set run.device=auto or cpu")
+    if faults := device_faults(run):
+        raise UserError(faults)
     kind = "cpu" if run.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    if run.amp == "fp16" and kind == "cpu":
-        raise UserError("run.amp: fp16 needs CUDA; on a CPU set run.amp=bf16 or off")
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":

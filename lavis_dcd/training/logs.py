@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
+from lavis_dcd.common.progress import progress_bar
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED
 from lavis_dcd.training.devices import Process
@@ -214,16 +213,9 @@ def log_file(path: Path, active: bool = True) -> Iterator[None]:
         handler.close()
 
 
-@contextmanager
-def progress(total: int, done: int, label: str, active: bool = True) -> Iterator[tqdm]:
-    """A bar on a terminal (nothing elsewhere); log lines print above it."""
-    shown = active and sys.stderr.isatty()
-    with ExitStack() as stack:
-        if shown:
-            stack.enter_context(logging_redirect_tqdm())
-        yield stack.enter_context(
-            tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=not shown)
-        )
+def progress(total: int, done: int, label: str, active: bool = True) -> AbstractContextManager[tqdm]:
+    """Show a bar of a training's steps on a terminal; log lines print above it."""
+    return progress_bar(total, "step", done, label, active)
 
 
 def _is_number(value: Any) -> bool:

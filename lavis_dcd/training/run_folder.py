@@ -27,7 +27,7 @@ def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None) -> 
     """Make the folder of a job that starts afresh.
 
     Args:
-        job_id: a proposal (by the door); `run.job_id` wins over it. Default: the time.
+        job_id: a proposal (by the command); `run.job_id` wins over it. Default: the time.
 
     Raises:
         UserError: the user named the job, and its folder already holds one.

@@ -11,12 +11,14 @@ from omegaconf import OmegaConf
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.config import job_file as config_module
-from lavis_dcd.config.checks import inner_models, model_faults
+from lavis_dcd.config.checks import check_sections, inner_models, model_faults, processors_faults
 from lavis_dcd.config.job_file import find_config, merge_defaults, parse_options, read_yaml
-from lavis_dcd.config.required_files import needs
+from lavis_dcd.config.required_files import required_files
+from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.job import load_config
 from lavis_dcd.matching.adapters import registry as adapter_registry
 from lavis_dcd.matching.adapters.base import Adapter, AdapterOptions
+from lavis_dcd.models.dcd.config import DcdConfig
 
 SCENES = {
     "model": {
@@ -178,22 +180,24 @@ def test_teacher_and_student_are_checked_by_their_own_arch(job):
     assert one(faults_of(job({**SCENES, "model": model})), "model.teacher.arch: 'metre' is not registered")
 
 
-def test_lavis_own_models_and_data_sets_are_checked_against_their_defaults(job, offline):
+def test_lavis_own_models_and_data_sets_are_compared_with_their_defaults(job, offline, caplog):
     content = {
-        "model": {"arch": "albef_retrieval", "model_type": "coco", "alpa": 0.4, "use_distill": 3},
+        "model": {"arch": "albef_retrieval", "model_type": "coco", "alpa": 0.4, "use_distill": 3, "queue_size": 8},
         "datasets": {
             "coco_retrieval": {
                 "vis_processor": {"train": {"name": "blip_image_train", "image_size": 384, "blur": 1}},
-                "build_info": {"imags": {"storage": "x"}},
+                "build_info": {"imags": {"storage": "x"}, "annotations": {"val": {"md5": "0" * 32}}},
             }
         },
         "run": {"task": "retrieval"},
     }
     found = faults_of(job(content))
-    assert "did you mean alpha" in one(found, "model.alpa")
     assert "not of the default's kind" in one(found, "model.use_distill")
-    assert "min_scale" in one(found, "datasets.coco_retrieval.vis_processor.train.blur")
-    assert "did you mean images" in one(found, "datasets.coco_retrieval.build_info.imags")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "did you mean alpha" in one(said, "model.alpa: no default has this key")
+    assert "min_scale" in one(said, "datasets.coco_retrieval.vis_processor.train.blur: no default")
+    assert "did you mean images" in one(said, "datasets.coco_retrieval.build_info.imags: no default")
+    assert len(said) == 3 and not any("no default" in line or "unknown key" in line for line in found)
 
 
 def test_offline_every_missing_file_is_named_with_its_source(job, cache, offline):
@@ -376,6 +380,14 @@ def test_how_a_student_starts_from_its_teacher(start, expected):
     assert of_model(distilled(student={"init_from_teacher": start})) == expected
 
 
+def test_a_student_without_towers_cannot_take_them_over():
+    student = {"arch": "meter_retrieval", "model_type": "student_coco", "init_from_teacher": {"towers": True}}
+    assert of_model(distilled(student=student)) == [
+        "model.student.init_from_teacher.towers: meter_retrieval has no towers to start; use it with a dual_encoder"
+    ]
+    assert of_model(distilled(student={**student, "arch": "dual_encoder", "model_type": "tiny"})) == []
+
+
 QUICKSTART = "projects/dcd/quickstart.yaml"
 BANK = "model.candidates.source=bank"
 # options over the quickstart, and what is told of each; no data set and no model has been made by then
@@ -408,6 +420,9 @@ METHOD_FAULTS = [
     (["model.candidates.bank.keep=0"], "model.candidates.bank.keep: 0, at least 1 is needed"),
     ([BANK, "model.candidates.teacher_budget=4"], "model.candidates.teacher_budget: no teacher runs with source: bank"),
     (["model.student_chunk_pairs=0"], "model.student_chunk_pairs: 0, at least 1 is needed"),
+    (["run.k_test=8", "run.shortlist=techer"], "run.shortlist: 'techer' is none of this job's matchers: joint, te"),
+    ([BANK, "run.k_test=8", "run.shortlist=teacher"], "run.shortlist: 'teacher' is none of this job's matchers: joint"),
+    (["run.amp=fp16", "run.device=cpu"], "run.amp: fp16 needs CUDA; on a CPU set run.amp=bf16 or off"),
     (["model.student.init_from_teacher.layers=[0,-1]"], "model.student.init_from_teacher: layers: [0, -1] must not be"),
 ]  # fmt: skip
 
@@ -442,6 +457,35 @@ def test_a_fault_of_the_third_variant_is_told_before_the_first_is_trained(job, n
     assert train.main(["--cfg-path", job(content)]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert lines == [f"error: variants.{third}: model.loss.alpha: must lie in [0, 1], got 2.0"]
+
+
+def test_a_device_that_is_not_there_is_told_with_all_other_faults(job, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert faults_of(job(SCENES), ["run.device=cuda", "model.fusion.layers=two"]) == [
+        "model.fusion.layers: 'two' (text) is not an integer",
+        "run.device: cuda is not available here; set run.device=auto or cpu",
+    ]
+
+
+def test_a_job_hands_on_its_parsed_sections(job):
+    config = load_config(QUICKSTART, ["run.seed=7"])
+    assert isinstance(config.run, RunConfig) and config.run.seed == 7
+    assert isinstance(config.model, DcdConfig) and config.model.selection.hard_negatives is not None
+    content = {**SCENES, "model": {**ALBEF, "tokenizer": "folder"}}
+    config = merge_defaults(OmegaConf.create(content))
+    assert check_sections(config).model is None  # LAVIS's own have no schema
+
+
+def test_teachers_that_all_weigh_nothing():
+    teachers = [{**METER, "weight": 0}, {**METER, "weight": 0.0}]
+    expected = "model.teachers: all weights are 0; give at least one teacher a weight above 0"
+    assert of_model(distilled(teacher={}, teachers=teachers)) == [expected]
+
+
+def test_the_keys_of_the_caption_processor_are_known():
+    texts = {"text_processor": {"eval": {"name": "dcd_caption", "max_words": 30, "max_wrods": 3}}}
+    (line,) = processors_faults(OmegaConf.create(texts), "x")
+    assert line.startswith("x.text_processor.eval.max_wrods: unknown key; did you mean max_words")
 
 
 @pytest.mark.parametrize(
@@ -491,16 +535,17 @@ def test_models_that_load_no_weights_by_name_need_none(monkeypatch):
     assert of_model(distilled({"arch": "made_up", "width": 3}, student)) == []
 
 
-def test_the_keys_of_an_adapter_are_legal_and_typed(adapted):
+def test_the_keys_of_an_adapter_are_known_and_typed(adapted, caplog):
     assert of_model({**ALBEF, "depth": 2, "freeze": ["visual_encoder"], "tokenizer": "folder"}) == []
     found = of_model({**ALBEF, "depth": "deep", "dpeth": 1, "freeze": "all", "alpa": 0.4})
+    said = [record.getMessage() for record in caplog.records]
     assert one(found, "model.depth") == "model.depth: 'deep' (text) is not an integer"
     assert one(found, "model.freeze").startswith("model.freeze: 'all' (text) is not a list")
-    assert "did you mean depth" in one(found, "model.dpeth: unknown key")
-    assert "did you mean alpha" in one(found, "model.alpa: unknown key")
+    assert "did you mean depth" in one(said, "model.dpeth: no default has this key")
+    assert "did you mean alpha" in one(said, "model.alpa: no default has this key")
 
 
-def test_inputs_of_ones_own_are_checked_in_teacher_and_student(adapted):
+def test_inputs_of_ones_own_are_checked_in_teacher_and_student(adapted, caplog):
     image = {"name": "dcd_image_eval", "image_size": 64}
     good = {"vis_processor": {"eval": image}, "text_processor": None}
     assert of_model(distilled({**METER, "preprocess": good}, {**THINNED, "preprocess": good})) == []
@@ -520,18 +565,19 @@ def test_inputs_of_ones_own_are_checked_in_teacher_and_student(adapted):
         "model.teacher.preprocess: 'clip' is not a section; expected keys vis_processor, text_processor"
     ]
     # a model trained by itself reads through the data set's processors
-    assert one(of_model({**ALBEF, "preprocess": good}), "model.preprocess: unknown key")
+    assert of_model({**ALBEF, "preprocess": good}) == []
+    assert one([record.getMessage() for record in caplog.records], "model.preprocess: no default has this key")
     assert one(of_model({**METER, "preprocess": good}), "model.preprocess: unknown key")
 
 
-def found_needs(model) -> dict[str, Any]:
+def files_of(model) -> dict[str, Any]:
     config = merge_defaults(OmegaConf.create({"model": model, "datasets": {}}))
     config.datasets = {}
-    return {need.field: need for need in needs(config)}
+    return {file.field: file for file in required_files(config)}
 
 
 def test_what_an_adapted_model_reads(adapted, tmp_path, cache, offline, job):
-    found = found_needs(ALBEF)
+    found = files_of(ALBEF)
     assert list(found) == ["model.finetuned", "model.tokenizer"]
     weights = found["model.finetuned"]
     assert weights.url.endswith("/albef_coco_retrieval_lavis.pt")
@@ -540,31 +586,31 @@ def test_what_an_adapted_model_reads(adapted, tmp_path, cache, offline, job):
     line = one(faults_of(job({**SCENES, "model": ALBEF})), "model.tokenizer: bert-base-uncased is not in the hub's")
     assert line.endswith("set model.tokenizer to a local folder, or run again with a network")
     own = {**ALBEF, "tokenizer": str(tmp_path), "med_config_path": str(tmp_path / "med.json"), "finetuned": "own.pth"}
-    found = found_needs(own)
-    assert {field: need.missing() for field, need in found.items()} == {
+    found = files_of(own)
+    assert {field: file.missing() for field, file in found.items()} == {
         "model.finetuned": True, "model.tokenizer": False, "model.med_config_path": True
     }  # fmt: skip
-    assert not any(need.url or need.hub for need in found.values())
+    assert not any(file.url or file.hub for file in found.values())
 
 
 def test_what_a_plain_clip_reads(adapted):
-    found = found_needs({"arch": "clip", "model_type": "ViT-B-16"})["model.pretrained"]
+    found = files_of({"arch": "clip", "model_type": "ViT-B-16"})["model.pretrained"]
     assert found.url.endswith("/ViT-B-16.pt") and found.sha256 == found.url.split("/")[-2] and len(found.sha256) == 64
     assert found.target == Path("~/.cache/clip/ViT-B-16.pt").expanduser()
-    found = found_needs({"arch": "clip", "model_type": "ViT-B-16", "pretrained": "weights/own.pt"})
-    assert {field: (need.target, need.url) for field, need in found.items()} == {
+    found = files_of({"arch": "clip", "model_type": "ViT-B-16", "pretrained": "weights/own.pt"})
+    assert {field: (file.target, file.url) for field, file in found.items()} == {
         "model.pretrained": (Path("weights/own.pt"), None)
     }
 
 
 def test_the_towers_that_blip2_brings(adapted):
-    found = found_needs({"arch": "blip2", "model_type": "pretrain"})
+    found = files_of({"arch": "blip2", "model_type": "pretrain"})
     assert list(found) == ["model.pretrained", "model.tokenizer", "model.vit_model"]
     assert found["model.vit_model"].url.endswith("/eva_vit_g.pth")
-    assert "model.vit_model" not in found_needs({"arch": "blip2", "model_type": "pretrain", "sizes": {"depth": 1}})
+    assert "model.vit_model" not in files_of({"arch": "blip2", "model_type": "pretrain", "sizes": {"depth": 1}})
 
 
 def test_the_files_of_several_teachers(adapted):
-    found = found_needs(distilled(teacher={}, teachers=[ALBEF, {"arch": "clip", "model_type": "RN50"}], student=METER))
+    found = files_of(distilled(teacher={}, teachers=[ALBEF, {"arch": "clip", "model_type": "RN50"}], student=METER))
     assert {"model.teachers.0.finetuned", "model.teachers.0.tokenizer", "model.teachers.1.pretrained",
             "model.student.finetuned"} <= set(found)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The plan of a mining and what an interruption leaves of it."""
+"""The plan of a mining, what an interruption leaves of it, and the bank's tables against plain loops over the rows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lavis_dcd.distillation.candidates import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from lavis_dcd.distillation.ensemble import combine
 from lavis_dcd.mining import plan as mining_plan
-from lavis_dcd.mining.plan import Plan, WorkFolder
-from lavis_dcd.mining.pools import Pairing
+from lavis_dcd.mining.plan import Plan, WorkFolder, bank_tables
+from lavis_dcd.mining.pools import Pairing, with_random
 
 PAIRING = Pairing.of([0, 0, 1, 2, 3], ["a", "b", "c", "d", "e"])
 POOLS = {
@@ -74,3 +75,60 @@ def test_half_a_plan_is_none(tmp_path):
     file = tmp_path / "work" / mining_plan.PLAN
     file.write_bytes(file.read_bytes()[:100])
     assert work.open_plan() is None
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+IDS = [i for i in range(11) for _ in range(2)]
+CAPTIONS = [f"caption {(7 * n) % 19}" for n in range(22)]  # some stand at two pictures
+
+
+def made(pool: int = 4) -> tuple[Pairing, Plan, list[torch.Tensor]]:
+    pairing = Pairing.of(IDS, CAPTIONS)
+    nothing = {d: torch.empty(pairing.queries(d), 0, dtype=torch.int32) for d in (IMAGE_TO_TEXT, TEXT_TO_IMAGE)}
+    plan = Plan.of(pairing, {d: with_random(pairing, d, chosen, pool, 0) for d, chosen in nothing.items()})
+    random = torch.Generator().manual_seed(0)
+    # the second teacher counts on another scale
+    return pairing, plan, [torch.randn(len(plan.keys), generator=random) * 10**n + n for n in range(2)]
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+@pytest.mark.parametrize("keep", [3, 50])
+def test_the_highest_of_each_pool_with_the_match_in_front(teachers, keep):
+    pairing, plan, scores = made()
+    scores, weights = scores[:teachers], [1.0, 2.0][:teachers]
+    tables = bank_tables(pairing, plan, scores, weights, keep)
+    place = {int(key): n for n, key in enumerate(plan.keys)}
+    pictures, texts = list(dict.fromkeys(IDS)), list(dict.fromkeys(CAPTIONS))
+    for direction, table in tables.items():
+        assert table.candidates.shape == (22, min(keep, 4)) and table.scores.shape == (22, 1 + min(keep, 4))
+        for row in range(22):
+            image, text = pictures.index(IDS[row]), texts.index(CAPTIONS[row])
+            pool = plan.pools[direction][image if direction == IMAGE_TO_TEXT else text].tolist()
+            pairs = [(image, item) if direction == IMAGE_TO_TEXT else (item, text) for item in pool]
+            rows = [place[i * pairing.texts + t] for i, t in [(image, text), *pairs]]
+            valid = torch.ones(1, 5, dtype=torch.bool)
+            expected = combine([of_teacher[rows][None] for of_teacher in scores], valid, weights)[0]
+            order = expected[1:].argsort(descending=True)[:keep]
+            torch.testing.assert_close(table.scores[row], torch.cat([expected[:1], expected[1:][order]]))
+            names = [CAPTIONS[r] if direction == IMAGE_TO_TEXT else IDS[r] for r in table.candidates[row].tolist()]
+            known = texts if direction == IMAGE_TO_TEXT else pictures
+            assert names == [known[pool[i]] for i in order.tolist()]
+            first = CAPTIONS if direction == IMAGE_TO_TEXT else IDS
+            assert all(r == first.index(first[r]) for r in table.candidates[row].tolist())
+
+
+def test_fewer_candidates_than_columns():
+    pairing, _, _ = made()
+    pools = {
+        IMAGE_TO_TEXT: torch.full((pairing.images, 2), -1, dtype=torch.int32),
+        TEXT_TO_IMAGE: torch.full((pairing.texts, 1), -1, dtype=torch.int32),
+    }
+    pools[IMAGE_TO_TEXT][0, 0] = int(pairing.text_of_row[-1])
+    plan = Plan.of(pairing, pools)
+    tables = bank_tables(pairing, plan, [torch.full((len(plan.keys),), -3.0)], [1.0], 5)
+    to_text = tables[IMAGE_TO_TEXT]
+    last = int(pairing.row_of_text[pairing.text_of_row[-1]])
+    assert to_text.candidates[0].tolist() == [last, -1]
+    assert to_text.scores[0].tolist() == [-3, -3, 0] and to_text.scores[5].tolist() == [-3, 0, 0]
+    assert tables[TEXT_TO_IMAGE].candidates.eq(-1).all()

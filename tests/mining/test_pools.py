@@ -49,7 +49,7 @@ def test_the_rows_of_a_training_set():
     assert pairing.row_of_image.tolist() == [0, 2, 4, 6]
     assert pairing.row_of_text.tolist() == [0, 1, 3, 4, 5, 6]
     for direction in DIRECTIONS:
-        assert [set(own.tolist()) for own in pairing.own(direction)] == matches(direction)
+        assert [set(own.tolist()) for own in pairing.matches(direction)] == matches(direction)
 
 
 def random_set(pictures: int = 37, seed: int = 0) -> tuple[Pairing, list[int], list[str]]:

@@ -11,7 +11,7 @@ from lavis_dcd.datasets.views import View
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.mining.pools import Pairing
-from lavis_dcd.mining.scores import Means, PairScorer, Reader, ReadSet, embed_all, pairing_of
+from lavis_dcd.mining.scores import MiningResources, PairScorer, Reader, ReadSet, embed_all, pairing_of
 
 
 class Stub(nn.Module, Matcher):
@@ -77,12 +77,12 @@ def view(factor: float = 1.0, text=str) -> View:
     return View(vis_eval=Times(factor), text_eval=text)
 
 
-def scored(readers: list[Reader], means: Means, rows: Rows) -> tuple[Pairing, list[torch.Tensor]]:
+def scored(readers: list[Reader], resources: MiningResources, rows: Rows) -> tuple[Pairing, list[torch.Tensor]]:
     """Every picture with every caption, in one shard."""
     pairing, read = pairing_of(rows), ReadSet(rows, readers)
     (batch,) = read.batches([pairing.row_of_image.tolist()], 0)
     keys = torch.arange(pairing.images * pairing.texts)
-    return pairing, PairScorer(read, readers, pairing, means).scores(keys, batch)
+    return pairing, PairScorer(read, readers, pairing, resources).scores(keys, batch)
 
 
 def expected(seed: float, factor: float = 1.0, more: int = 0) -> torch.Tensor:
@@ -92,7 +92,7 @@ def expected(seed: float, factor: float = 1.0, more: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("memory_mb", [64, 7 * 8 / 2**20])
 def test_chunks_within_the_memory_give_the_same(memory_mb):
     matcher, rows = Stub(100), Rows()
-    _, (found,) = scored([Reader(matcher, view())], Means(batch_size=2, memory_mb=memory_mb), rows)
+    _, (found,) = scored([Reader(matcher, view())], MiningResources(batch_size=2, memory_mb=memory_mb), rows)
     assert found.equal(expected(100))
     assert matcher.images_seen == 5 and sorted(rows.decoded) == [0, 2, 4, 6, 8]
     if memory_mb < 1:
@@ -104,7 +104,7 @@ def test_chunks_within_the_memory_give_the_same(memory_mb):
 def test_teachers_with_shared_encoders_pay_once():
     first = Stub(100)
     second = Stub(10, first.tower)
-    _, found = scored([Reader(first, view()), Reader(second, view())], Means(), Rows())
+    _, found = scored([Reader(first, view()), Reader(second, view())], MiningResources(), Rows())
     assert found[0].equal(expected(100)) and found[1].equal(expected(10))
     assert (first.images_seen, second.images_seen, second.texts_seen) == (5, 0, [])
 
@@ -116,14 +116,14 @@ def shouted(caption: str) -> str:
 def test_each_teacher_reads_through_its_own_processors():
     rows = Rows()
     readers = [Reader(Stub(100), view(3)), Reader(Stub(10), view(5, shouted))]
-    _, found = scored(readers, Means(), rows)
+    _, found = scored(readers, MiningResources(), rows)
     assert found[0].equal(expected(100, 3)) and found[1].equal(expected(10, 5, 2))
     assert sorted(rows.decoded) == [0, 2, 4, 6, 8]  # once for both
 
 
 def test_no_number_is_refused():
     with pytest.raises(UserError, match="10 of 50 scores of Stub are not finite numbers"):
-        scored([Reader(Stub(), View(vis_eval=NanOnce(), text_eval=str))], Means(), Rows())
+        scored([Reader(Stub(), View(vis_eval=NanOnce(), text_eval=str))], MiningResources(), Rows())
 
 
 class NanOnce:
@@ -136,6 +136,6 @@ class NanOnce:
 def test_embeddings_in_the_order_of_pictures_and_captions():
     rows, reader = Rows(), Reader(Stub(), view())
     pairing = pairing_of(rows)
-    images, texts = embed_all(ReadSet(rows, [reader]), 0, reader, pairing, Means(batch_size=2))
+    images, texts = embed_all(ReadSet(rows, [reader]), reader, pairing, MiningResources(batch_size=2))
     assert images.tolist() == [[float(i), 1.0] for i in range(5)]
     assert texts.tolist() == [[1.0, float(n + 1)] for n in range(10)]

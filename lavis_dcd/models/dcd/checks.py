@@ -64,6 +64,11 @@ def inner_models(section: DictConfig) -> dict[str, DictConfig]:
     return found
 
 
+def matcher_names(section: Mapping[str, Any]) -> list[str]:
+    """Return the names of the matchers that a distillation evaluates."""
+    return ["student"] if parse(DcdConfig, section, "model").candidates.from_bank else ["teacher", "student"]
+
+
 def inner_faults(section: DictConfig, path: str) -> list[str]:
     """Return the faults of a distiller's teachers and student, and of how they go together."""
     found: list[str] = []
@@ -86,6 +91,9 @@ def inner_faults(section: DictConfig, path: str) -> list[str]:
             found += schema_faults(_Weight, {"weight": given.weight}, where)
         if "init_from_teacher" in given and role == "student":
             found += _succession_faults(given, section, f"{where}.init_from_teacher")
+    weights = [inner.get("weight", 1.0) for inner in section.get("teachers") or [] if isinstance(inner, DictConfig)]
+    if not found and weights and not any(weights):
+        found.append(f"{path}.teachers: all weights are 0; give at least one teacher a weight above 0")
     return found
 
 
@@ -93,6 +101,9 @@ def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> l
     start = student.init_from_teacher
     if found := schema_faults(SuccessionConfig, start, path):
         return found
+    learner = registered(registry.get_model_class, student.get("arch"))
+    if start.get("towers") and learner is not None and not hasattr(learner, "adopt_towers"):
+        return [f"{path}.towers: {student.arch} has no towers to start; use it with a dual_encoder"]
     first = next((part for name, part in inner_models(section).items() if name != "student"), {})
     arch = first.get("arch")
     teacher = registered(adapter_for, arch) or registered(registry.get_model_class, arch)

@@ -36,7 +36,14 @@ from lavis_dcd.models.dcd.build import (
     build_teachers,
     check_student,
 )
-from lavis_dcd.models.dcd.checks import build_pools, inner_faults, inner_models, method_faults, section_faults
+from lavis_dcd.models.dcd.checks import (
+    build_pools,
+    inner_faults,
+    inner_models,
+    matcher_names,
+    method_faults,
+    section_faults,
+)
 from lavis_dcd.models.dcd.config import DcdConfig
 from lavis_dcd.models.dcd.teachers import Teachers, gather_tables, match_tables
 
@@ -104,6 +111,11 @@ class DynamicContrastiveDistillation(BaseModel):
     def inner_faults(cls, section: DictConfig, path: str) -> list[str]:
         """Return what is wrong with the teachers' and the student's sections, one line per fault."""
         return inner_faults(section, path)
+
+    @classmethod
+    def matcher_names(cls, section: DictConfig) -> list[str]:
+        """Return the names of the matchers that are evaluated: the student, and the teacher unless a bank has it."""
+        return matcher_names(section)
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> DynamicContrastiveDistillation:

@@ -19,12 +19,12 @@ JOB = {
         "text": {"name": "asset:quickstart/vocab.txt"},
     },
     "datasets": {"shape_scenes": {"build_info": {"scenes": {"train": 30, "val": 6, "test": 6}}}},
-    "run": {"task": "door_task", "runner": "door_runner", "device": "cpu"},
+    "run": {"task": "stub_task", "runner": "stub_runner", "device": "cpu"},
 }
 
 
 @pytest.fixture
-def doors(tmp_path, monkeypatch):
+def calls(tmp_path, monkeypatch):
     """A job of a task and a runner that only write down how they are called."""
     import lavis  # noqa: F401
     from lavis.common.registry import registry
@@ -55,35 +55,35 @@ def doors(tmp_path, monkeypatch):
         def evaluate(self):
             calls.append(("evaluate",))
 
-    monkeypatch.setitem(registry.mapping["task_name_mapping"], "door_task", Task)
-    monkeypatch.setitem(registry.mapping["runner_name_mapping"], "door_runner", Runner)
+    monkeypatch.setitem(registry.mapping["task_name_mapping"], "stub_task", Task)
+    monkeypatch.setitem(registry.mapping["runner_name_mapping"], "stub_runner", Runner)
     monkeypatch.chdir(tmp_path)
     OmegaConf.save(OmegaConf.create(JOB), tmp_path / "job.yaml")
     return calls
 
 
-def test_train_builds_in_order_and_trains(doors):
+def test_train_builds_in_order_and_trains(calls):
     assert train.main(["--cfg-path", "job.yaml"]) == 0
-    assert [call[0] for call in doors] == ["setup", "datasets", "model", "runner", "train"]
+    assert [call[0] for call in calls] == ["setup", "datasets", "model", "runner", "train"]
 
 
-def test_evaluate_only_evaluates(doors):
+def test_evaluate_only_evaluates(calls):
     assert evaluate.main(["--cfg-path", "job.yaml", "--options", "run.seed=3"]) == 0
-    assert doors[-1] == ("evaluate",)
+    assert calls[-1] == ("evaluate",)
 
 
-def test_faults_are_lines_and_status_2_and_nothing_is_written(doors, capsys):
+def test_faults_are_lines_and_status_2_and_nothing_is_written(calls, capsys):
     status = train.main(["--cfg-path", "job.yaml", "--options", "run.max_epochs=3", "--options", "model.fusoin=1"])
     assert status == 2
     lines = capsys.readouterr().err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     assert [line.split(":")[1].strip() for line in errors] == ["run.max_epochs", "model.fusoin"]
     assert "Traceback" not in "".join(lines)
-    assert doors == []
+    assert calls == []
     assert list(Path().iterdir()) == [Path("job.yaml")]
 
 
-def test_plugins_come_first(doors, tmp_path, monkeypatch, capsys):
+def test_plugins_come_first(calls, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert train.main(["--cfg-path", "job.yaml", "--plugins", "not_a_plugin"]) == 2
     assert "error: --plugins: cannot import not_a_plugin" in capsys.readouterr().err

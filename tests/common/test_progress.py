@@ -1,27 +1,27 @@
-"""What a mining says of its time."""
+"""How far a long loop is, in log lines."""
 
 from __future__ import annotations
 
 import pytest
 
-from lavis_dcd.mining import miner as mining_progress
-from lavis_dcd.mining.miner import Progress, duration
+from lavis_dcd.common import progress as progress_module
+from lavis_dcd.common.progress import duration, progress
 
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(mining_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     return now
 
 
 def test_an_estimate_after_the_first_shard_then_lines_at_times(clock, caplog):
     caplog.set_level("INFO")
-    with Progress(1000, " by this process") as progress:
+    with progress(1000, "pair", " by this process") as pairs:
         for moment in (10.0, 11.0, 30.0, 100.0):
             clock[0] = moment
-            progress.add(250)
-        summary = progress.summary()
+            pairs.add(250)
+        summary = pairs.summary()
     said = [record.getMessage() for record in caplog.records]
     assert said == [
         "25 pairs/s: about 30 s for all by this process",
