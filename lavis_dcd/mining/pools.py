@@ -99,7 +99,7 @@ def shortlists(
         best = {d: _Best(pairing.queries(d), min(count, pairing.candidates(d)), device) for d in DIRECTIONS}
         to_text, to_image = (best[d] for d in DIRECTIONS)
         text_embeds = text_embeds.to(device)
-        for images, texts in reported(tiles, len(tiles), "blocks of cheap scores", True):
+        for images, texts in reported(tiles, len(tiles), "blocks of cheap scores"):
             part = image_embeds[images.start : images.stop].to(device)
             scores = finite(matcher.joint_scores(part, text_embeds[texts.start : texts.stop]).float())
             _hide(scores, matches, images, texts, pairing.texts)
@@ -121,7 +121,7 @@ def with_random(pairing: Pairing, direction: str, chosen: Tensor, count: int, se
     pool[:, : chosen.shape[1]] = chosen.numpy()
     code = DIRECTIONS.index(direction)
     matches = pairing.own(direction) if count else []
-    told = reported(matches, len(matches), f"{direction} queries given random candidates", True)
+    told = reported(matches, len(matches), f"{direction} queries given random candidates")
     for query, own in enumerate(told):
         before = pool[query, : chosen.shape[1]]
         drawn = _draw(np.union1d(own, before[before >= 0]), total, count, np.random.default_rng([seed, code, query]))

@@ -14,7 +14,7 @@ from lavis_dcd.banks.encoding import encode_captions, encode_pictures, reported,
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.datasets.views import View, alike, with_views
-from lavis_dcd.evaluation.exhaustive import match_pairs, ready
+from lavis_dcd.evaluation.exhaustive import ScoringSettings, match_pairs, ready
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher, view_of
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.mining.pools import Pairing
@@ -112,7 +112,7 @@ def embed_all(read: ReadSet, place: int, reader: Reader, pairing: Pairing, means
     of_images, of_texts = [], []
     with scoring_mode(matcher, means.amp) as device:
         loader = read.batches(batches, means.num_workers)
-        for batch in reported(loader, len(batches), "batches of pictures embedded for the shortlist", True):
+        for batch in reported(loader, len(batches), "batches of pictures embedded for the shortlist"):
             features = matcher.encode_images(read.pictures(place, batch).to(device))
             of_images.append(matcher.embed_images(ready(features, device)).float().cpu())
         captions = read.captions(place, pairing.row_of_text.tolist())
@@ -182,7 +182,7 @@ class PairScorer:
     def _matched(self, reader: Reader, images: ImageFeatures, texts: TextFeatures, keys: Tensor) -> Tensor:
         # half precision would tell a dual encoder's cosines apart by the third digit only
         matcher, amp = reader.matcher, "off" if reader.matcher.family == "dual" else self._means.amp
-        found = match_pairs(matcher, images, texts, keys, self._means.memory_mb, amp)
+        found = match_pairs(matcher, images, texts, keys, ScoringSettings(self._means.memory_mb, amp))
         bad = int((~torch.isfinite(found)).sum())
         if bad:
             raise UserError(
