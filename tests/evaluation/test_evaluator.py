@@ -1,22 +1,19 @@
-"""A matcher measured on a small set, what a pair costs it, and the gallery made of its scores; without LAVIS."""
+"""A matcher measured on a small set, and what a pair costs it; without LAVIS."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.evaluation import evaluator as evaluation
 from lavis_dcd.evaluation.evaluator import Evaluation, EvaluationCache, Evaluator, milliseconds_per_pair
-from lavis_dcd.evaluation.gallery import gallery_items
-from lavis_dcd.evaluation.metrics import coco_1k_five_folds, match_ranks, retrieval_metrics
+from lavis_dcd.evaluation.metrics import coco_1k_five_folds, retrieval_metrics
 from lavis_dcd.evaluation.shortlist import ShortlistError
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
@@ -369,49 +366,3 @@ def test_one_picture_and_one_caption_suffice() -> None:
     matcher = Counting()
     images, texts = matcher.encode_images(torch.randn(1, 3, 2, 2)), matcher.encode_texts(["a"])
     assert milliseconds_per_pair(matcher, images, texts) > 0
-
-
-# -- the gallery
-
-
-def evaluations(numbers: Numbers) -> dict[str, Evaluation]:
-    blind = {"teacher": (1, 2), "student": (2, 3)}
-    return {name: evaluate(Reader(who), numbers) for name, who in blind.items()}
-
-
-def test_the_gallery_mixes_the_cases_and_marks_the_matches() -> None:
-    numbers = Numbers()
-    found = evaluations(numbers)
-    drawn: list[int] = []
-
-    def load(row: int) -> Image.Image:
-        drawn.append(row)
-        return Image.new("L", (400, 200), row)
-
-    items = gallery_items(found, numbers, load, count=8, seed=3)
-    json.dumps(items)
-    assert [item["direction"] for item in items] == ["text_to_image"] * 4 + ["image_to_text"] * 4
-    for item in items[4:]:
-        assert item["query"]["picture"].startswith("data:image/jpeg;base64,")
-        assert [len(answers) for answers in item["results"].values()] == [5, 5]
-    cases = {tuple(rank == 1 for rank in item["ranks"].values()) for item in items[4:]}
-    assert cases == {(True, True), (True, False), (False, True), (False, False)}
-    assert len(drawn) == len(set(drawn))
-    for item in items[:4]:
-        query = numbers.text.index(item["query"]["text"])
-        for name, answers in item["results"].items():
-            ranks = match_ranks(found[name].scores_t2i, numbers.txt2img)
-            assert item["ranks"][name] == ranks[query]
-            assert [a["score"] for a in answers] == sorted((a["score"] for a in answers), reverse=True)
-            assert sum(a["right"] for a in answers) <= 1
-
-
-def test_the_gallery_is_the_same_for_the_same_seed_and_takes_what_there_is() -> None:
-    numbers = Numbers(2)
-    found = {"model": evaluate(Reader(), numbers)}
-
-    def items(seed: int) -> list[dict[str, Any]]:
-        return gallery_items(found, numbers, lambda row: Image.new("RGB", (8, 8)), count=12, seed=seed)
-
-    assert items(0) == items(0)
-    assert len(items(0)) == 4 + 2  # every query there is
