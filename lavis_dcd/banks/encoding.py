@@ -63,7 +63,7 @@ class BankedRows(Protocol):
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How batches go through the encoders.
+    """The settings of encoding a data set.
 
     Args:
         batch_size: pictures of a batch; four times as many captions make one.

@@ -28,7 +28,7 @@ SCORES_PER_CHECK = 2**20
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How pairs are scored.
+    """The settings of scoring pairs.
 
     Args:
         memory_mb: the feature rows gathered for one call of ``match`` take this many MiB at most (a dual encoder's
