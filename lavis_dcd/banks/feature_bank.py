@@ -330,13 +330,13 @@ class _Build:
     def _images(self, start: int) -> Iterator[ImageFeatures]:
         source = _Pictures(self.datasets, self.wanted.places[start:])
         loader = DataLoader(source, batch_size=self.batch_size, num_workers=self.num_workers)
-        for batch in reported(loader, len(loader), "batches of pictures encoded", True):
+        for batch in reported(loader, len(loader), "batches of pictures encoded"):
             yield self._kept(encode_pictures(self.matcher, [batch], amp=self.amp))
 
     def _texts(self, start: int) -> Iterator[TextFeatures]:
         captions, size = self.wanted.captions, 4 * self.batch_size
         starts = range(start, len(captions), size)
-        for first in reported(starts, len(starts), "batches of captions encoded", True):
+        for first in reported(starts, len(starts), "batches of captions encoded"):
             yield self._kept(encode_captions(self.matcher, captions[first : first + size], size, amp=self.amp))
 
     def _kept(self, features: F) -> F:

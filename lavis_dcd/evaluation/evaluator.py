@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,84 +11,32 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lavis_dcd.banks.encoding import scoring_mode
+from lavis_dcd.banks.encoding import EvaluationSet, ImageRows, TextRows, scoring_mode
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.distillation.ensemble import Combination
 from lavis_dcd.evaluation.encodings import DatasetOf, Encodings, FeaturePair
-from lavis_dcd.evaluation.exhaustive import Rows, rows_that_fit
+from lavis_dcd.evaluation.exhaustive import (
+    UNBOUNDED,
+    ScoringSettings,
+    image_block,
+    rows_that_fit,
+    score_exhaustive,
+    text_block,
+)
 from lavis_dcd.evaluation.metrics import coco_1k_five_folds, retrieval_metrics
-from lavis_dcd.evaluation.shortlist import Shortlist, require_joint_space, score_exhaustive, score_joint
+from lavis_dcd.evaluation.shortlist import Shortlist, require_joint_space, score_joint
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble, members_of, weights_of
 from lavis_dcd.matching.features import gather_rows
-
-# ----------------------------------------------------------------------------------------------------
-# How long one pair takes, measured on the evaluation set's own features.
-
-
-def milliseconds_per_pair(
-    matcher: Matcher,
-    images: Rows,
-    texts: Rows,
-    pairs: int = 256,
-    repeats: int = 5,
-    *,
-    amp: str = "off",
-    memory_mb: float = math.inf,
-) -> float:
-    """Median milliseconds per pair on cached features, after one untimed call.
-
-    A fusion model's ``match`` scores pairs that are drawn, with a fixed seed, from the given rows. A dual encoder's
-    ``match_all`` scores all pairs of the rows drawn: that is how it is used, and what makes it cheap. Moving the
-    rows to the device is not counted.
-
-    Args:
-        pairs: pairs in one call of ``match``; of a dual encoder, rows drawn on either side.
-        repeats: timed calls; the median is reported.
-        memory_mb: no more rows are drawn than take that many MiB, in float32.
-    """
-    generator = torch.Generator().manual_seed(0)
-    rows, columns = (
-        torch.randint(len(features), (min(pairs, rows_that_fit(features, memory_mb)),), generator=generator).unique()
-        for features in (images, texts)
-    )
-    chosen = torch.stack([torch.randint(len(n), (pairs,), generator=generator) for n in (rows, columns)], dim=1)
-    dual = matcher.family == "dual"
-    with scoring_mode(matcher, "off" if dual else amp) as device:  # as `score_exhaustive` does
-        here = images[rows.to(images.device)].to(device, torch.float32)
-        there = texts[columns.to(texts.device)].trimmed().to(device, torch.float32)
-        chosen = chosen.to(device)
-        if dual:
-            score, scored = partial(matcher.match_all, here, there), len(here) * len(there)
-        else:
-            score, scored = partial(matcher.match, here, there, chosen), pairs
-        _timed(score, device)
-        seconds = [_timed(score, device) for _ in range(repeats)]
-    return 1000 * statistics.median(seconds) / scored
-
-
-def _timed(score: Callable[[], Tensor], device: torch.device) -> float:
-    _wait_for(device)
-    start = time.perf_counter()
-    score()
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
 
 log = logging.getLogger(__name__)
 
 Tables = tuple[Tensor, Tensor]  # of pictures as queries, of texts as queries
 
 EMBED_MB = 256  # more rows at a time make no embedding faster
-
 COCO_TEST_IMAGES = 5000  # of the Karpathy split: five folds of a thousand
 
 
@@ -99,8 +46,8 @@ class Evaluation(Mapping[str, Any]):
 
     Args:
         metrics: those of ``retrieval_metrics``, and ``fusion_parameters``, ``ms_per_pair``, ``how``.
-        scores_i2t: ``[I, T]``.
-        scores_t2i: ``[T, I]``.
+        scores_i2t: float32 ``[I, T]``.
+        scores_t2i: float32 ``[T, I]``.
     """
 
     metrics: dict[str, Any]
@@ -117,112 +64,143 @@ class Evaluation(Mapping[str, Any]):
         return len(self.metrics)
 
 
-def evaluate(
-    matcher: Matcher | Ensemble,
-    dataset: Any,
-    protocol: EvaluationProtocol,
-    device: Any = None,
-    shortlist: Matcher | Ensemble | None = None,
-    dataset_of: DatasetOf | None = None,
-    ranks: ProcessGroup = ALONE,
-) -> Evaluation:
-    """Scores an evaluation set with ``matcher`` and measures it.
-
-    A dual encoder scores every pair whatever ``protocol.k_test``. Of an ensemble, the members' scores of a query's
-    candidates are standardised and averaged (``distillation.ensemble.combine``), each direction for itself. Where
-    one member is a fusion model that reranks a shortlist, all are read at that one shortlist.
+class Evaluator:
+    """Scores and measures matchers on evaluation sets, all by one protocol.
 
     Args:
-        dataset: LAVIS's retrieval evaluation shape.
-        device: where the features are kept; the matcher's by default.
-        shortlist: whose joint space makes the shortlist; the matcher's own by default. An ensemble's is the
-            standardised mean of its members'.
-        dataset_of: the set as a matcher reads it, through its own processors; the same object for the same view.
-            By default all read ``dataset``.
+        device: where features in memory stand; each matcher's by default.
         ranks: processes that share the pictures; all must call, and each gets the scores and the figures. Only the
             first one takes the time.
-
-    Raises:
-        UserError: a shortlist from a matcher without a joint space; an empty set; no room on the disk for features
-            that shall not stay in memory.
+        dataset_of: a set as a matcher reads it, through its own processors; the same object for the same view. By
+            default all read the set itself.
     """
-    members = members_of(matcher)
-    maker = None
-    if protocol.k_test is not None and any(member.family != "dual" for member in members):
+
+    def __init__(
+        self,
+        protocol: EvaluationProtocol,
+        device: torch.device | str | None = None,
+        ranks: ProcessGroup = ALONE,
+        dataset_of: DatasetOf | None = None,
+    ) -> None:
+        self._protocol, self._device, self._ranks = protocol, device, ranks
+        self._dataset_of = dataset_of or _the_set_itself
+        self._settings = ScoringSettings(protocol.memory_mb, protocol.amp)
+
+    def evaluate(
+        self, matcher: Matcher | Ensemble, dataset: EvaluationSet, shortlist: Matcher | Ensemble | None = None
+    ) -> Evaluation:
+        """Score an evaluation set with ``matcher`` and measure it.
+
+        A dual encoder scores every pair whatever ``protocol.k_test``. Of an ensemble, the members' scores of a
+        query's candidates are standardised and averaged (``distillation.ensemble.combine``), each direction for
+        itself. Where one member is a fusion model that reranks a shortlist, all are read at that one shortlist.
+
+        Args:
+            shortlist: whose joint space makes the shortlist; the matcher's own by default. An ensemble's is the
+                standardised mean of its members'.
+
+        Raises:
+            ShortlistError: a shortlist from a matcher without a joint space.
+            UserError: an empty set; no room on the disk for features that shall not stay in memory.
+            ValueError: a score is not a finite number.
+        """
+        maker = self._shortlist_maker(matcher, shortlist)
+        scores_i2t, scores_t2i, milliseconds = self._scored(matcher, dataset, maker, timed=True)
+        metrics = self._metrics(scores_i2t, scores_t2i, dataset)
+        metrics["fusion_parameters"] = matcher.fusion_parameters()
+        metrics["ms_per_pair"] = milliseconds
+        metrics["how"] = self._how(matcher, exhaustive=maker is None)
+        return Evaluation(metrics, scores_i2t, scores_t2i)
+
+    def scores(
+        self, matcher: Matcher | Ensemble, dataset: EvaluationSet, shortlist: Matcher | Ensemble | None = None
+    ) -> Tables:
+        """Return the scores alone, as :meth:`evaluate` makes them: float32 ``[I, T]`` and ``[T, I]`` on the CPU.
+
+        Raises:
+            ShortlistError, UserError, ValueError: as :meth:`evaluate`.
+        """
+        maker = self._shortlist_maker(matcher, shortlist)
+        scores_i2t, scores_t2i, _ = self._scored(matcher, dataset, maker, timed=False)
+        return scores_i2t, scores_t2i
+
+    def _shortlist_maker(
+        self, matcher: Matcher | Ensemble, shortlist: Matcher | Ensemble | None
+    ) -> Matcher | Ensemble | None:
+        """Return whose joint space makes the shortlist; ``None`` where every pair is scored."""
+        if self._protocol.k_test is None or all(member.family == "dual" for member in members_of(matcher)):
+            return None
         maker = shortlist or matcher
         require_joint_space(maker)
-    uses = [*([] if maker is None else members_of(maker)), *members]
-    milliseconds = 0.0
-    with Encodings(uses, dataset_of or (lambda _: dataset), protocol, device, ranks) as encodings:
-        shortlisted = None if maker is None else _shortlist(maker, encodings, protocol, ranks)
-        combined = _Combined(weights_of(matcher))
-        for member in members:
-            tables, of_pair = _score(member, encodings.take(member), shortlisted, protocol, ranks)
-            combined.add(tables)
-            milliseconds += of_pair
-            del tables  # before the next member's
-    scores_i2t, scores_t2i = combined.tables()
-    if shortlisted is not None:
-        scores_i2t, scores_t2i = shortlisted.tables(scores_i2t, scores_t2i, in_place=True)
-    metrics = _metrics(scores_i2t, scores_t2i, dataset, protocol)
-    metrics["fusion_parameters"] = matcher.fusion_parameters()
-    metrics["ms_per_pair"] = milliseconds
-    metrics["how"] = _how(matcher, protocol, exhaustive=shortlisted is None)
-    return Evaluation(metrics, scores_i2t, scores_t2i)
+        return maker
+
+    def _scored(
+        self, matcher: Matcher | Ensemble, dataset: EvaluationSet, maker: Matcher | Ensemble | None, timed: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return scores ``[I, T]`` and ``[T, I]``, and the members' milliseconds per pair together."""
+        members = members_of(matcher)
+        uses = [*([] if maker is None else members_of(maker)), *members]
+        milliseconds = 0.0
+        with Encodings(uses, dataset, self._dataset_of, self._protocol, self._device, self._ranks) as encodings:
+            shortlist = None if maker is None else self._shortlist(maker, encodings)
+            combined = _Combined(weights_of(matcher))
+            for member in members:
+                features = encodings.take(member)
+                # before the tables, so that the rows drawn for it do not stand beside one
+                if timed and self._ranks.rank == 0:
+                    milliseconds += milliseconds_per_pair(member, *features, self._settings)
+                tables = self._member_scores(member, features, shortlist)
+                del features  # a member's that nobody needs again would stand beside the combined tables
+                combined.add(tables)
+                del tables  # before the next member's
+        scores_i2t, scores_t2i = combined.tables()
+        if shortlist is not None:
+            scores_i2t, scores_t2i = shortlist.tables(scores_i2t, scores_t2i, in_place=True)
+        return scores_i2t, scores_t2i, milliseconds
+
+    def _shortlist(self, maker: Matcher | Ensemble, encodings: Encodings) -> Shortlist:
+        """Return the best items by the joint spaces of ``maker``'s members together."""
+        combined = _Combined(weights_of(maker))
+        for member in members_of(maker):
+            scores = self._joint_scores(member, encodings.take(member))
+            combined.add(_both_directions(gather_rows(scores, self._ranks)))
+            del scores
+        return Shortlist.of(*combined.tables(), self._protocol.k_test or 0)
+
+    def _joint_scores(self, member: Matcher, features: FeaturePair) -> Tensor:
+        """Return the joint space's scores of this process's pictures, ``[I, T]``."""
+        images, texts = features
+        if not len(images):
+            return torch.empty(0, len(texts))
+        settings = ScoringSettings(min(EMBED_MB, self._protocol.memory_mb), self._protocol.amp)
+        return score_joint(member, images, texts, settings)
+
+    def _member_scores(self, member: Matcher, features: FeaturePair, shortlist: Shortlist | None) -> Tables:
+        """Return scores of all pairs, ``[I, T]`` and ``[T, I]``, or at the shortlist, ``[I, k]`` and ``[T, k]``."""
+        if shortlist is not None:
+            return shortlist.rerank(member, *features, self._settings, self._ranks)
+        return _both_directions(score_exhaustive(member, *features, self._settings, self._ranks))
+
+    def _metrics(self, scores_i2t: Tensor, scores_t2i: Tensor, dataset: EvaluationSet) -> dict[str, Any]:
+        tables = (scores_i2t, scores_t2i, dataset.txt2img, dataset.img2txt)
+        metrics: dict[str, Any] = dict(retrieval_metrics(*tables))
+        if self._protocol.coco_1k_folds and len(scores_i2t) == COCO_TEST_IMAGES:
+            metrics |= {f"1k_{name}": value for name, value in coco_1k_five_folds(*tables).items()}
+        elif self._protocol.coco_1k_folds:
+            log.warning("coco_1k_folds: %d pictures, not COCO's %d: left out", len(scores_i2t), COCO_TEST_IMAGES)
+        return metrics
+
+    def _how(self, matcher: Matcher | Ensemble, exhaustive: bool) -> str:
+        how = "exhaustive" if exhaustive else self._protocol.how
+        return f"ensemble of {len(matcher.members)}, {how}" if isinstance(matcher, Ensemble) else how
 
 
-def _metrics(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any, protocol: EvaluationProtocol) -> dict[str, Any]:
-    tables = (scores_i2t, scores_t2i, dataset.txt2img, dataset.img2txt)
-    metrics: dict[str, Any] = retrieval_metrics(*tables)
-    if protocol.coco_1k_folds and len(scores_i2t) == COCO_TEST_IMAGES:
-        metrics |= {f"1k_{name}": value for name, value in coco_1k_five_folds(*tables).items()}
-    elif protocol.coco_1k_folds:
-        log.warning("run.coco_1k_folds: %d pictures, not COCO's %d: left out", len(scores_i2t), COCO_TEST_IMAGES)
-    return metrics
+def _the_set_itself(matcher: Matcher, dataset: EvaluationSet) -> EvaluationSet:
+    return dataset
 
 
-def _how(matcher: Matcher | Ensemble, protocol: EvaluationProtocol, exhaustive: bool) -> str:
-    how = "exhaustive" if exhaustive else protocol.how
-    return f"ensemble of {len(matcher.members)}, {how}" if isinstance(matcher, Ensemble) else how
-
-
-def _shortlist(
-    maker: Matcher | Ensemble, encodings: Encodings, protocol: EvaluationProtocol, ranks: ProcessGroup
-) -> Shortlist:
-    """What the joint spaces of ``maker``'s members put on top together."""
-    cheap = _Combined(weights_of(maker))
-    for member in members_of(maker):
-        cheap.add(_transposed(gather_rows(_joint(member, encodings.take(member), protocol), ranks)))
-    return Shortlist.of(*cheap.tables(), protocol.k_test)
-
-
-def _joint(member: Matcher, features: FeaturePair, protocol: EvaluationProtocol) -> Tensor:
-    images, texts = features
-    if not len(images):
-        return torch.empty(0, len(texts))
-    return score_joint(member, images, texts, amp=protocol.amp, memory_mb=min(EMBED_MB, protocol.memory_mb))
-
-
-def _score(
-    member: Matcher,
-    features: FeaturePair,
-    shortlist: Shortlist | None,
-    protocol: EvaluationProtocol,
-    ranks: ProcessGroup,
-) -> tuple[Tables, float]:
-    """Scores of all pairs, ``[I, T]`` and ``[T, I]``, or at the shortlist, ``[I, k]`` and ``[T, k]``; ms per pair."""
-    # first, so that the rows drawn for it do not stand beside a table
-    milliseconds = 0.0
-    if ranks.rank == 0:
-        milliseconds = milliseconds_per_pair(member, *features, amp=protocol.amp, memory_mb=protocol.memory_mb)
-    options = {"amp": protocol.amp, "memory_mb": protocol.memory_mb, "progress": True, "ranks": ranks}
-    if shortlist is None:
-        return _transposed(score_exhaustive(member, *features, **options)), milliseconds
-    return shortlist.rerank(member, *features, **options), milliseconds
-
-
-def _transposed(scores: Tensor) -> Tables:
-    """One table in memory for both directions."""
+def _both_directions(scores: Tensor) -> Tables:
+    """Return one table in memory for both directions."""
     return scores, scores.T
 
 
@@ -239,3 +217,91 @@ class _Combined:
     def tables(self) -> Tables:
         i2t, t2i = (direction.result() for direction in self._directions)
         return i2t, t2i
+
+
+class EvaluationCache:
+    """The last evaluation of each matcher, as long as its weights and the set are the ones evaluated."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, _CachedEvaluation] = {}
+
+    def put(self, matcher: Matcher | Ensemble, dataset: EvaluationSet, evaluation: Evaluation) -> None:
+        """Remember ``evaluation`` in place of the matcher's last one."""
+        self._last[id(matcher)] = _CachedEvaluation(matcher, dataset, _weights_state(matcher), evaluation)
+
+    def drop(self, matcher: Matcher | Ensemble) -> None:
+        """Forget the matcher's evaluation."""
+        self._last.pop(id(matcher), None)
+
+    def get(self, matcher: Matcher | Ensemble, dataset: EvaluationSet) -> Evaluation | None:
+        """Return the matcher's last evaluation; ``None`` if it was of another set or of other weights."""
+        last = self._last.get(id(matcher))
+        if last is None or last.dataset is not dataset or last.weights != _weights_state(matcher):
+            return None
+        return last.evaluation
+
+
+@dataclass(frozen=True)
+class _CachedEvaluation:
+    matcher: Matcher | Ensemble  # keeps its id from being used again
+    dataset: EvaluationSet
+    weights: list[tuple[int, int]]
+    evaluation: Evaluation
+
+
+def _weights_state(matcher: Matcher | Ensemble) -> list[tuple[int, int]]:
+    """Return which tensors hold the weights, and how often each was written in place."""
+    if not isinstance(matcher, nn.Module):
+        return []
+    # not of state_dict(), which would take a sharded model's whole weights away
+    return [(t.data_ptr(), t._version) for t in (*matcher.parameters(), *matcher.buffers())]
+
+
+def milliseconds_per_pair(
+    matcher: Matcher,
+    images: ImageRows,
+    texts: TextRows,
+    settings: ScoringSettings = UNBOUNDED,
+    pairs: int = 256,
+    repeats: int = 5,
+) -> float:
+    """Return the median milliseconds per pair on cached features, after one untimed call.
+
+    A fusion model's ``match`` scores pairs that are drawn, with a fixed seed, from the given rows. A dual encoder's
+    ``match_all`` scores all pairs of the rows drawn: that is how it is used, and what makes it cheap. Moving the
+    rows to the device is not counted.
+
+    Args:
+        settings: no more rows are drawn than take ``memory_mb`` MiB, in float32.
+        pairs: pairs in one call of ``match``; of a dual encoder, rows drawn on either side.
+        repeats: timed calls; the median is reported.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (
+        torch.randint(len(side), (min(pairs, rows_that_fit(side, settings.memory_mb)),), generator=generator).unique()
+        for side in (images, texts)
+    )
+    chosen = torch.stack([torch.randint(len(n), (pairs,), generator=generator) for n in (rows, columns)], dim=1)
+    with scoring_mode(matcher, settings.amp_of(matcher)) as device:
+        pictures, captions = image_block(images, rows, device), text_block(texts, columns, device)
+        chosen = chosen.to(device)
+        if matcher.family == "dual":
+            score, scored = partial(matcher.match_all, pictures, captions), len(pictures) * len(captions)
+        else:
+            score, scored = partial(matcher.match, pictures, captions, chosen), pairs
+        _timed(score, device)
+        seconds = [_timed(score, device) for _ in range(repeats)]
+    return 1000 * statistics.median(seconds) / scored
+
+
+def _timed(score: Callable[[], Tensor], device: torch.device) -> float:
+    _wait_for(device)
+    start = time.perf_counter()
+    score()
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

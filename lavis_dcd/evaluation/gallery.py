@@ -5,70 +5,88 @@ from __future__ import annotations
 import base64
 import io
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from lavis_dcd.banks.encoding import EvaluationSet
 from lavis_dcd.evaluation.evaluator import Evaluation
-from lavis_dcd.evaluation.metrics import match_ranks
+from lavis_dcd.evaluation.metrics import Matches, match_ranks
 
 PICTURE_SIDE = 160
 TOP = 5
 
-Shown = dict[str, str]
-
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text_to_image", "image_to_text"
+
+
+class Shown(TypedDict, total=False):
+    """A caption as ``text``, or a picture as ``picture``, a JPEG data address."""
+
+    text: str
+    picture: str
+
+
+class Result(Shown):
+    """An item that a matcher returned, and whether it matches the query."""
+
+    right: bool
+    score: float
+
+
+class GalleryItem(TypedDict):
+    """A query with what every matcher returns, best first; ``ranks`` are the best match's, 1-based."""
+
+    direction: str
+    query: Shown
+    ranks: dict[str, int]
+    results: dict[str, list[Result]]
 
 
 def gallery_items(
     evaluations: Mapping[str, Evaluation],
-    dataset: Any,
+    dataset: EvaluationSet,
     load_picture: Callable[[int], Image.Image],
     count: int = 12,
     seed: int = 0,
-) -> list[dict[str, Any]]:
-    """``count`` queries, half of each direction, with the best five of every matcher, in plain containers.
+) -> list[GalleryItem]:
+    """Return ``count`` queries, half of each direction, with the best five of every matcher, in plain containers.
 
     The queries are drawn in turn from those that all matchers answer right, that only one of them does, and
     that none does, so that the cases stand side by side as far as they exist.
 
     Args:
         evaluations: by matcher's name, in the order of the columns.
-        dataset: the evaluation set (``text``, ``txt2img``, ``img2txt``).
         load_picture: the picture of an image row, as a person should see it.
-
-    Returns:
-        items ``{"direction", "query": SHOWN, "ranks": {name: 1-based rank of the best match},
-        "results": {name: [SHOWN + {"right": bool, "score": float}, ...]}}``; SHOWN is ``{"text": str}`` or
-        ``{"picture": str}``, a JPEG data address.
     """
     pictures = _Pictures(load_picture)
 
     def captions(row: int) -> Shown:
         return {"text": dataset.text[row]}
 
-    asked_in_words = {name: found.scores_t2i for name, found in evaluations.items()}
-    asked_in_pictures = {name: found.scores_i2t for name, found in evaluations.items()}
+    scores_t2i = {name: evaluation.scores_t2i for name, evaluation in evaluations.items()}
+    scores_i2t = {name: evaluation.scores_i2t for name, evaluation in evaluations.items()}
     first, second = count - count // 2, count // 2
     return [
-        *_items(TEXT_TO_IMAGE, asked_in_words, dataset.txt2img, captions, pictures, first, seed),
-        *_items(IMAGE_TO_TEXT, asked_in_pictures, dataset.img2txt, pictures, captions, second, seed + 1),
+        *_items(TEXT_TO_IMAGE, scores_t2i, dataset.txt2img, captions, pictures, first, seed),
+        *_items(IMAGE_TO_TEXT, scores_i2t, dataset.img2txt, pictures, captions, second, seed + 1),
     ]
 
 
 def _items(
     direction: str,
-    scores: Mapping[str, Any],
-    matches: Mapping[int, int | Sequence[int]],
+    scores: Mapping[str, Tensor],
+    matches: Matches,
     show_query: Callable[[int], Shown],
     show_result: Callable[[int], Shown],
     count: int,
     seed: int,
-) -> list[dict[str, Any]]:
+) -> list[GalleryItem]:
+    """Return queries of one direction, from each matcher's ``scores [Q, N]``."""
     ranks = {name: match_ranks(table, matches) for name, table in scores.items()}
-    items = []
+    items: list[GalleryItem] = []
     for query in _mixed(ranks, count, seed):
         match = matches[query]
         right = {match} if isinstance(match, int) else set(match)
@@ -84,7 +102,7 @@ def _items(
 
 
 def _mixed(ranks: Mapping[str, np.ndarray], count: int, seed: int) -> list[int]:
-    """Up to ``count`` queries, taken in turn from every case of who is right."""
+    """Return up to ``count`` queries, taken in turn from every combination of matchers that are right."""
     answered = np.stack([of_matcher == 1 for of_matcher in ranks.values()], axis=1)
     rng = random.Random(seed)
     cases: dict[tuple[bool, ...], list[int]] = {}
@@ -99,7 +117,8 @@ def _mixed(ranks: Mapping[str, np.ndarray], count: int, seed: int) -> list[int]:
     return chosen
 
 
-def _top(scores: Any, right: set[int], show: Callable[[int], Shown]) -> list[dict[str, Any]]:
+def _top(scores: Tensor, right: set[int], show: Callable[[int], Shown]) -> list[Result]:
+    """Return the best items of one query's ``scores [N]``."""
     best = scores.topk(min(TOP, len(scores)))
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [{**show(row), "right": row in right, "score": round(score, 4)} for row, score in rows]

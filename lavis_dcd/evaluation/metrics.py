@@ -1,7 +1,7 @@
 """Recalls and ranks of image-text retrieval, exact, in blocks of rows (5,000 x 25,000 need no second copy).
 
-Names are LAVIS's: `txt_*` is text retrieval (an image asks, captions answer), `img_*` the other way. Ties
-count against the model: a rank is 1 + the number of non-matching items that score at least as high as the
+Names are LAVIS's: ``txt_*`` is text retrieval (an image is the query, captions are ranked), ``img_*`` the other way.
+Ties count against the model: a rank is 1 + the number of non-matching items that score at least as high as the
 best match.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,19 +25,19 @@ _BYTE_ROWS = 255
 
 
 def retrieval_metrics(scores_i2t: Scores, scores_t2i: Scores, txt2img: Matches, img2txt: Matches) -> dict[str, float]:
-    """All metrics of one evaluation.
+    """Return all metrics of one evaluation.
 
     Args:
-        scores_i2t: [I, T], image i against text t, higher is better, any float type, on any device.
-        scores_t2i: [T, I], text t against image i (not always the transpose: each side may have its own
-            shortlist).
-        txt2img: text row -> its image row (or rows).
-        img2txt: image row -> its text rows.
+        scores_i2t: floating point ``[I, T]`` on any device, image i against text t, higher is better.
+        scores_t2i: floating point ``[T, I]``, text t against image i (not always the transpose: each side may have a
+            shortlist of its own).
+        txt2img: each text row's image row (or rows).
+        img2txt: each image row's text rows.
 
     Returns:
-        txt_r1, txt_r5, txt_r10, img_r1, img_r5, img_r10, txt_r_mean, img_r_mean, r_mean (mean of the six) in
-        percent; r_sum (their sum); txt_median_rank, img_median_rank (1-based); agg_metrics (= r_mean, by
-        which LAVIS chooses a checkpoint).
+        ``txt_r1, txt_r5, txt_r10, img_r1, img_r5, img_r10, txt_r_mean, img_r_mean, r_mean`` (mean of the six) in
+        percent; ``r_sum`` (their sum); ``txt_median_rank, img_median_rank`` (1-based); ``agg_metrics`` (= ``r_mean``,
+        by which LAVIS chooses a checkpoint).
 
     Raises:
         ValueError: on shapes that do not fit, NaN scores, rows without a match, rows out of range, or two
@@ -56,10 +55,14 @@ def retrieval_metrics(scores_i2t: Scores, scores_t2i: Scores, txt2img: Matches, 
 
 
 def match_ranks(scores: Scores, matches: Matches) -> np.ndarray:
-    """1-based rank, int64 [Q], of each query's best match among scores [Q, N]; ties count against it.
+    """Return the 1-based rank of each query's best match, int64 ``[Q]``; ties count against it.
+
+    Args:
+        scores: floating point ``[Q, N]`` on any device, higher is better.
+        matches: each query's item (or items).
 
     Raises:
-        ValueError: as `retrieval_metrics`.
+        ValueError: as :func:`retrieval_metrics`.
     """
     if len(scores.shape) != 2:
         raise ValueError(f"scores must be [Q, N], got shape {tuple(scores.shape)}")
@@ -74,13 +77,13 @@ def coco_1k_five_folds(
     images_per_fold: int = 1000,
     folds: int = 5,
 ) -> dict[str, float]:
-    """COCO's 1K protocol: the metrics of each of five consecutive folds of 1,000 images, averaged.
+    """Return the metrics by COCO's 1K protocol: of five consecutive folds of 1,000 images each, averaged.
 
-    Arguments and keys are those of `retrieval_metrics`; the texts of a fold are those that match its images,
+    Arguments and keys are those of :func:`retrieval_metrics`; the texts of a fold are those that match its images,
     and a median rank is the mean of the folds' medians.
 
     Raises:
-        ValueError: as `retrieval_metrics`, and when there are not exactly folds * images_per_fold images.
+        ValueError: as :func:`retrieval_metrics`, and when there are not exactly ``folds * images_per_fold`` images.
     """
     images, texts = _check_shapes(scores_i2t, scores_t2i)
     if images != folds * images_per_fold:
@@ -92,21 +95,18 @@ def coco_1k_five_folds(
     results = []
     for first in range(0, images, images_per_fold):
         inside = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + images_per_fold)]
-        own_texts = np.unique(inside[:, 1])
-        local = np.stack([inside[:, 0] - first, np.searchsorted(own_texts, inside[:, 1])], axis=1)
-        rows = np.arange(first, first + images_per_fold)
-        results.append(
-            _summary(
-                {
-                    "txt": _ranks(_part(scores_i2t, rows, own_texts), local, "scores_i2t"),
-                    "img": _ranks(_part(scores_t2i, own_texts, rows), _swapped(local), "scores_t2i"),
-                }
-            )
-        )
+        fold_texts = np.unique(inside[:, 1])
+        local = np.stack([inside[:, 0] - first, np.searchsorted(fold_texts, inside[:, 1])], axis=1)
+        fold_images = np.arange(first, first + images_per_fold)
+        fold_i2t = _cut_out(scores_i2t, fold_images, fold_texts)
+        fold_t2i = _cut_out(scores_t2i, fold_texts, fold_images)
+        ranks = {"txt": _ranks(fold_i2t, local, "scores_i2t"), "img": _ranks(fold_t2i, _swapped(local), "scores_t2i")}
+        results.append(_summary(ranks))
     return {key: float(np.mean([result[key] for result in results])) for key in results[0]}
 
 
 def _summary(ranks: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return the metrics from the ranks by side: int64 ``[I]`` for ``txt``, ``[T]`` for ``img``."""
     metrics: dict[str, float] = {}
     for side, values in ranks.items():
         for depth in RECALL_DEPTHS:
@@ -122,7 +122,7 @@ def _summary(ranks: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _ranks(scores: Scores, pairs: np.ndarray, name: str) -> np.ndarray:
-    """ProcessGroup [Q] from scores [Q, N] and the matches, int64 [P, 2] of (query, item), sorted by query."""
+    """Return ranks, int64 ``[Q]``, of scores ``[Q, N]``; matches are int64 ``[P, 2]`` of (query, item), sorted."""
     offsets = np.searchsorted(pairs[:, 0], np.arange(scores.shape[0]))
     values = _values(scores, pairs)
     best = np.maximum.reduceat(values, offsets)
@@ -131,23 +131,31 @@ def _ranks(scores: Scores, pairs: np.ndarray, name: str) -> np.ndarray:
 
 
 def _count_at_least(scores: Scores, best: np.ndarray, name: str) -> np.ndarray:
-    """How many scores of each row reach its `best`, int64 [Q]; the table is read in the order of its memory.
+    """Return how many scores of each row reach its ``best [Q]``, int64 ``[Q]``.
+
+    The table is read in the order of its memory.
 
     Raises:
         ValueError: on NaN.
     """
     if not _is_transposed(scores):
-        parts = _in_threads(lambda part: _count_in_rows(*part, best, name), _blocks(scores, len(scores)))
-        return np.concatenate(list(parts))
-    parts = _in_threads(lambda part: _count_in_columns(*part, best, name), _blocks(scores.T, _BYTE_ROWS))
+        by_rows = _in_threads(lambda place: _count_in_rows(*place, best, name), _blocks(scores, len(scores)))
+        return np.concatenate(list(by_rows))
+    by_columns = _in_threads(lambda place: _count_in_columns(*place, best, name), _blocks(scores.T, _BYTE_ROWS))
     counts = np.zeros(len(best), dtype=np.int64)
-    for part in parts:
-        counts += part
+    for count in by_columns:
+        counts += count
     return counts
 
 
 def _count_in_rows(start: int, block: Scores, best: np.ndarray, name: str) -> np.ndarray:
-    """int64 [H]: scores of each row of block [H, N] that reach its best; `start` is the first row's place."""
+    """Return how many scores of each row of ``block [H, N]`` reach its best, int64 ``[H]``.
+
+    Args:
+        start: the place of the block's first row in the table.
+        best: of all the table's rows, ``[Q]``.
+        name: of the table, for errors.
+    """
     values = _as_numpy(block)
     if np.isnan(values.min()):
         raise ValueError(f"{name} holds NaN between rows {start} and {start + len(values) - 1}")
@@ -157,7 +165,7 @@ def _count_in_rows(start: int, block: Scores, best: np.ndarray, name: str) -> np
 
 
 def _count_in_columns(start: int, block: Scores, best: np.ndarray, name: str) -> np.ndarray:
-    """uint8 [Q]: as `_count_in_rows`, of a block [H <= 255, Q] of the transposed table."""
+    """Return what :func:`_count_in_rows` does, uint8 ``[Q]``, of a block ``[H < 256, Q]`` of the transposed table."""
     values = _as_numpy(block)
     if np.isnan(values.min()):
         raise ValueError(
@@ -167,49 +175,52 @@ def _count_in_columns(start: int, block: Scores, best: np.ndarray, name: str) ->
 
 
 def _blocks(scores: Scores, tallest: int = _BYTE_ROWS) -> Iterator[tuple[int, Scores]]:
-    """(first row, view of at most `tallest` rows) over the rows of `scores`."""
+    """Yield ``scores`` in views of at most ``tallest`` rows, each with the place of its first row."""
     height = max(1, min(tallest, _BLOCK_SCORES // max(1, scores.shape[1])))
     for start in range(0, scores.shape[0], height):
         yield start, scores[start : start + height]
 
 
-def _in_threads(work: Callable[[Any], np.ndarray], parts: Iterator[Any]) -> Iterator[np.ndarray]:
-    """Results in the order of the parts, by as many threads as torch may use; numpy's loops run side by side."""
+def _in_threads(
+    count: Callable[[tuple[int, Scores]], np.ndarray], blocks: Iterator[tuple[int, Scores]]
+) -> Iterator[np.ndarray]:
+    """Yield the blocks' counts in their order, by as many threads as torch may use; numpy's loops run side by side."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        yield from pool.map(work, parts)
+        yield from pool.map(count, blocks)
 
 
 def _is_transposed(scores: Scores) -> bool:
-    """Whether a column's scores lie closer together in memory than a row's."""
+    """Return whether a column's scores lie closer together in memory than a row's."""
     rows, columns = scores.stride() if isinstance(scores, torch.Tensor) else scores.strides
     return 0 < rows < columns
 
 
 def _values(scores: Scores, pairs: np.ndarray) -> np.ndarray:
-    """scores[pairs[:, 0], pairs[:, 1]]."""
+    """Return ``scores[pairs[:, 0], pairs[:, 1]]``, ``[P]``, for pairs int64 ``[P, 2]``."""
     if isinstance(scores, torch.Tensor):
         rows, columns = torch.from_numpy(pairs).to(scores.device).T
         return _as_numpy(scores.detach()[rows, columns])
     return scores[pairs[:, 0], pairs[:, 1]]
 
 
-def _as_numpy(part: Scores) -> np.ndarray:
-    """A part of the scores; a tensor's is moved to the CPU, and widened where numpy lacks its type."""
-    if not isinstance(part, torch.Tensor):
-        return part
-    part = part.detach().cpu()
-    return (part.float() if part.dtype in (torch.bfloat16, torch.float16) else part).numpy()
+def _as_numpy(scores: Scores) -> np.ndarray:
+    """Return scores as an array; a tensor's are moved to the CPU, and widened where numpy lacks their type."""
+    if not isinstance(scores, torch.Tensor):
+        return scores
+    scores = scores.detach().cpu()
+    return (scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores).numpy()
 
 
-def _part(scores: Scores, rows: np.ndarray, columns: np.ndarray) -> Scores:
-    """scores[rows][:, columns], a copy of one fold's size."""
+def _cut_out(scores: Scores, rows: np.ndarray, columns: np.ndarray) -> Scores:
+    """Return ``scores[rows][:, columns]``, a copy of one fold's size."""
     if isinstance(scores, torch.Tensor):
-        where = [torch.from_numpy(index).to(scores.device) for index in (rows, columns)]
-        return scores[where[0][:, None], where[1][None, :]]
+        on_device = [torch.from_numpy(index).to(scores.device) for index in (rows, columns)]
+        return scores[on_device[0][:, None], on_device[1][None, :]]
     return scores[np.ix_(rows, columns)]
 
 
 def _swapped(pairs: np.ndarray) -> np.ndarray:
+    """Return the pairs, int64 ``[P, 2]``, with their columns exchanged, sorted."""
     flipped = pairs[:, ::-1]
     return flipped[np.lexsort((flipped[:, 1], flipped[:, 0]))]
 
@@ -222,13 +233,13 @@ def _check_shapes(scores_i2t: Scores, scores_t2i: Scores) -> tuple[int, int]:
 
 
 def _match_pairs(matches: Matches, queries: int, items: int, name: str) -> np.ndarray:
-    """The mapping as sorted, distinct pairs, int64 [P, 2]; every query has at least one."""
+    """Return the mapping as sorted, distinct pairs, int64 ``[P, 2]``; every query has at least one."""
     if len(matches) != queries or any(query not in matches for query in range(queries)):
         raise ValueError(
             f"{name} must have the keys 0..{queries - 1}, one per row of scores; it has {len(matches)} keys"
         )
-    found = [matches[query] for query in range(queries)]
-    lists = [(items_of,) if isinstance(items_of, (int, np.integer)) else items_of for items_of in found]
+    of_queries = (matches[query] for query in range(queries))
+    lists = [(of_query,) if isinstance(of_query, (int, np.integer)) else of_query for of_query in of_queries]
     sizes = np.fromiter(map(len, lists), dtype=np.int64, count=queries)
     if not sizes.all():
         raise ValueError(f"{name}[{int(sizes.argmin())}] is empty: every query needs a match")

@@ -101,7 +101,7 @@ def shortlists(
         best = {d: _Best(pairing.queries(d), min(count, pairing.candidates(d)), device) for d in DIRECTIONS}
         to_text, to_image = (best[d] for d in DIRECTIONS)
         text_embeds = text_embeds.to(device)
-        for images, texts in reported(tiles, len(tiles), "blocks of cheap scores", True):
+        for images, texts in reported(tiles, len(tiles), "blocks of cheap scores"):
             block = image_embeds[images.start : images.stop].to(device)
             scores = finite(matcher.joint_scores(block, text_embeds[texts.start : texts.stop]).float())
             _hide(scores, matches, images, texts, pairing.texts)
@@ -123,7 +123,7 @@ def with_random(pairing: Pairing, direction: str, chosen: Tensor, count: int, se
     pool[:, : chosen.shape[1]] = chosen.numpy()
     code = DIRECTIONS.index(direction)
     matches = pairing.matches(direction) if count else []
-    queries = reported(matches, len(matches), f"{direction} queries given random candidates", True)
+    queries = reported(matches, len(matches), f"{direction} queries given random candidates")
     for query, of_query in enumerate(queries):
         before = pool[query, : chosen.shape[1]]
         taken = np.union1d(of_query, before[before >= 0])

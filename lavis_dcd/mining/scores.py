@@ -14,7 +14,7 @@ from lavis_dcd.banks.encoding import encode_captions, encode_pictures, reported,
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.datasets.views import Processor, View, alike, with_views
-from lavis_dcd.evaluation.exhaustive import match_pairs
+from lavis_dcd.evaluation.exhaustive import ScoringSettings, match_pairs
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher, view_of
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.mining.pools import Pairing
@@ -113,7 +113,7 @@ def embed_all(read: ReadSet, reader: Reader, pairing: Pairing, resources: Mining
     image_embeds, text_embeds = [], []
     with scoring_mode(matcher, resources.amp) as device:
         loader = read.batches(batches, resources.num_workers)
-        for batch in reported(loader, len(batches), "batches of pictures embedded for the shortlist", True):
+        for batch in reported(loader, len(batches), "batches of pictures embedded for the shortlist"):
             images = matcher.encode_images(read.pictures(0, batch).to(device))
             image_embeds.append(matcher.embed_images(images.to(device, torch.float32)).float().cpu())
         captions = read.captions(0, pairing.row_of_text.tolist())
@@ -181,7 +181,7 @@ class PairScorer:
     def _matched(self, reader: Reader, images: ImageFeatures, texts: TextFeatures, keys: Tensor) -> Tensor:
         # half precision would tell a dual encoder's cosines apart by the third digit only
         matcher, amp = reader.matcher, "off" if reader.matcher.family == "dual" else self._resources.amp
-        scores = match_pairs(matcher, images, texts, keys, self._resources.memory_mb, amp)
+        scores = match_pairs(matcher, images, texts, keys, ScoringSettings(self._resources.memory_mb, amp))
         bad = int((~torch.isfinite(scores)).sum())
         if bad:
             raise UserError(

@@ -12,9 +12,12 @@ from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import parse
-from lavis_dcd.evaluation.shortlist import score_dataset
+from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.evaluation.evaluator import Evaluator
+from lavis_dcd.evaluation.shortlist import ShortlistError
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.matching.recompute import repeated_layers
@@ -43,8 +46,12 @@ class LavisEvaluation:
             UserError: ``k_test`` for a model without a joint space.
         """
         k_test = task_cfg.get("k_test") if task_cfg is not None else None
-        scores = score_dataset(self, data_loader.dataset, k_test=k_test, device=self.device)
-        return scores[0].numpy(), scores[1].numpy()
+        protocol = EvaluationProtocol(k_test=k_test, memory_mb=512)
+        try:
+            scores_i2t, scores_t2i = Evaluator(protocol, self.device).scores(self, data_loader.dataset)
+        except ShortlistError as error:
+            raise UserError(f"run.k_test: {error}; leave it empty to score every pair") from error
+        return scores_i2t.numpy(), scores_t2i.numpy()
 
 
 log = logging.getLogger(__name__)

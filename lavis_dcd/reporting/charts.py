@@ -38,11 +38,12 @@ class Series:
 
     @property
     def is_dashed(self) -> bool:
+        """Whether the line is drawn dashed."""
         return self.dashed or self.level is not None
 
 
 def line_chart(series: Sequence[Series], x_label: str, percent: bool = False) -> str:
-    """An SVG element with axes, one line per series, and a legend when there is more than one.
+    """Draw an SVG element with axes, one line per series, and a legend when there is more than one.
 
     Args:
         percent: y values are shares 0..1, shown as percent.
@@ -50,29 +51,28 @@ def line_chart(series: Sequence[Series], x_label: str, percent: bool = False) ->
     Returns:
         The element, or "" when no series has a finite value.
     """
-    kept = [_finite(s) for s in series]
-    kept = [s for s in kept if s.points or s.level is not None]
-    kept = [replace(s, colour=s.colour or number % COLOURS + 1) for number, s in enumerate(kept)]
-    points = [p for s in kept for p in s.points]
+    drawn = [s for s in map(_finite, series) if s.points or s.level is not None]
+    drawn = [replace(s, colour=s.colour or number % COLOURS + 1) for number, s in enumerate(drawn)]
+    points = [p for s in drawn for p in s.points]
     if not points:
         return ""
     factor = 100.0 if percent else 1.0
-    levels = [s.level for s in kept if s.level is not None]
+    levels = [s.level for s in drawn if s.level is not None]
     x_axis = _Axis([x for x, _ in points], LEFT, WIDTH - RIGHT, whole=True)
     y_axis = _Axis([factor * y for y in [*(y for _, y in points), *levels]], HEIGHT - BOTTOM, TOP)
-    lines = [_line(s, x_axis, y_axis, factor) for s in kept]
-    label = escape(f"{', '.join(s.name for s in kept)}, by {x_label}")
+    lines = [_line(s, x_axis, y_axis, factor) for s in drawn]
+    label = escape(f"{', '.join(s.name for s in drawn)}, by {x_label}")
     svg = (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
         f"{_grid(x_axis, y_axis, '%' if percent else '')}{''.join(lines)}"
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">'
         f"{escape(x_label)}</text></svg>"
     )
-    return svg + (_legend(kept) if len(kept) > 1 else "")
+    return svg + (_legend(drawn) if len(drawn) > 1 else "")
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from at most ``low`` to at least ``high``."""
+    """Return round numbers (1, 2 or 5 times a power of ten apart) from at most ``low`` to at least ``high``."""
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -100,32 +100,35 @@ class _Axis:
 
 
 def _finite(series: Series) -> Series:
+    """Return the series without values that are not finite, thinned to what a chart can show."""
     points = [(x, y) for x, y in series.points if math.isfinite(x) and math.isfinite(y)]
     level = series.level if series.level is not None and math.isfinite(series.level) else None
     return replace(series, points=_thinned(points), level=level)
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """At most ``MAX_POINTS``: means of neighbouring points."""
+    """Return at most ``MAX_POINTS``: means of neighbouring points."""
     size = math.ceil(len(points) / MAX_POINTS)
     if size <= 1:
         return points
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def _grid(x_axis: _Axis, y_axis: _Axis, unit: str) -> str:
-    parts = []
+    elements = []
     for tick in y_axis.ticks:
         y = y_axis(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}{unit}</text>')
+        elements.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        elements.append(
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}{unit}</text>'
+        )
     for tick in x_axis.ticks:
-        parts.append(
+        elements.append(
             f'<text class="tick" x="{x_axis(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">'
             f"{_short(tick)}</text>"
         )
-    return "".join(parts)
+    return "".join(elements)
 
 
 def _line(series: Series, x_axis: _Axis, y_axis: _Axis, factor: float) -> str:
@@ -139,7 +142,7 @@ def _line(series: Series, x_axis: _Axis, y_axis: _Axis, factor: float) -> str:
     drawn = f'<polyline {style} points="{path}"/>'
     if len(places) > 24:
         return drawn
-    # Few points: each is marked, and says its value where there is a pointer.
+    # few points: each is marked, with its value for a pointer
     marks = [
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" style="fill:var(--c{series.colour})">'
         f"<title>{escape(series.name)}, {_short(at)}: {_short(factor * value)}</title></circle>"
@@ -157,7 +160,7 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def _short(value: float) -> str:
-    """Few digits: 1200 -> 1,200; 0.30000000000000004 -> 0.3; 0.00002 -> 2e-05."""
+    """Return few digits: 1200 -> 1,200; 0.30000000000000004 -> 0.3; 0.00002 -> 2e-05."""
     if value == 0:
         return "0"
     if abs(value) >= 1e5 or abs(value) < 1e-3:

@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
-from lavis_dcd.common.texts import memory_in_words as memory_words
+from lavis_dcd.common.texts import memory_in_words
 from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED, Series, line_chart
 from lavis_dcd.reporting.table import Row, body, format_table, headline, tiles, used_columns
 
@@ -39,9 +39,31 @@ WORDS = {
 }
 
 
+class Chart(TypedDict):
+    """A chart under its title."""
+
+    title: str
+    svg: Markup
+
+
+class ChartSection(TypedDict):
+    """Charts under a heading."""
+
+    title: str
+    note: str
+    charts: list[Chart]
+
+
 @dataclass
 class RunFiles:
-    """What a run folder says of its run."""
+    """The files of a run folder that a report is made from.
+
+    Args:
+        results: of ``results.json``.
+        config: the text of ``config.yaml``.
+        train: the training lines of ``metrics.jsonl``.
+        evals: its lines of evaluations.
+    """
 
     results: dict[str, Any]
     config: str = ""
@@ -50,7 +72,7 @@ class RunFiles:
 
     @classmethod
     def read(cls, folder: str | Path) -> RunFiles:
-        """From ``results.json`` and, where they exist, ``config.yaml`` and ``metrics.jsonl``.
+        """Read ``results.json`` and, where they exist, ``config.yaml`` and ``metrics.jsonl``.
 
         Raises:
             UserError: ``results.json`` is missing or broken.
@@ -71,7 +93,7 @@ class RunFiles:
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes ``report.html`` into a run folder.
+    """Write ``report.html`` into a run folder.
 
     Args:
         run_dir: holds ``results.json``, and ``config.yaml`` and ``metrics.jsonl`` where the run trained.
@@ -110,27 +132,27 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def chart_sections(run: RunFiles) -> list[dict[str, Any]]:
-    """Charts under headings: ``title``, ``note``, ``charts`` of ``{"title", "svg"}``; empty ones left out."""
+def chart_sections(run: RunFiles) -> list[ChartSection]:
+    """Return the charts under their headings; empty charts and sections are left out."""
     learning = [
         ("Training loss", _chart([_train_series(run, key) for key in _losses(run)])),
         *_validation(run),
         ("Learning rate", _chart([_train_series(run, "lr")])),
     ]
-    sections = [
+    planned = [
         ("Learning", "Training figures are means over the steps since the point before.", learning),
         ("Diagnostics", "Seen on the training batches, pictures and captions together.", _diagnostics(run)),
     ]
-    kept = []
-    for title, note, charts in sections:
-        drawn = [{"title": name, "svg": Markup(svg)} for name, svg in charts if svg]
+    sections: list[ChartSection] = []
+    for title, note, charts in planned:
+        drawn: list[Chart] = [{"title": name, "svg": Markup(svg)} for name, svg in charts if svg]
         if drawn:
-            kept.append({"title": title, "note": note, "charts": drawn})
-    return kept
+            sections.append({"title": title, "note": note, "charts": drawn})
+    return sections
 
 
 def _validation(run: RunFiles) -> list[tuple[str, str]]:
-    """Per split: the R-sum of the learner with its teacher's as a level, and the single recalls."""
+    """Return charts per split: the R-sum of the learner with its teacher's as a level, and the single recalls."""
     charts = []
     for split in dict.fromkeys(line["split"] for line in run.evals):
         lines = [line for line in run.evals if line["split"] == split]
@@ -155,7 +177,7 @@ def _validation(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
-    """What else the model reported, scores and misrankings of teacher and student side by side."""
+    """Return charts of all else that the model reported, teacher and student side by side."""
     known = {"kind", "step", "epoch", "lr", DATA_WAIT, SKIPPED, *_losses(run)}
     keys = list(dict.fromkeys(k for line in run.train for k, v in line.items() if k not in known and _is_number(v)))
     groups: dict[str, list[str]] = {}
@@ -176,14 +198,14 @@ def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _machine(run: RunFiles) -> dict[str, Any]:
-    """The machine's facts, the peaks of memory in words."""
+    """Return the machine's facts, the peaks of memory in words."""
     facts = dict(run.results.get("machine", {}))
     peaks = facts.pop("peak_memory", {})
-    return facts | {f"peak memory of {phase}": memory_words(found) for phase, found in peaks.items()}
+    return facts | {f"peak memory of {phase}": memory_in_words(peak) for phase, peak in peaks.items()}
 
 
 def _skipped(run: RunFiles) -> dict[str, str]:
-    """How many steps were skipped, in words; nothing where none was."""
+    """Return how many steps were skipped, in words; nothing where none was."""
     line = next((line for line in reversed(run.train) if line.get(SKIPPED)), None)
     if line is None:
         return {}
@@ -191,7 +213,7 @@ def _skipped(run: RunFiles) -> dict[str, str]:
 
 
 def _waiting(run: RunFiles) -> dict[str, str]:
-    """What part of the training time went by waiting for batches, in words."""
+    """Return the share of the training time that was spent waiting for batches, in words."""
     shares = [line[DATA_WAIT] for line in run.train if _is_number(line.get(DATA_WAIT))]
     if not shares:
         return {}
@@ -199,7 +221,7 @@ def _waiting(run: RunFiles) -> dict[str, str]:
 
 
 def _prescreened(run: RunFiles) -> dict[str, str]:
-    """That the teacher saw only a part of the candidates, and what it missed, in words."""
+    """Return, in words, how many of the hardest candidates the teacher saw where it scored a part of them only."""
     shares = [line["prescreen_found"] for line in run.train if _is_number(line.get("prescreen_found"))]
     if not shares:
         return {}
@@ -208,17 +230,17 @@ def _prescreened(run: RunFiles) -> dict[str, str]:
 
 
 def _gallery(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The gallery by direction, each item with a word on who was right."""
+    """Return the gallery by direction, each item with the names of the matchers that were right."""
     titles = {
         "text_to_image": "Captions looking for their picture",
         "image_to_text": "Pictures looking for their captions",
     }
-    found = []
+    sections = []
     for direction, title in titles.items():
         chosen = [{**item, "verdict": _verdict(item["ranks"])} for item in items if item["direction"] == direction]
         if chosen:
-            found.append({"title": title, "queries": chosen})
-    return found
+            sections.append({"title": title, "queries": chosen})
+    return sections
 
 
 def _verdict(ranks: Mapping[str, int]) -> str:
@@ -231,7 +253,7 @@ def _verdict(ranks: Mapping[str, int]) -> str:
 
 
 def _same_how(rows: Sequence[Row]) -> str:
-    """How the rows were scored, where that is the same for all."""
+    """Return how the rows were scored, where that is the same for all."""
     hows = {row.get("how") for row in rows}
     return str(hows.pop()) if len(hows) == 1 and None not in hows else ""
 
@@ -264,7 +286,7 @@ def _words(key: str) -> str:
 
 
 def _losses(run: RunFiles) -> list[str]:
-    """The total, then its parts by name."""
+    """Return the names of the losses: the total, then its parts in order."""
     keys = {key for line in run.train for key in line if key == "loss" or key.endswith("_loss")}
     return sorted(keys, key=lambda key: (key != "loss", key))
 

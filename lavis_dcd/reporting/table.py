@@ -1,12 +1,46 @@
-"""The table of a run's rows: which columns, how numbers read, which values are best."""
+"""The results of a run for people: a table of its rows with the best values marked, and a headline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
+# of results.json: see ResultRow; a spread of several runs stands beside its figure as ``<key>_std``
 Row = Mapping[str, Any]
+
+
+class ResultRow(TypedDict, total=False):
+    """The keys of a row of ``results.json``: one matcher on one split; with COCO's 1K protocol, ``1k_`` keys beside.
+
+    Recalls are in percent, ranks 1-based.
+    """
+
+    name: str
+    txt_r1: float
+    txt_r5: float
+    txt_r10: float
+    img_r1: float
+    img_r5: float
+    img_r10: float
+    txt_r_mean: float
+    img_r_mean: float
+    r_mean: float
+    r_sum: float
+    txt_median_rank: float
+    img_median_rank: float
+    agg_metrics: float
+    fusion_parameters: int
+    ms_per_pair: float
+    how: str
+
+
+class Tile(TypedDict):
+    """One figure of the headline, and what it compares."""
+
+    value: str
+    label: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +96,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One value as text; ``share`` (0..1) asks for a bar beneath it."""
+    """One value as text; ``share`` (0..1) is the length of the bar beneath it."""
 
     key: str
     text: str
@@ -81,7 +115,7 @@ class Line:
 
 
 def used_columns(rows: Sequence[Row], hide_same_how: bool = False) -> list[Column]:
-    """The columns for which any row has a value.
+    """Return the columns for which any row has a value.
 
     Args:
         hide_same_how: leave out how the rows were scored where that is the same for all.
@@ -92,7 +126,7 @@ def used_columns(rows: Sequence[Row], hide_same_how: bool = False) -> list[Colum
 
 
 def body(rows: Sequence[Row], columns: Sequence[Column]) -> list[Line]:
-    """The rows, the best value of each column marked: among all but the teacher where those are several."""
+    """Return the rows, the best value of each column marked: among all but the teacher where those are several."""
     compared = [row for row in rows if row.get("name") != "teacher"]
     compared = compared if len(compared) > 1 else list(rows)
     best = {column.key: _best(compared, column) for column in columns}
@@ -107,7 +141,7 @@ def body(rows: Sequence[Row], columns: Sequence[Column]) -> list[Line]:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text for a terminal: recalls both ways, R-sum, fusion parameters, ms per pair."""
+    """Return the rows as aligned text for a terminal: recalls both ways, R-sum, fusion parameters, ms per pair."""
     columns = used_columns(rows)
     lines = body(rows, columns)
     heads = ["", *(f"{_short_group(column)}{column.title}" for column in columns)]
@@ -125,7 +159,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def number(key: str, value: Any) -> str:
-    """A value as people read it."""
+    """Return a value as people read it."""
     if value is None:
         return "-"
     if isinstance(value, str):
@@ -146,7 +180,7 @@ def _cell(row: Row, column: Column, best: bool) -> Cell:
 
 
 def _best(rows: Sequence[Row], column: Column) -> Any:
-    """The best value, or ``None`` where nothing is better than anything else."""
+    """Return the best value, or ``None`` where nothing is better than anything else."""
     values = [row[column.key] for row in rows if row.get(column.key) is not None]
     if not column.better or len(set(values)) < 2:
         return None
@@ -164,12 +198,8 @@ def _count(value: float) -> str:
     return f"{value:.0f}"
 
 
-# ----------------------------------------------------------------------------------------------------
-# What came out of a run, in a sentence and a few figures, from measured numbers only.
-
-
 def headline(rows: Sequence[Row]) -> str:
-    """What came out, in a sentence or two, from measured numbers only."""
+    """Return the result in a sentence or two, from measured numbers only."""
     teacher, student = _row(rows, "teacher"), _row(rows, "student")
     if teacher is None or student is None or not teacher.get("r_sum"):
         named = [
@@ -190,12 +220,12 @@ def headline(rows: Sequence[Row]) -> str:
     return text + "."
 
 
-def tiles(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """The headline's figures with what they compare: ``value``, ``label``, ``note``."""
+def tiles(rows: Sequence[Row]) -> list[Tile]:
+    """Return the headline's figures with what they compare."""
     teacher, student = _row(rows, "teacher"), _row(rows, "student")
     if teacher is None or student is None:
         return []
-    found = []
+    figures: list[Tile] = []
     for key, label in (
         ("r_sum", "of the teacher\N{RIGHT SINGLE QUOTATION MARK}s R-sum"),
         ("fusion_parameters", "of its fusion parameters"),
@@ -203,18 +233,18 @@ def tiles(rows: Sequence[Row]) -> list[dict[str, str]]:
         share = _ratio(student, teacher, key)
         if share is not None:
             note = f"{number(key, student[key])} against {number(key, teacher[key])}"
-            found.append({"value": f"{100 * share:.1f} %", "label": label, "note": note})
+            figures.append({"value": f"{100 * share:.1f} %", "label": label, "note": note})
     speed = _ratio(teacher, student, "ms_per_pair")
     if speed is not None:
         pair = [number("ms_per_pair", row["ms_per_pair"]) for row in (student, teacher)]
-        found.append(
+        figures.append(
             {
                 "value": f"{speed:.2f}\N{MULTIPLICATION SIGN}",
                 "label": "as fast per pair",
                 "note": f"{pair[0]} against {pair[1]} ms",
             }
         )
-    return found
+    return figures
 
 
 def _row(rows: Sequence[Row], name: str) -> Row | None:

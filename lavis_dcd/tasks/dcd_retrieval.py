@@ -1,14 +1,14 @@
-"""The task `dcd_retrieval`: data sets and model from a job, training steps, evaluation of every matcher."""
+"""The task ``dcd_retrieval``: data sets and model from a job, training steps, evaluation of every matcher."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
@@ -18,25 +18,47 @@ from lavis_dcd.banks.feature_cache import with_kept_features
 from lavis_dcd.banks.feature_sets import BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
-from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.common.schema import parse, plain
+from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
 from lavis_dcd.datasets.views import MatcherViews, with_views
-from lavis_dcd.evaluation.evaluator import Evaluation, evaluate
-from lavis_dcd.evaluation.gallery import PICTURE_SIDE, gallery_items
+from lavis_dcd.evaluation.evaluator import Evaluation, EvaluationCache, Evaluator
+from lavis_dcd.evaluation.gallery import PICTURE_SIDE, GalleryItem, gallery_items
 from lavis_dcd.evaluation.pair_checks import caption_faults, learning_faults, shortlist_faults
+from lavis_dcd.evaluation.shortlist import ShortlistError
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.contract import Matcher
+from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.mining.score_cache import KeptScores
 from lavis_dcd.models.building import build_matcher
 
-log = logging.getLogger(__name__)
+# of ``run:``, all that this task reads
+RUN_KEYS = (
+    "seed", "evaluate", "verify", "cache_features", "cache_dtype", "k_test", "shortlist", "coco_1k_folds",
+    "batch_size_eval", "num_workers", "amp", "match_memory_mb", "eval_memory_mb",
+)  # fmt: skip
 
 
-def matchers_of(model: nn.Module) -> dict[str, Matcher]:
-    """What can be evaluated, by name: ``model.matchers()``, else the model itself as "model"."""
-    return dict(model.matchers()) if hasattr(model, "matchers") else {"model": model}
+def run_config(run: Any) -> RunConfig:
+    """Return the ``run:`` section parsed, if it is not yet: of a mapping, the keys that this task reads.
+
+    LAVIS's own runners have sections with keys and values of their own.
+
+    Raises:
+        UserError: a value of the wrong type or out of its range.
+    """
+    if isinstance(run, RunConfig):
+        return run
+    section = plain(run)
+    return parse(RunConfig, {key: section[key] for key in RUN_KEYS if section.get(key) is not None}, "run")
+
+
+def matchers_of(model: nn.Module) -> dict[str, Matcher | Ensemble]:
+    """Return what can be evaluated, by name: ``model.matchers()``, else the model itself as "model"."""
+    matchers = getattr(model, "matchers", None)
+    return {"model": cast(Matcher, model)} if matchers is None else dict(matchers())
 
 
 @registry.register_task("dcd_retrieval")
@@ -50,24 +72,24 @@ class DcdRetrievalTask(BaseTask):
     def __init__(self, run: Any = None) -> None:
         super().__init__()
         self.run = run
-        self._matchers: dict[str, Matcher] = {}
-        self._kept = _KeptEvaluations()
+        self._matchers: dict[str, Matcher | Ensemble] = {}
+        self._evaluations = EvaluationCache()
         self._views = MatcherViews()
         self._scores: KeptScores | None = None
 
     @classmethod
     def setup_task(cls, cfg: Any = None, **_: Any) -> DcdRetrievalTask:
-        """LAVIS's way to make a task."""
+        """Make the task of a job, as LAVIS does."""
         return cls(getattr(cfg, "run_cfg", None))
 
     def build_model(self, cfg: Any) -> nn.Module:
-        """The job's model; one of LAVIS's own that has an adapter comes as a matcher.
+        """Build the job's model; one of LAVIS's own that has an adapter comes as a matcher.
 
         Raises:
             UserError: a section that does not fit its model; a score bank that the job needs and that is not there.
         """
         if adapter_for(cfg.model_cfg.arch) is not None:
-            return build_matcher(cfg.model_cfg, "model")
+            return cast(nn.Module, build_matcher(cfg.model_cfg, "model"))
         self._scores = KeptScores.of_job(cfg)
         model = super().build_model(cfg)
         if self._scores is not None:
@@ -75,13 +97,13 @@ class DcdRetrievalTask(BaseTask):
         return model
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
-        """The job's data sets by builder and split, their pictures verified as ``run.verify`` says.
+        """Build the job's data sets by builder and split, their pictures verified as ``run.verify`` says.
 
         Raises:
             UserError: pictures that are missing or broken, all of them listed.
         """
         datasets = super().build_datasets(cfg)
-        mode = cfg.run_cfg.get("verify", "fast")
+        mode = run_config(cfg.run_cfg).verify
         faults: list[str] = []
         for splits in datasets.values():
             for dataset in splits.values():
@@ -96,7 +118,7 @@ class DcdRetrievalTask(BaseTask):
         return datasets
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Any], run: Any, device: Any = None) -> dict[str, Any]:
-        """``datasets`` by split, answering from a feature bank where ``run.cache_features`` asks for one.
+        """Return ``datasets`` by split as the job reads them: from a feature bank with ``run.cache_features``.
 
         Training sets carry a view for every matcher that reads pictures and captions in its own way
         (``model.views()``); evaluation sets stay as they are, see :meth:`dataset_for`.
@@ -105,48 +127,49 @@ class DcdRetrievalTask(BaseTask):
             UserError: matchers and data that cannot work together; a stale score bank; the encoders learn, or the
                 model's matchers do not share them; processors that cannot be built.
         """
+        config = run_config(run)
         self._adopt(model, run)
-        if self._scores is not None and not _option(run, "evaluate", False):
+        if self._scores is not None and not config.evaluate:
             self._scores.check(datasets)
-        self._check_pair(datasets)
-        mode = _option(run, "cache_features", "off")
-        if mode == "off":
-            views = self._views.by_name
-            return {
-                split: dataset if is_evaluation_set(dataset) or not views else with_views(dataset, views)
-                for split, dataset in datasets.items()
-            }
-        return with_kept_features(datasets, self._matchers, self._views.by_name, run)
+        self._check_pair(datasets, config)
+        views = self._views.by_name
+        if config.cache_features != "off":
+            return with_kept_features(datasets, cast(dict[str, Matcher], self._matchers), views, config)
+        return {
+            split: dataset if is_evaluation_set(dataset) or not views else with_views(dataset, views)
+            for split, dataset in datasets.items()
+        }
 
     def _adopt(self, model: nn.Module, run: Any) -> None:
         self.run, self._matchers = run, matchers_of(model)
         self._views = MatcherViews.of_model(model)
 
-    def _check_pair(self, datasets: Mapping[str, Any]) -> None:
-        protocol = EvaluationProtocol.of_run(self.run)
-        faults = shortlist_faults(self._matchers, protocol.k_test, protocol.shortlist)
+    def _check_pair(self, datasets: Mapping[str, Any], run: RunConfig) -> None:
+        faults = shortlist_faults(self._matchers, run.k_test, run.shortlist)
         sets = [dataset for dataset in datasets.values() if is_evaluation_set(dataset)]
         if sets:
             faults += caption_faults(self._matchers, lambda matcher: self.dataset_for(matcher, sets[0]).text)
             student = self._matchers.get("student")
-            if student is not None and not faults and not _option(self.run, "evaluate", False):
+            if isinstance(student, Matcher) and not faults and not run.evaluate:
                 read = self.dataset_for(student, sets[0])
                 faults += learning_faults(student, read[0]["image"], read.text)
         if faults:
             raise UserError(faults)
 
     def dataset_for(self, matcher: Matcher, dataset: Any) -> Any:
-        """The evaluation set as this matcher reads it: through its own processors where it has some."""
+        """Return the evaluation set as this matcher reads it: through its own processors where it has some."""
         return self._views.dataset_for(matcher, dataset)
 
     def wrap_training_set(self, dataset: Any, model: nn.Module) -> Any:
-        """The training set with the candidates that the model wants: captions drawn at random
-        (``random_captions_per_image``), or hard ones out of a score bank.
+        """Return the training set with the candidates that the model wants.
+
+        These are captions drawn at random (``random_captions_per_image``), or hard ones out of a score bank.
 
         Raises:
             UserError: the model trains from a score bank that :meth:`build_model` has not loaded, or of other rows.
         """
-        count, seed = getattr(model, "random_captions_per_image", 0), int(_option(self.run, "seed", 0))
+        count, seed = getattr(model, "random_captions_per_image", 0), run_config(self.run).seed
+        wrap: Callable[[Any], Any]
         if getattr(model, "needs_score_bank", False):
             if self._scores is None:
                 raise UserError("model.candidates: the score bank is not loaded; build the model with this task")
@@ -158,43 +181,51 @@ class DcdRetrievalTask(BaseTask):
         return dataset.wrapped(wrap) if isinstance(dataset, BankedTrainingSet) else wrap(dataset)
 
     def train_step(self, model: nn.Module, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The model's output: ``loss``, its parts, diagnostics."""
+        """Return the model's output: ``loss``, its parts, diagnostics, all 0-dim."""
         return model(samples)
-
-    # -- evaluation ----------------------------------------------------------------------------------------
 
     # `evaluate_matcher` takes `ranks`: the runner then calls it in every process, not in the main one alone
     evaluates_over_ranks = True
 
     def evaluate_matcher(
         self,
-        matcher: Matcher,
+        matcher: Matcher | Ensemble,
         dataset: Any,
         run: Any,
-        device: Any = None,
-        shortlist: Matcher | None = None,
+        device: torch.device | str | None = None,
+        shortlist: Matcher | Ensemble | None = None,
         ranks: ProcessGroup = ALONE,
+        folder: Path | None = None,
     ) -> Evaluation:
-        """Figures and scores of one matcher; the result reads as the mapping of its figures.
+        """Evaluate one matcher; the result reads as the mapping of its figures.
 
         Args:
             shortlist: whose joint space makes the shortlist; by default the one that ``run.shortlist`` names.
             ranks: processes that share the work; all must call.
+            folder: of the run, where features that do not fit into memory wait; without one, the system's temporary
+                folder.
 
         Raises:
-            UserError: ``run.shortlist`` names no matcher of the model, or one without a joint space; see `evaluate`.
+            UserError: ``run.shortlist`` names no matcher of the model, or one without a joint space; an empty set; no
+                room on the disk for features that shall not stay in memory.
         """
-        protocol = replace(EvaluationProtocol.of_run(run), spill_folder=_run_folder())
+        spill_folder = folder if folder is not None and folder.is_dir() else None
+        protocol = replace(EvaluationProtocol.of_run(run_config(run)), spill_folder=spill_folder)
         shortlist = shortlist or self._shortlist_matcher(protocol)
-        self._kept.drop(matcher)  # its tables would stand beside the new ones
-        own = {"dataset_of": lambda reader: self.dataset_for(reader, dataset)} if self._views.by_name else {}
-        found = evaluate(matcher, dataset, protocol, device, shortlist, ranks=ranks, **own)
-        self._kept.put(matcher, dataset, found)
-        return found
+        self._evaluations.drop(matcher)  # its tables would stand beside the new ones
+        try:
+            evaluation = Evaluator(protocol, device, ranks, self.dataset_for).evaluate(matcher, dataset, shortlist)
+        except ShortlistError as error:
+            raise UserError(
+                f"run.shortlist: {error}; name a matcher that has one (for METER: joint_head), or leave run.k_test "
+                "empty to score every pair"
+            ) from error
+        self._evaluations.put(matcher, dataset, evaluation)
+        return evaluation
 
-    def _shortlist_matcher(self, protocol: EvaluationProtocol) -> Matcher | None:
+    def _shortlist_matcher(self, protocol: EvaluationProtocol) -> Matcher | Ensemble | None:
         name = protocol.shortlist
-        if protocol.k_test is None or name in (None, "joint"):
+        if protocol.k_test is None or name is None or name == "joint":
             return None
         if name not in self._matchers:
             known = ", ".join(["joint", *self._matchers])
@@ -203,26 +234,31 @@ class DcdRetrievalTask(BaseTask):
 
     def gallery(
         self,
-        matchers: Mapping[str, Matcher],
+        matchers: Mapping[str, Matcher | Ensemble],
         dataset: Any,
         run: Any,
-        device: Any = None,
+        device: torch.device | str | None = None,
         count: int = 12,
         seed: int = 0,
-    ) -> list[dict[str, Any]]:
-        """Queries with what each matcher returns, see ``evaluation.gallery``.
+        folder: Path | None = None,
+    ) -> list[GalleryItem]:
+        """Return queries with what each matcher returns, see ``evaluation.gallery``.
 
         The scores of this process's last evaluation serve where the weights are still the same.
+
+        Args:
+            folder: of the run, as of :meth:`evaluate_matcher`.
         """
-        found = {
-            name: self._kept.get(matcher, dataset) or self.evaluate_matcher(matcher, dataset, run, device)
+        evaluations = {
+            name: self._evaluations.get(matcher, dataset)
+            or self.evaluate_matcher(matcher, dataset, run, device, folder=folder)
             for name, matcher in matchers.items()
         }
         source = getattr(dataset, "source", dataset)
-        return gallery_items(found, dataset, lambda row: load_picture(source, row, PICTURE_SIDE), count, seed)
+        return gallery_items(evaluations, dataset, lambda row: load_picture(source, row, PICTURE_SIDE), count, seed)
 
     def evaluation(self, model: nn.Module, data_loader: Any, **_: Any) -> dict[str, Any]:
-        """LAVIS's own runners call this: the figures of the learner on the loader's data set."""
+        """Return the figures of the learner on the loader's data set; LAVIS's own runners call this."""
         if not self._matchers:
             self._adopt(model, self.run)
         learner = self._matchers.get("student") or next(iter(self._matchers.values()))
@@ -230,44 +266,8 @@ class DcdRetrievalTask(BaseTask):
         return dict(self.evaluate_matcher(learner, dataset, self.run).metrics)
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **_: Any) -> None:
-        """LAVIS's hook; nothing to prepare."""
+        """Do nothing: LAVIS's hook, and there is nothing to prepare."""
 
     def after_evaluation(self, val_result: Any = None, **_: Any) -> Any:
-        """LAVIS's hook: the figures as they are."""
+        """Return the figures as they are: LAVIS's hook."""
         return val_result
-
-
-class _KeptEvaluations:
-    """The last evaluation of each matcher, as long as its weights and the set are the ones evaluated."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, tuple[Any, Any, Any, Evaluation]] = {}
-
-    def put(self, matcher: Matcher, dataset: Any, found: Evaluation) -> None:
-        self._last[id(matcher)] = (matcher, dataset, _weights_state(matcher), found)
-
-    def drop(self, matcher: Matcher) -> None:
-        self._last.pop(id(matcher), None)
-
-    def get(self, matcher: Matcher, dataset: Any) -> Evaluation | None:
-        kept = self._last.get(id(matcher))
-        if kept is None or kept[1] is not dataset or kept[2] != _weights_state(matcher):
-            return None
-        return kept[3]
-
-
-def _weights_state(matcher: Matcher) -> list[tuple[int, int]]:
-    """Which tensors hold the weights, and how often each was written in place."""
-    # not of state_dict(), which would take a sharded model's whole weights away
-    return [(t.data_ptr(), t._version) for t in (*matcher.parameters(), *matcher.buffers())]
-
-
-def _run_folder() -> Path | None:
-    """Where the runner that is at work puts its outputs: LAVIS keeps it under this name."""
-    folder = registry.get_path("output_dir")
-    return Path(folder) if folder and Path(folder).is_dir() else None
-
-
-def _option(run: Any, name: str, default: Any) -> Any:
-    value = run.get(name) if hasattr(run, "get") else getattr(run, name, None)
-    return default if value is None else value

@@ -21,7 +21,8 @@ from measuring import PeakMemory, in_child, parsed, parser, progress, report
 from torch import Tensor, nn
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.evaluation.evaluator import Protocol, evaluate
+from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.evaluation.evaluator import Evaluator
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
@@ -108,12 +109,14 @@ def measure(
     matcher: Any = Stub(family, *sizes, seed)
     if way == "ensemble":
         matcher = Ensemble([matcher, Stub(family, *sizes, seed + 1)])
-    protocol = Protocol(k_test=16 if way == "shortlist" else None, eval_memory_mb=limit_mb, spill_folder=Path(folder))
-    evaluate(matcher, Gallery(8), protocol)  # what only the first call pays
+    protocol = EvaluationProtocol(
+        k_test=16 if way == "shortlist" else None, eval_memory_mb=limit_mb, spill_folder=Path(folder)
+    )
+    Evaluator(protocol).evaluate(matcher, Gallery(8))  # what only the first call pays
     gallery = Gallery(images)
     with PeakMemory() as memory:
         start = time.perf_counter()
-        found = evaluate(matcher, gallery, protocol)
+        found = Evaluator(protocol).evaluate(matcher, gallery)
         seconds = time.perf_counter() - start
     digest = hashlib.sha256()
     for table in (found.scores_i2t, found.scores_t2i):

@@ -106,7 +106,7 @@ def test_pictures_of_any_size_are_their_parts(kind: dict, count: int | None, tmp
 
 
 def test_stored_as_asked(tmp_path: Path) -> None:
-    half = encode_captions(Towers(), ["a b", "c"], storage=Storage.half_on_host())
+    half = encode_captions(Towers(), ["a b", "c"], storage=Storage("cpu", torch.float16))
     assert half.tokens.dtype == torch.float16
     with Spill(tmp_path) as spill:
         found = encode_captions(Towers(), ["a b", "c"], storage=Storage(dtype=torch.float16, spill=spill))

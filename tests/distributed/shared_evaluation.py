@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from lavis_dcd.common.processes import ProcessGroup, gather_objects
-from lavis_dcd.evaluation.evaluator import Protocol, evaluate
+from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.evaluation.evaluator import Evaluator
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.models.building import build_matcher
 
@@ -40,11 +41,11 @@ class Noise(torch.utils.data.Dataset):
         return {"image": torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index)), "index": index}
 
 
-def compare(name: str, matcher, count: int, protocol: Protocol, ranks: ProcessGroup) -> dict:
+def compare(name: str, matcher, count: int, protocol: EvaluationProtocol, ranks: ProcessGroup) -> dict:
     alone, shared = Noise(count), Noise(count)
-    expected = evaluate(matcher, alone, protocol)
-    found = evaluate(matcher, shared, protocol, ranks=ranks)
-    on_disk = evaluate(matcher, Noise(count), replace(protocol, eval_memory_mb=1e-3), ranks=ranks)
+    expected = Evaluator(protocol).evaluate(matcher, alone)
+    found = Evaluator(protocol, ranks=ranks).evaluate(matcher, shared)
+    on_disk = Evaluator(replace(protocol, eval_memory_mb=1e-3), ranks=ranks).evaluate(matcher, Noise(count))
     figures = {key for key in expected if key not in ("ms_per_pair",)}
     return {
         "case": f"{name}, {count} pictures, {expected['how']}",
@@ -76,7 +77,7 @@ def main() -> None:
     torch.manual_seed(2)
     matchers["ensemble"] = Ensemble([*matchers.values(), build_matcher(asked["models"][0], "model")])
     cases = [
-        compare(name, matcher, count, Protocol(k_test=k_test, batch_size=2), ranks)
+        compare(name, matcher, count, EvaluationProtocol(k_test=k_test, batch_size=2), ranks)
         for name, matcher in matchers.items()
         for count in asked["counts"]
         for k_test in (None, 2)

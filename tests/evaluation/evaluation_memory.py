@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lavis_dcd.banks.feature_bank import build_feature_bank
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet
-from lavis_dcd.evaluation.evaluator import Protocol, evaluate
+from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.evaluation.evaluator import Evaluator
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.training import devices as memory
@@ -86,17 +87,17 @@ def _noise(numbers: list[int], tokens: int) -> Tensor:
 def main(limit_mb: str, k_test: str, source: str, folder: str) -> None:
     matcher, gallery = Stub(), Gallery(600)
     settings = {"k_test": int(k_test) or None, "eval_memory_mb": float(limit_mb), "spill_folder": Path(folder)}
-    protocol = Protocol(batch_size=8, memory_mb=16, **settings)
+    protocol = EvaluationProtocol(batch_size=8, memory_mb=16, **settings)
     dataset: Any = gallery
     if source == "bank":
         bank = build_feature_bank(matcher, {"val": gallery}, 8, folder=Path(folder) / "bank")
         dataset = BankedEvaluationSet(gallery, bank, "val")
-    evaluate(matcher, Gallery(4), replace(protocol, eval_memory_mb=1))  # what only the first call pays
+    Evaluator(replace(protocol, eval_memory_mb=1)).evaluate(matcher, Gallery(4))  # what only the first call pays
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the bank's making left would hide what evaluation takes
     memory.restart(CPU)
     start = memory.peak(CPU)["host_mb"]
-    found = evaluate(matcher, dataset, protocol)
+    found = Evaluator(protocol).evaluate(matcher, dataset)
     scores = [float(table.double().sum()) for table in (found.scores_i2t, found.scores_t2i)]
     sys.stdout.write(json.dumps({"extra_mb": memory.peak(CPU)["host_mb"] - start, "scores": scores}))
 

@@ -15,9 +15,10 @@ from lavis_dcd.banks.feature_bank import build_feature_bank
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet
 from lavis_dcd.banks.row_store import StreamedFeatures
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.evaluation import evaluator as evaluation
 from lavis_dcd.evaluation.encodings import Encodings
-from lavis_dcd.evaluation.evaluator import Protocol, evaluate
+from lavis_dcd.evaluation.evaluator import Evaluator
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
@@ -87,7 +88,11 @@ class Mixer(nn.Module, Matcher):
         return self.mix(self.embed_images(images)) @ self.embed_texts(texts).T
 
 
-def no_time(matcher: Matcher, images: Any, texts: Any, **_: Any) -> float:
+def unchanged(matcher: Matcher, dataset: Any) -> Any:
+    return dataset
+
+
+def no_time(matcher: Matcher, images: Any, texts: Any, settings: Any) -> float:
     return 0.0
 
 
@@ -108,8 +113,8 @@ def both_ways(
     found = []
     for mb in (4096, limit):
         streamed.append(False)
-        protocol = Protocol(eval_memory_mb=mb, spill_folder=folder, batch_size=3, memory_mb=0.01, **settings)
-        found.append(evaluate(matcher, dataset, protocol))
+        protocol = EvaluationProtocol(eval_memory_mb=mb, spill_folder=folder, batch_size=3, memory_mb=0.01, **settings)
+        found.append(Evaluator(protocol).evaluate(matcher, dataset))
     assert streamed == [False, True]
     return found
 
@@ -142,13 +147,13 @@ def test_features_of_a_bank_stay_in_it(place, k_test, tmp_path, monkeypatch) -> 
 
 def test_what_fits_stays_in_memory(tmp_path, caplog) -> None:
     numbers, matcher = Numbers(), Mixer()
-    images, texts = Encodings([matcher], lambda _: numbers, Protocol(), None).take(matcher)
+    images, texts = Encodings([matcher], numbers, unchanged, EvaluationProtocol()).take(matcher)
     total = (images.nbytes + texts.nbytes) / 2**20
     assert images.nbytes < texts.nbytes
 
     def kinds(limit: float) -> list[bool]:
-        protocol = Protocol(eval_memory_mb=limit, spill_folder=tmp_path)
-        with Encodings([matcher], lambda _: numbers, protocol, None) as encodings:
+        protocol = EvaluationProtocol(eval_memory_mb=limit, spill_folder=tmp_path)
+        with Encodings([matcher], numbers, unchanged, protocol) as encodings:
             found = encodings.take(matcher)
         return [isinstance(rows, StreamedFeatures) for rows in found]
 
@@ -163,11 +168,11 @@ def test_features_are_dropped_after_their_last_use() -> None:
     towers = Mixer().towers
     one, apart, other = Mixer(0, towers=towers), Mixer(2), Mixer(1, towers=towers)
     numbers = Numbers(3)
-    encodings = Encodings([one, apart, other], lambda _: numbers, Protocol(), None)
+    encodings = Encodings([one, apart, other], numbers, unchanged, EvaluationProtocol())
     kept = []
     for member in (one, apart, other):
         encodings.take(member)
-        kept.append([matcher for matcher, _, _ in encodings._kept])
+        kept.append([entry.matcher for entry in encodings._encoded])
     assert kept == [[one], [one], []]
 
 
@@ -175,9 +180,11 @@ def test_features_that_stay_count_when_others_come(tmp_path) -> None:
     """An ensemble's members together hold no more than the limit."""
     towers, numbers = Mixer().towers, Numbers()
     one, apart, other = Mixer(0, towers=towers), Mixer(2), Mixer(1, towers=towers)
-    limit = 1.5 * sum(rows.nbytes for rows in Encodings([one], lambda _: numbers, Protocol(), None).take(one)) / 2**20
-    protocol = Protocol(eval_memory_mb=limit, spill_folder=tmp_path)
-    with Encodings([one, apart, other], lambda _: numbers, protocol, None) as encodings:
+    limit = (
+        1.5 * sum(rows.nbytes for rows in Encodings([one], numbers, unchanged, EvaluationProtocol()).take(one)) / 2**20
+    )
+    protocol = EvaluationProtocol(eval_memory_mb=limit, spill_folder=tmp_path)
+    with Encodings([one, apart, other], numbers, unchanged, protocol) as encodings:
         assert all(isinstance(rows, Features) for rows in encodings.take(one))
         assert all(isinstance(rows, StreamedFeatures) for rows in encodings.take(apart))
         assert all(isinstance(rows, Features) for rows in encodings.take(other))
@@ -190,7 +197,7 @@ def test_nothing_is_left_after_an_error(tmp_path, monkeypatch) -> None:
     take = Encodings.take
     monkeypatch.setattr(Encodings, "take", lambda self, m: kept.append(take(self, m)) or kept[-1])
     with pytest.raises(RuntimeError, match="in the middle"):
-        evaluate(matcher, Numbers(), Protocol(eval_memory_mb=1e-3, spill_folder=tmp_path))
+        Evaluator(EvaluationProtocol(eval_memory_mb=1e-3, spill_folder=tmp_path)).evaluate(matcher, Numbers())
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="closed file"):
         kept[0][0][:1]
@@ -201,10 +208,10 @@ def test_too_little_room_is_told_before_the_set_is_encoded(tmp_path, monkeypatch
     numbers, read = Numbers(), []
     monkeypatch.setattr(Numbers, "__getitem__", lambda self, i: read.append(i) or {"image": torch.zeros(3, 4, 4)})
     with pytest.raises(UserError, match=r"run\.eval_memory_mb: .*they need .* are free"):
-        evaluate(Mixer(), numbers, Protocol(eval_memory_mb=1e-3, spill_folder=tmp_path))
+        Evaluator(EvaluationProtocol(eval_memory_mb=1e-3, spill_folder=tmp_path)).evaluate(Mixer(), numbers)
     assert read == [0]
 
 
 def test_an_empty_set_is_still_the_users_fault(tmp_path) -> None:
     with pytest.raises(UserError, match="has no pictures or no captions"):
-        evaluate(Mixer(), Numbers(0), Protocol(spill_folder=tmp_path))
+        Evaluator(EvaluationProtocol(spill_folder=tmp_path)).evaluate(Mixer(), Numbers(0))

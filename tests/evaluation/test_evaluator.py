@@ -1,22 +1,20 @@
-"""A matcher measured on a small set, and the gallery made of its scores; without LAVIS."""
+"""A matcher measured on a small set, and what a pair costs it; without LAVIS."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from lavis_dcd.common.errors import UserError
+from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.evaluation import evaluator as evaluation
-from lavis_dcd.evaluation.evaluator import Evaluation, Protocol, evaluate
-from lavis_dcd.evaluation.gallery import gallery_items
-from lavis_dcd.evaluation.metrics import coco_1k_five_folds, match_ranks, retrieval_metrics
+from lavis_dcd.evaluation.evaluator import Evaluation, EvaluationCache, Evaluator, milliseconds_per_pair
+from lavis_dcd.evaluation.metrics import coco_1k_five_folds, retrieval_metrics
+from lavis_dcd.evaluation.shortlist import ShortlistError
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
@@ -68,9 +66,13 @@ class Reader(nn.Module, Matcher):
         return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
+def evaluate(matcher: Any, dataset: Any, maker: Any = None, dataset_of: Any = None, **protocol: Any) -> Evaluation:
+    return Evaluator(EvaluationProtocol(**protocol), dataset_of=dataset_of).evaluate(matcher, dataset, maker)
+
+
 def test_an_evaluation_is_the_mapping_of_its_figures() -> None:
     matcher, numbers = Reader(blind=(2, 5)), Numbers()
-    found = evaluate(matcher, numbers, Protocol())
+    found = evaluate(matcher, numbers)
     assert found.scores_i2t.shape == (8, 16) and found.scores_t2i.shape == (16, 8)
     expected = retrieval_metrics(found.scores_i2t, found.scores_t2i, numbers.txt2img, numbers.img2txt)
     assert expected.items() <= dict(found).items()
@@ -81,15 +83,15 @@ def test_an_evaluation_is_the_mapping_of_its_figures() -> None:
 
 def test_a_shortlist_spares_pairs_and_finds_the_same_matches() -> None:
     matcher, numbers = Reader(), Numbers()
-    found = evaluate(matcher, numbers, Protocol(k_test=3))
+    found = evaluate(matcher, numbers, k_test=3)
     assert found["r_sum"] == 600.0 and found["how"] == "shortlist k=3 (joint)"
     assert matcher.matched < 8 * 16 + 6 * 256  # fewer than all pairs, and the measurement's
 
 
 def test_another_matcher_can_make_the_shortlist() -> None:
     numbers, cheap = Numbers(), Reader(blind=(0, 1, 2, 3, 4, 5, 6))
-    own = evaluate(Reader(), numbers, Protocol(k_test=2))
-    misled = evaluate(Reader(), numbers, Protocol(k_test=2, shortlist="teacher"), shortlist=cheap)
+    own = evaluate(Reader(), numbers, k_test=2)
+    misled = evaluate(Reader(), numbers, k_test=2, shortlist="teacher", maker=cheap)
     assert own["txt_r1"] == 100.0 and misled["txt_r1"] < 50.0
     assert misled["how"] == "shortlist k=2 (teacher)" and cheap.matched == 0
 
@@ -98,8 +100,8 @@ def test_a_shortlist_needs_a_joint_space_before_anything_is_encoded(monkeypatch:
     matcher = Reader()
     matcher.has_joint_space = False
     monkeypatch.setattr(matcher, "encode_images", lambda images: pytest.fail("encoded"))
-    with pytest.raises(UserError, match="no joint space"):
-        evaluate(matcher, Numbers(), Protocol(k_test=2))
+    with pytest.raises(ShortlistError, match="no joint space"):
+        evaluate(matcher, Numbers(), k_test=2)
 
 
 def test_the_1k_protocol_is_added_under_its_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +110,9 @@ def test_the_1k_protocol_is_added_under_its_prefix(monkeypatch: pytest.MonkeyPat
         evaluation, "coco_1k_five_folds", lambda *tables: coco_1k_five_folds(*tables, images_per_fold=2)
     )
     # any other number of pictures has no such protocol
-    assert "1k_r_sum" not in evaluate(Reader(), numbers, Protocol(coco_1k_folds=True))
+    assert "1k_r_sum" not in evaluate(Reader(), numbers, coco_1k_folds=True)
     monkeypatch.setattr(evaluation, "COCO_TEST_IMAGES", 10)
-    assert evaluate(Reader(), numbers, Protocol(coco_1k_folds=True))["1k_r_sum"] == 600.0
+    assert evaluate(Reader(), numbers, coco_1k_folds=True)["1k_r_sum"] == 600.0
 
 
 class Noisy(nn.Module, Matcher):
@@ -173,7 +175,7 @@ def tables_of(*members: Noisy) -> list[np.ndarray]:
 def test_an_ensemble_is_the_standardised_mean_of_its_members(families: tuple[str, str]) -> None:
     numbers, weights = Numbers(), [2.0, 1.0]
     one, other = Noisy(0, family=families[0]), Noisy(1, scale=20.0, family=families[1])
-    found = evaluate(Ensemble([one, other], weights), numbers, Protocol())
+    found = evaluate(Ensemble([one, other], weights), numbers)
     i2t = slow_combination(tables_of(one, other), weights)
     t2i = slow_combination([table.T for table in tables_of(one, other)], weights)
     np.testing.assert_allclose(found.scores_i2t, i2t, atol=1e-4)
@@ -187,10 +189,10 @@ def test_an_ensemble_is_the_standardised_mean_of_its_members(families: tuple[str
 def test_a_dual_encoder_scores_every_pair_whatever_the_shortlist() -> None:
     matcher = Noisy(0, family="dual")
     matcher.has_joint_space = False
-    found = evaluate(matcher, Numbers(), Protocol(k_test=2))
+    found = evaluate(matcher, Numbers(), k_test=2)
     assert torch.equal(found.scores_i2t, matcher.table.detach())
     assert found["how"] == "exhaustive" and not matcher.matched
-    assert evaluate(Ensemble([matcher]), Numbers(), Protocol(k_test=2))["how"] == "ensemble of 1, exhaustive"
+    assert evaluate(Ensemble([matcher]), Numbers(), k_test=2)["how"] == "ensemble of 1, exhaustive"
 
 
 @pytest.mark.parametrize("other_family", ["fusion", "dual"])
@@ -201,7 +203,7 @@ def test_all_members_rerank_one_shortlist(other_family: str, made_by: str) -> No
     third, fourth = Noisy(4), Noisy(5, scale=0.01)
     fourth.cheap *= 50
     maker = {"members": None, "another": third, "another ensemble": Ensemble([third, fourth])}[made_by]
-    found = evaluate(Ensemble([one, other], weights), Numbers(), Protocol(k_test=3), shortlist=maker)
+    found = evaluate(Ensemble([one, other], weights), Numbers(), k_test=3, maker=maker)
     if made_by == "another":
         cheap = [third.cheap.numpy(), third.cheap.numpy().T]
     else:
@@ -225,7 +227,7 @@ def test_all_members_rerank_one_shortlist(other_family: str, made_by: str) -> No
 
 def test_an_ensemble_makes_the_shortlist_of_a_student() -> None:
     makers, student = [Noisy(4), Noisy(5)], Noisy(6)
-    found = evaluate(student, Numbers(), Protocol(k_test=4, shortlist="teacher"), shortlist=Ensemble(makers))
+    found = evaluate(student, Numbers(), k_test=4, shortlist="teacher", maker=Ensemble(makers))
     cheap = slow_combination([maker.cheap.numpy() for maker in makers], [1.0, 1.0])
     top = np.argsort(-cheap, axis=1)[:, :4]
     reranked = np.take_along_axis(found.scores_i2t.numpy(), top, axis=1)
@@ -236,10 +238,10 @@ def test_an_ensemble_makes_the_shortlist_of_a_student() -> None:
 def test_a_member_without_a_joint_space_is_named_before_anything_is_encoded() -> None:
     one, other = Noisy(0), Reader()
     other.has_joint_space = False
-    with pytest.raises(UserError, match="Reader has no joint space"):
-        evaluate(Ensemble([one, other]), Numbers(), Protocol(k_test=2))
+    with pytest.raises(ShortlistError, match="Reader has no joint space"):
+        evaluate(Ensemble([one, other]), Numbers(), k_test=2)
     assert one.encoded == 0
-    found = evaluate(Ensemble([one, other]), Numbers(), Protocol(k_test=2), shortlist=Noisy(1))
+    found = evaluate(Ensemble([one, other]), Numbers(), k_test=2, maker=Noisy(1))
     assert found["how"].startswith("ensemble of 2, shortlist k=2")
 
 
@@ -247,7 +249,7 @@ def test_a_member_without_a_joint_space_is_named_before_anything_is_encoded() ->
 def test_members_that_share_encoders_are_encoded_once(k_test: int | None) -> None:
     tower = nn.Linear(1, 1)
     one, other, apart = Noisy(0, tower=tower), Noisy(1, tower=tower), Noisy(2)
-    evaluate(Ensemble([one, apart, other]), Numbers(), Protocol(k_test=k_test))
+    evaluate(Ensemble([one, apart, other]), Numbers(), k_test=k_test)
     size_probe = 1  # the storage is chosen by a sample
     assert (one.encoded, other.encoded, apart.encoded) == (8 + size_probe, 0, 8 + size_probe)
 
@@ -264,14 +266,14 @@ def test_every_matcher_reads_the_set_through_its_own_view() -> None:
     upright, turned, cheap = Noisy(0, tower=tower), Noisy(1, tower=tower), Noisy(2, tower=tower)
     views = {id(upright): Numbers(), id(turned): Shifted(), id(cheap): Shifted()}
 
-    def dataset_of(matcher: Matcher) -> Numbers:
+    def dataset_of(matcher: Matcher, dataset: Numbers) -> Numbers:
         return views[id(matcher)]
 
-    both = evaluate(Ensemble([upright, turned]), Numbers(), Protocol(), dataset_of=dataset_of)
+    both = evaluate(Ensemble([upright, turned]), Numbers(), dataset_of=dataset_of)
     tables = [upright.table.detach().numpy(), turned.table.detach().numpy()[::-1]]
     np.testing.assert_allclose(both.scores_i2t, slow_combination(tables, [1.0, 1.0]), atol=1e-4)
     # equal encoders, but other pictures: each is encoded for itself, the shortlist's maker too
-    found = evaluate(upright, Numbers(), Protocol(k_test=2), shortlist=cheap, dataset_of=dataset_of)
+    found = evaluate(upright, Numbers(), k_test=2, maker=cheap, dataset_of=dataset_of)
     top = cheap.cheap.flip(0).topk(2, dim=1).indices
     torch.testing.assert_close(found.scores_i2t.gather(1, top), upright.table.detach().gather(1, top))
 
@@ -285,49 +287,82 @@ def test_the_protocol_of_a_run_section() -> None:
         match_memory_mb: float = 5
         eval_memory_mb: float = 6
 
-    assert Protocol.of_run(Run()) == Protocol(batch_size=7, amp="bf16", memory_mb=5, eval_memory_mb=6)
-    assert Protocol.of_run({"k_test": 4, "amp": False, "other": 1}) == Protocol(k_test=4)
-    assert Protocol.of_run(None) == Protocol()
+    assert EvaluationProtocol.of_run(Run()) == EvaluationProtocol(
+        batch_size=7, amp="bf16", memory_mb=5, eval_memory_mb=6
+    )
+    assert EvaluationProtocol.of_run({"k_test": 4, "amp": False, "other": 1}) == EvaluationProtocol(k_test=4)
+    assert EvaluationProtocol.of_run(None) == EvaluationProtocol()
 
 
-def evaluations(numbers: Numbers) -> dict[str, Evaluation]:
-    blind = {"teacher": (1, 2), "student": (2, 3)}
-    return {name: evaluate(Reader(who), numbers, Protocol()) for name, who in blind.items()}
+def test_the_scores_alone_are_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher, numbers = Noisy(0), Numbers()
+    for protocol in (EvaluationProtocol(), EvaluationProtocol(k_test=3)):
+        expected = Evaluator(protocol).evaluate(matcher, numbers)
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "milliseconds_per_pair", lambda *_: pytest.fail("timed"))
+            scores = Evaluator(protocol).scores(matcher, numbers)
+        assert torch.equal(scores[0], expected.scores_i2t) and torch.equal(scores[1], expected.scores_t2i)
 
 
-def test_the_gallery_mixes_the_cases_and_marks_the_matches() -> None:
-    numbers = Numbers()
-    found = evaluations(numbers)
-    drawn: list[int] = []
-
-    def load(row: int) -> Image.Image:
-        drawn.append(row)
-        return Image.new("L", (400, 200), row)
-
-    items = gallery_items(found, numbers, load, count=8, seed=3)
-    json.dumps(items)
-    assert [item["direction"] for item in items] == ["text_to_image"] * 4 + ["image_to_text"] * 4
-    for item in items[4:]:
-        assert item["query"]["picture"].startswith("data:image/jpeg;base64,")
-        assert [len(answers) for answers in item["results"].values()] == [5, 5]
-    cases = {tuple(rank == 1 for rank in item["ranks"].values()) for item in items[4:]}
-    assert cases == {(True, True), (True, False), (False, True), (False, False)}
-    assert len(drawn) == len(set(drawn))
-    for item in items[:4]:
-        query = numbers.text.index(item["query"]["text"])
-        for name, answers in item["results"].items():
-            ranks = match_ranks(found[name].scores_t2i, numbers.txt2img)
-            assert item["ranks"][name] == ranks[query]
-            assert [a["score"] for a in answers] == sorted((a["score"] for a in answers), reverse=True)
-            assert sum(a["right"] for a in answers) <= 1
+def test_an_evaluation_serves_until_the_weights_or_the_set_change() -> None:
+    matcher, numbers, cache = Reader(), Numbers(), EvaluationCache()
+    result = evaluate(matcher, numbers)
+    cache.put(matcher, numbers, result)
+    assert cache.get(matcher, numbers) is result
+    assert cache.get(matcher, Numbers()) is None and cache.get(Reader(), numbers) is None
+    with torch.no_grad():
+        matcher.weight.mul_(2)
+    assert cache.get(matcher, numbers) is None
+    cache.put(matcher, numbers, result)
+    cache.drop(matcher)
+    assert cache.get(matcher, numbers) is None
 
 
-def test_the_gallery_is_the_same_for_the_same_seed_and_takes_what_there_is() -> None:
-    numbers = Numbers(2)
-    found = {"model": evaluate(Reader(), numbers, Protocol())}
+# -- the measurement of a pair's cost: what is called, how often; never how long it took
 
-    def items(seed: int) -> list[dict[str, Any]]:
-        return gallery_items(found, numbers, lambda row: Image.new("RGB", (8, 8)), count=12, seed=seed)
 
-    assert items(0) == items(0)
-    assert len(items(0)) == 4 + 2  # every query there is
+class Counting(nn.Module, Matcher):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Tensor] = []
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        return ImageFeatures(images.flatten(2))
+
+    def encode_texts(self, texts: list[str]) -> TextFeatures:
+        return TextFeatures(torch.zeros(len(texts), 2, 4))
+
+    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+        assert not self.training and not torch.is_grad_enabled()
+        assert pairs[:, 0].max() < len(images) and pairs[:, 1].max() < len(texts)
+        self.calls.append(pairs)
+        return pairs.sum(1).float()
+
+
+def test_match_is_called_once_untimed_and_then_for_every_repeat_on_the_same_pairs() -> None:
+    matcher = Counting().train()
+    images, texts = matcher.encode_images(torch.randn(7, 3, 2, 2)), matcher.encode_texts(["a"] * 5)
+    assert milliseconds_per_pair(matcher, images.to(dtype=torch.float16), texts, pairs=16, repeats=3) > 0
+    assert len(matcher.calls) == 4 and matcher.calls[0].shape == (16, 2)
+    assert all(torch.equal(call, matcher.calls[0]) for call in matcher.calls)
+    assert matcher.training
+
+
+def test_a_dual_encoder_is_timed_on_whole_products() -> None:
+    class Dual(Counting):
+        family = "dual"
+
+        def match_all(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+            self.calls.append(torch.zeros(len(images), len(texts)))
+            return self.calls[-1]
+
+    matcher = Dual()
+    images, texts = matcher.encode_images(torch.randn(7, 3, 2, 2)), matcher.encode_texts(["a"] * 5)
+    assert milliseconds_per_pair(matcher, images, texts, pairs=64, repeats=3) > 0
+    assert [call.shape for call in matcher.calls] == [(7, 5)] * 4
+
+
+def test_one_picture_and_one_caption_suffice() -> None:
+    matcher = Counting()
+    images, texts = matcher.encode_images(torch.randn(1, 3, 2, 2)), matcher.encode_texts(["a"])
+    assert milliseconds_per_pair(matcher, images, texts) > 0

@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lavis_dcd.banks.encoding import Storage, device_of, encode_captions, encode_dataset, scoring_mode
+from lavis_dcd.banks.encoding import EncodingSettings, Storage, device_of, encode_captions, encode_dataset, scoring_mode
 from lavis_dcd.banks.row_store import RowSource, Spill, StreamedFeatures
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.evaluation.shortlist import Shortlist, score_dataset, score_exhaustive, score_joint, score_shortlist
+from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.evaluation.evaluator import Evaluator
+from lavis_dcd.evaluation.exhaustive import ScoringSettings, score_exhaustive
+from lavis_dcd.evaluation.shortlist import Shortlist, ShortlistError, score_joint
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
 
@@ -65,6 +68,13 @@ def features(images: int = 7, texts: int = 11, seed: int = 0) -> tuple[ImageFeat
     )
 
 
+def score_shortlist(
+    matcher: Matcher, images: Features, texts: Features, joint: Tensor, k_test: int, memory_mb: float = 512
+) -> tuple[Tensor, Tensor]:
+    shortlist = Shortlist.of(joint, joint.T, k_test)
+    return shortlist.tables(*shortlist.rerank(matcher, images, texts, ScoringSettings(memory_mb)))
+
+
 @torch.no_grad()
 def one_by_one(matcher: Toy, images: ImageFeatures, texts: TextFeatures) -> Tensor:
     rows = [
@@ -79,7 +89,7 @@ def test_exhaustive_equals_one_pair_at_a_time(memory_mb: float) -> None:
     matcher, (images, texts) = Toy(), features()
     expected = one_by_one(matcher, images, texts)
     matcher.matched.clear()
-    got = score_exhaustive(matcher, images, texts, memory_mb)
+    got = score_exhaustive(matcher, images, texts, ScoringSettings(memory_mb))
     assert torch.allclose(got, expected, atol=1e-6)
     assert not got.requires_grad and len(matcher.matched) == 7 * 11
 
@@ -87,7 +97,7 @@ def test_exhaustive_equals_one_pair_at_a_time(memory_mb: float) -> None:
 def test_exhaustive_takes_texts_without_a_mask_and_half_precision_rows() -> None:
     matcher, (images, texts) = Toy(), features()
     full = TextFeatures(texts.tokens, torch.ones_like(texts.mask))
-    halved = score_exhaustive(matcher, images.half(), full.half())
+    halved = score_exhaustive(matcher, images.to(dtype=torch.float16), full.to(dtype=torch.float16))
     assert halved.dtype == torch.float32
     assert torch.allclose(halved, score_exhaustive(matcher, images, full), atol=2e-2)
 
@@ -135,12 +145,12 @@ def test_a_pair_that_both_directions_want_is_matched_once(memory_mb: float) -> N
 
 def test_faults_of_a_shortlist() -> None:
     matcher, (images, texts) = Toy(), features()
-    with pytest.raises(UserError, match=r"run\.k_test: 0"):
+    with pytest.raises(ShortlistError, match="0 is below 1"):
         score_shortlist(matcher, images, texts, torch.zeros(7, 11), 0)
     with pytest.raises(ValueError, match=r"\(11, 7\)"):
         score_shortlist(matcher, images, texts, torch.zeros(11, 7), 3)
     matcher.has_joint_space = False
-    with pytest.raises(UserError, match="no joint space"):
+    with pytest.raises(ShortlistError, match="no joint space"):
         score_joint(matcher, images, texts)
 
 
@@ -177,7 +187,7 @@ class Dual(Toy):
 def test_a_dual_encoder_scores_blocks_by_products_in_full_precision(memory_mb: float, amp: str) -> None:
     matcher, (images, texts) = Dual(), features()
     expected = one_by_one(matcher, images, texts)
-    got = score_exhaustive(matcher, images, texts, memory_mb, amp=amp)
+    got = score_exhaustive(matcher, images, texts, ScoringSettings(memory_mb, amp))
     assert torch.allclose(got, expected, atol=1e-5) and not got.requires_grad
     if memory_mb == 512:
         assert matcher.embedded == 7 + 11
@@ -245,10 +255,10 @@ def test_features_on_disk_give_the_same_scores_to_the_bit(
     block = 3 * images.nbytes // 13  # three pictures
     here = images if which == "texts" else streamed(images, tmp_path, block)
     there = texts if which == "images" else streamed(texts, tmp_path, block)
-    expected = score_exhaustive(matcher, images, texts, memory_mb)
-    assert torch.equal(score_exhaustive(matcher, here, there, memory_mb), expected)
-    joint = score_joint(matcher, images, texts, memory_mb=memory_mb)
-    assert torch.equal(score_joint(matcher, here, there, memory_mb=memory_mb), joint)
+    expected = score_exhaustive(matcher, images, texts, ScoringSettings(memory_mb))
+    assert torch.equal(score_exhaustive(matcher, here, there, ScoringSettings(memory_mb)), expected)
+    joint = score_joint(matcher, images, texts, ScoringSettings(memory_mb))
+    assert torch.equal(score_joint(matcher, here, there, ScoringSettings(memory_mb)), joint)
     in_memory = score_shortlist(matcher, images, texts, joint, 4, memory_mb)
     on_disk = score_shortlist(matcher, here, there, joint, 4, memory_mb)
     assert all(torch.equal(one, other) for one, other in zip(in_memory, on_disk, strict=True))
@@ -272,13 +282,13 @@ def test_the_disk_is_read_few_times(tmp_path: Path) -> None:
         replace(found, source=Counted(found.source))
         for found in (streamed(images, tmp_path, block), streamed(texts, tmp_path, block))
     )
-    score_exhaustive(Toy(), here, texts, 0.0005)  # blocks of one picture or two
+    score_exhaustive(Toy(), here, texts, ScoringSettings(0.0005))  # blocks of one picture or two
     assert sum(read) == 13 and len(read) <= 4
     read.clear()
-    score_exhaustive(Toy(), images, there, 0.0005)
+    score_exhaustive(Toy(), images, there, ScoringSettings(0.0005))
     assert sum(read) == 17
     read.clear()
-    score_exhaustive(Toy(), here, there, 0.0005)
+    score_exhaustive(Toy(), here, there, ScoringSettings(0.0005))
     assert sum(read) <= 13 + 4 * 17
 
 
@@ -295,7 +305,7 @@ def test_pictures_with_several_vectors_are_multiplied_a_few_at_a_time() -> None:
             return torch.einsum("ind,td->int", image_embeds, text_embeds).amax(1)
 
     matcher, (images, texts) = Queries(), features()
-    got = score_joint(matcher, images, texts, rows=6, amp="bf16")
+    got = score_joint(matcher, images, texts, ScoringSettings(amp="bf16"), rows=6)
     assert matcher.rows_at_once == 2  # of three vectors each
     expected = [[max(float(v @ t) for v in image) for t in matcher.embed_texts(texts)]
                 for image in matcher.embed_images(images)]  # fmt: skip
@@ -326,13 +336,13 @@ class Scenes(torch.utils.data.Dataset):
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_a_data_set_is_encoded_in_its_own_order_in_eval_mode(batch_size: int) -> None:
     matcher, scenes = Toy(), Scenes()
-    images, texts = encode_dataset(matcher, scenes, batch_size)
+    images, texts = encode_dataset(matcher, scenes, EncodingSettings(batch_size))
     matcher.eval()
     assert torch.equal(images.tokens, matcher.encode_images(scenes.pictures).tokens)
     expected = matcher.encode_texts(scenes.text)
     assert torch.equal(texts.mask, expected.mask)
     assert torch.equal(texts.tokens * texts.mask[..., None], expected.tokens * expected.mask[..., None])
-    halved = encode_dataset(matcher, scenes, storage=Storage.half_on_host())[0]
+    halved = encode_dataset(matcher, scenes, storage=Storage("cpu", torch.float16))[0]
     assert halved.tokens.dtype == torch.float16 and halved.device.type == "cpu"
 
 
@@ -340,14 +350,14 @@ def test_a_data_set_scored_as_a_whole() -> None:
     matcher, scenes = Toy().eval(), Scenes()
     expected = score_exhaustive(matcher, *encode_dataset(matcher, scenes))
     for k_test in (None, 4):
-        scores_i2t, scores_t2i = score_dataset(matcher, scenes, k_test=k_test, batch_size=1)
+        scores_i2t, scores_t2i = Evaluator(EvaluationProtocol(k_test=k_test, batch_size=1)).scores(matcher, scenes)
         assert torch.allclose(scores_i2t, expected, atol=1e-6)
         assert torch.allclose(scores_t2i, expected.T, atol=1e-6)
 
 
 def test_a_dual_encoder_scores_a_whole_set_whatever_the_shortlist() -> None:
     matcher, scenes = Dual().eval(), Scenes()
-    scores_i2t, scores_t2i = score_dataset(matcher, scenes, k_test=1)
+    scores_i2t, scores_t2i = Evaluator(EvaluationProtocol(k_test=1)).scores(matcher, scenes)
     assert torch.equal(scores_i2t, score_exhaustive(matcher, *encode_dataset(matcher, scenes)))
     assert torch.equal(scores_t2i, scores_i2t.T)
 
@@ -373,7 +383,7 @@ def test_autocast_by_name() -> None:
     matcher = Toy()
     with scoring_mode(matcher, "bf16"):
         assert matcher.project(torch.ones(1, 4)).dtype == torch.bfloat16
-    with pytest.raises(UserError, match="int8"), scoring_mode(matcher, "int8"):
+    with pytest.raises(ValueError, match="amp: 'int8' is none of off, bf16, fp16"), scoring_mode(matcher, "int8"):
         pass
     assert device_of(nn.Identity()) == torch.device("cpu")
 

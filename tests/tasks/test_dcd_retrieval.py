@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
-from lavis_dcd.evaluation.evaluator import evaluate
+from lavis_dcd.evaluation.evaluator import Evaluator
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.tasks import dcd_retrieval
@@ -151,17 +151,17 @@ def test_the_gallery_scores_again_only_what_changed() -> None:
 @pytest.mark.parametrize("there", [True, False])
 def test_features_that_wait_on_disk_do_so_in_the_run_folder(there: bool, tmp_path, monkeypatch) -> None:
     folder = tmp_path if there else tmp_path / "removed since"
-    monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(folder))
     seen = []
 
-    def watched(matcher: Any, dataset: Any, protocol: Any, *args: Any, **more: Any) -> Any:
+    def watched(protocol: Any, *args: Any) -> Any:
         seen.append((protocol.spill_folder, protocol.eval_memory_mb))
-        return evaluate(matcher, dataset, protocol, *args, **more)
+        return Evaluator(protocol, *args)
 
-    monkeypatch.setattr(dcd_retrieval, "evaluate", watched)
-    task, model = DcdRetrievalTask(), Pair()
-    assert task.evaluate_matcher(model.teacher, Evaluation(), {"eval_memory_mb": 1e-6})["r_sum"] == 600.0
-    assert seen == [(tmp_path if there else None, 1e-6)] and not list(tmp_path.iterdir())
+    monkeypatch.setattr(dcd_retrieval, "Evaluator", watched)
+    task, model, run = DcdRetrievalTask(), Pair(), {"eval_memory_mb": 1e-6}
+    assert task.evaluate_matcher(model.teacher, Evaluation(), run, folder=folder)["r_sum"] == 600.0
+    assert len(task.gallery({"student": model.student}, Evaluation(), run, count=2, folder=folder)) == 2
+    assert seen == 2 * [(tmp_path if there else None, 1e-6)] and not list(tmp_path.iterdir())
 
 
 def test_a_matchers_last_tables_go_before_the_next_are_made(monkeypatch) -> None:
@@ -169,9 +169,20 @@ def test_a_matchers_last_tables_go_before_the_next_are_made(monkeypatch) -> None
     last = weakref.ref(task.evaluate_matcher(model.teacher, numbers, None))
     assert last() is not None  # for the gallery
     alive = []
-    monkeypatch.setattr(dcd_retrieval, "evaluate", lambda *args, **_: alive.append(last()) or evaluate(*args))
+    monkeypatch.setattr(dcd_retrieval, "Evaluator", lambda *args: alive.append(last()) or Evaluator(*args))
     task.evaluate_matcher(model.teacher, numbers, None)
     assert alive == [None]
+
+
+def test_a_run_section_of_lavis_own_runners_is_read_as_far_as_it_concerns_the_task() -> None:
+    section = OmegaConf.create(
+        {"amp": False, "k_test": 256, "lr_sched": "linear_warmup_step_lr", "seed": None, "dist": 1}
+    )
+    run = dcd_retrieval.run_config(section)
+    assert (run.amp, run.k_test, run.seed) == ("off", 256, 42)
+    assert dcd_retrieval.run_config(run) is run
+    with pytest.raises(UserError, match=r"run\.k_test: 0 must be greater than 0"):
+        dcd_retrieval.run_config({"k_test": 0})
 
 
 def test_the_shortlist_by_name() -> None:
