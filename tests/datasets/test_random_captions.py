@@ -6,31 +6,11 @@ from typing import Any
 import pytest
 import torch
 from lavis.datasets.datasets.base_dataset import ConcatDataset
+from retrieval_sets import captioned
 from torch.utils.data import DataLoader
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.random_captions import RandomCaptions
-from lavis_dcd.datasets.rows import RetrievalRows
-
-
-class Pictures(RetrievalRows):
-    """Rows whose picture is a number; no files."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.annotation[index]
-        number = self.img_ids[row["image_id"]]
-        return {"image": torch.tensor([float(number)]), "text_input": self.text_processor(row["caption"]),
-                "image_id": number, "instance_id": row["instance_id"]}  # fmt: skip
-
-
-def captioned(*captions: int, name: str = "p", cls: type = Pictures) -> RetrievalRows:
-    """A training set; picture i has `captions[i]` captions, "p0 says 1" and so on."""
-    rows = [
-        {"image": f"{name}{i}.jpg", "caption": f"{name}{i} says {j}", "image_id": f"{name}{i}"}
-        for i, count in enumerate(captions)
-        for j in range(count)
-    ]
-    return cls(lambda picture: picture, str.upper, "", rows)
 
 
 def drawn(dataset: RandomCaptions) -> list[list[str]]:
