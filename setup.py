@@ -67,7 +67,11 @@ setup(
         "typing_extensions>=4.4",
         "pillow",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=64,<81", "wheel"]},
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "hypothesis", "setuptools>=64,<81", "wheel"],
+        "lint": ["ruff", "mypy", "import-linter", "types-PyYAML", "types-tqdm"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",

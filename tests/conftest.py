@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # One thread per process keeps float sums, hence golden values, independent of the machine's cores. Whatever the caller
@@ -32,6 +34,16 @@ def shared_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared folder at {folder} (set LAVIS_DCD_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def stubs() -> ModuleType:
+    """The module `training/stub_job.py`: model, data, task and `job(folder, **run keys)`."""
+    path = ROOT / "tests" / "training" / "stub_job.py"
+    spec = importlib.util.spec_from_file_location("runner_stub_job", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

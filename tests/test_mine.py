@@ -265,7 +265,7 @@ def test_two_processes_make_the_same_bank(job, tmp_path, repo_root):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = (
-        "import sys; from lavis_dcd.tasks import mining_plan; mining_plan.PAIRS_PER_SHARD = 20; "
+        "import sys; from lavis_dcd.mining import plan; plan.PAIRS_PER_SHARD = 20; "
         "from lavis_dcd.__main__ import main; "
         "sys.exit(main(['mine', '--cfg-path', 'job.yaml', '--options', 'model.candidates.bank.path=two']))"
     )

@@ -66,7 +66,7 @@ def environment(tmp_path: Path) -> Environment:
 _FIND = """
 import importlib.util, lavis, lavis_dcd
 from lavis_dcd.common.files import packaged_folder
-from lavis_dcd.config import find_config
+from lavis_dcd.config.job_file import find_config
 for name in ("lavis", "lavis.train", "lavis.evaluate", "lavis_dcd"):
     print(importlib.util.find_spec(name).origin)
 print(packaged_folder("configs"))
