@@ -80,8 +80,12 @@ def test_full_reads_a_jpeg_to_its_end_although_it_decodes_an_eighth(tmp_path, pr
     assert {Path(line.split(": ")[0]).name for line in found[:-1]} == expected
 
 
-def test_off_reads_nothing(mixed):
-    verify_pictures(mixed, "off")
+def test_off_reads_nothing(mixed, caplog):
+    assert faults(mixed, "fast")  # the very set that another mode refuses
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "lavis_dcd.datasets.pictures"):
+        assert verify_pictures(mixed, "off") is None
+    assert not caplog.messages
 
 
 def test_sound_pictures_pass_and_are_counted(tmp_path, caplog):
@@ -109,9 +113,13 @@ def test_concatenations_and_wrappers_are_looked_into(tmp_path):
     assert lines[:-1] == [f"{tmp_path}/a.jpg: missing", f"{tmp_path}/two/b.jpg: missing"]
 
 
-def test_sets_that_read_no_files_pass():
-    verify_pictures(SimpleNamespace(vis_root=None, annotation=[{"image": "x"}]), "full")
-    verify_pictures(SimpleNamespace(vis_root="", annotation=[{"image": "x"}], picture=lambda index: None), "full")
+@pytest.mark.parametrize("keys", [{"vis_root": None}, {"vis_root": "", "picture": lambda index: None}])
+def test_sets_that_read_no_files_pass(keys, caplog):
+    named = [{"image": "x"}]
+    assert faults(SimpleNamespace(vis_root="", annotation=named), "full")  # were it a file, it would be missing
+    with caplog.at_level(logging.INFO, "lavis_dcd.datasets.pictures"):
+        assert verify_pictures(SimpleNamespace(annotation=named, **keys), "full") is None
+    assert caplog.messages == ["0 pictures verified (full)"]
 
 
 def test_an_unknown_mode_is_told():

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import assert_finished
 from stubs import ColourMatcher as Stub
 
 pytest.importorskip("lavis")
@@ -340,21 +341,21 @@ def bank_by_hand(tmp_path: Path, monkeypatch, cache) -> Callable[[dict], Path]:
 
 @pytest.mark.parametrize("cached", ["off", "memory"])
 @pytest.mark.parametrize("candidates", [{"source": "bank"}, {"source": "bank", "text_to_image": None}])
-def test_a_job_trains_from_its_bank(sections, bank_by_hand, job_file, rows, cached, candidates):
+def test_a_job_trains_from_its_bank(sections, bank_by_hand, job_file, cached, candidates):
     content = sections(candidates=candidates, cache_features=cached, num_workers=1)
     bank_by_hand(content)
     folder = job_file(content)
-    assert list(rows(folder)) == ["student before training", "student"]
+    assert list(assert_finished(folder)) == ["student before training", "student"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     assert all(torch.isfinite(torch.tensor([line["loss"], line["teacher_match_score"]])).all() for line in train)
 
 
-def test_a_student_with_a_reading_of_its_own_trains_from_a_bank(sections, bank_by_hand, job_file, rows):
+def test_a_student_with_a_reading_of_its_own_trains_from_a_bank(sections, bank_by_hand, job_file):
     own = {"vis_processor": {stage: {"name": "blip_image_eval", "image_size": 64} for stage in ("train", "eval")}}
     content = sections(student={**DUAL, "preprocess": own})
     bank_by_hand(content)
-    assert list(rows(job_file(content))) == ["student before training", "student"]
+    assert list(assert_finished(job_file(content))) == ["student before training", "student"]
 
 
 def test_settings_come_before_the_bank(sections, job_file):

@@ -136,7 +136,7 @@ def test_several_teachers_stay_out_of_the_way_and_stand_as_one():
     assert len(model.teacher.members) == 2 and set(model.matchers()) == {"teacher", "student"}
     before = model.teacher_fingerprint()
     with torch.no_grad():
-        model.teachers.matchers[1].head.bias += 1
+        model.teachers.matchers[1].fusion.bias += 1
     assert model.teacher_fingerprint() != before
     assert model.double() and all(p.dtype == torch.float64 for m in model.teachers.matchers for p in m.parameters())
 
@@ -155,7 +155,7 @@ def test_the_students_own_loss_is_mixed_in():
     own = student(batch)["loss"]
     torch.testing.assert_close(mixed["student_loss"], own)
     torch.testing.assert_close(mixed["loss"], plain["loss"] + 0.7 * own)
-    with pytest.raises(UserError, match=r"Reader has no training loss .*student_weight"):
+    with pytest.raises(UserError, match=r"ColourMatcher has no training loss .*student_weight"):
         distiller(Reader(1), Reader(2), loss=LossConfig(student_weight=0.7))(batch)
 
 

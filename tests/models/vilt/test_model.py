@@ -112,6 +112,7 @@ def test_features_hold_the_real_patches_only(teacher, recorded):
     assert bool((images.tokens[~images.mask] == 0).all())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(
     height=st.integers(1, 7), width=st.integers(1, 7), below=st.integers(0, 3), right=st.integers(0, 3),
