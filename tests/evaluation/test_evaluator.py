@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from stubs import NumberMatcher as Reader
+from stubs import NumberSet as Numbers
 from stubs import StubMatcher
-from stubs import numbers as Numbers
 from torch import Tensor, nn
 
 from lavis_dcd.common.errors import UserError

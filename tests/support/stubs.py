@@ -209,10 +209,12 @@ class EvaluationSet(torch.utils.data.Dataset):
         return {"image": self.pictures[index], "index": index}
 
 
-def numbers(count: int = 8) -> EvaluationSet:
+class NumberSet(EvaluationSet):
     """Pictures that show a number, two captions each that name it."""
-    pictures = torch.arange(float(count))[:, None, None, None].expand(count, 3, 2, 2)
-    return EvaluationSet(pictures, [[f"{i} shown", f"{i} here"] for i in range(count)])
+
+    def __init__(self, count: int = 8) -> None:
+        pictures = torch.arange(float(count))[:, None, None, None].expand(count, 3, 2, 2)
+        super().__init__(pictures, [[f"{i} shown", f"{i} here"] for i in range(count)])
 
 
 def noise(count: int, size: int, captions: Sequence[Sequence[str]]) -> EvaluationSet:
