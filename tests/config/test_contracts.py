@@ -59,8 +59,6 @@ def test_the_packages_classes_meet_what_they_are_used_for():
     import lavis_dcd.plugins  # noqa: F401
     from lavis_dcd.models.dcd import DynamicContrastiveDistillation
     from lavis_dcd.models.meter import MeterRetrieval
-    from lavis_dcd.runners.runner_dcd import RunnerDCD
 
     assert tells(DynamicContrastiveDistillation, HoldsModels) and tells(DynamicContrastiveDistillation, HasSchema)
     assert tells(MeterRetrieval, HasSchema) and not tells(MeterRetrieval, HoldsModels)
-    assert tells(RunnerDCD, HasSchema)
