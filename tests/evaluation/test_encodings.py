@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from stubs import EvaluationSet, noise
 from stubs import LetterMatcher as Mixer
+from stubs import NoiseSet
 
 from lavis_dcd.banks.feature_bank import build_feature_bank
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet
@@ -26,9 +26,11 @@ from lavis_dcd.matching.features import Features
 PICTURES = 20
 
 
-def Numbers(count: int = PICTURES) -> EvaluationSet:  # noqa: N802
+class Numbers(NoiseSet):
     """Noise for every number, with two captions."""
-    return noise(count, 4, [[f"{i} " + "word " * (i % 5) + w for w in ("shown", "here")] for i in range(count)])
+
+    def __init__(self, count: int = PICTURES) -> None:
+        super().__init__(4, [[f"{i} " + "word " * (i % 5) + w for w in ("shown", "here")] for i in range(count)])
 
 
 def no_time(matcher: Matcher, images: Any, texts: Any, **_: Any) -> float:

@@ -217,10 +217,14 @@ class NumberSet(EvaluationSet):
         super().__init__(pictures, [[f"{i} shown", f"{i} here"] for i in range(count)])
 
 
-def noise(count: int, size: int, captions: Sequence[Sequence[str]]) -> EvaluationSet:
+class NoiseSet(EvaluationSet):
     """Pictures of noise, each by its number alone, with these captions."""
-    pictures = [torch.randn(3, size, size, generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    return EvaluationSet(torch.stack(pictures) if pictures else torch.zeros(0, 3, size, size), captions)
+
+    def __init__(self, size: int, captions: Sequence[Sequence[str]]) -> None:
+        pictures = [
+            torch.randn(3, size, size, generator=torch.Generator().manual_seed(i)) for i in range(len(captions))
+        ]
+        super().__init__(torch.stack(pictures) if pictures else torch.zeros(0, 3, size, size), captions)
 
 
 def colour_samples(size: int = 6, seed: int = 0) -> dict[str, Any]:
