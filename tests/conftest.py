@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# One thread per process keeps float sums, hence golden values, independent of the machine's cores. Whatever the caller
-# exports: some tests compare a process of their own, which has one thread, with this one bit for bit.
+# Before torch is imported, and whatever the caller exports: one thread per process keeps float sums, hence golden
+# values and bit-for-bit comparisons with processes that a test starts, independent of the machine's cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -184,19 +184,6 @@ def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Ca
         return tmp_path / "output" / "job" / "tiny"
 
     return run
-
-
-@pytest.fixture
-def rows() -> Callable[[Path], dict[str, dict]]:
-    """The rows of a finished job's table by name, after a look at the files that it must leave."""
-
-    def read(folder: Path) -> dict[str, dict]:
-        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in steps if line["kind"] == "train"] == [1, 2]
-        assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
-        return {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
-
-    return read
 
 
 def _dotted(settings: dict, path: str = "") -> list[str]:

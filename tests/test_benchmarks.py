@@ -50,6 +50,7 @@ def table_rows(printed: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_evaluation_agrees_with_lavis_and_needs_little_memory(benchmark: Run) -> None:
     content, printed = benchmark("evaluation", "--images", "200", "--repeats", "1")
     check_header(content, printed, "evaluation")
@@ -61,6 +62,7 @@ def test_evaluation_agrees_with_lavis_and_needs_little_memory(benchmark: Run) ->
     assert [row[0] for row in table_rows(printed)] == [lavis["name"], ours["name"]]
 
 
+@pytest.mark.slow
 def test_every_row_of_the_training_step_computes_the_same(benchmark: Run, tmp_path: Path) -> None:
     chart = tmp_path / "steps.svg"
     content, printed = benchmark("training_step", "--geometry", "tiny", "--extra", "--chart", str(chart))
@@ -78,6 +80,7 @@ def test_every_row_of_the_training_step_computes_the_same(benchmark: Run, tmp_pa
     assert {row["label"] for row in content["rows"]} <= set(texts)
 
 
+@pytest.mark.slow
 def test_matching_measures_every_matcher_in_both_layouts(benchmark: Run) -> None:
     content, printed = benchmark("matching", "--geometry", "tiny")
     check_header(content, printed, "matching")
@@ -92,6 +95,7 @@ def test_matching_measures_every_matcher_in_both_layouts(benchmark: Run) -> None
     assert len(table_rows(printed)) == len(content["rows"])
 
 
+@pytest.mark.slow
 def test_a_long_job_does_not_grow(benchmark: Run) -> None:
     content, printed = benchmark("steps_memory", "--steps", "150", "--every", "50", "--scenes", "24")
     check_header(content, printed, "steps_memory")
@@ -113,6 +117,7 @@ def test_sharding_halves_what_a_process_holds(benchmark: Run) -> None:
         assert 0.45 < row["held_mb"] / ddp["held_mb"] < 0.6
 
 
+@pytest.mark.slow
 def test_bounded_evaluations_need_less_memory_for_equal_scores(benchmark: Run, tmp_path: Path) -> None:
     files = tmp_path / "files"
     files.mkdir()

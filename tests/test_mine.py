@@ -111,6 +111,7 @@ class ByHand:
 # -- what it leaves ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["none", "randaugment"])
 def test_scores_are_the_teachers_own_pair_by_pair(job, tmp_path, retrieval_files, augment):
     file = job()
@@ -162,6 +163,7 @@ def test_the_shortlist_is_the_top_of_the_joint_space(job, tmp_path):
         assert found == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few_captions", [True, False])
 def test_several_teachers_are_combined_over_each_pool(job, tmp_path, monkeypatch, few_captions):
     """Without a shortlist, and with all there is: the pool is known, so the ensemble can be made by hand."""
@@ -224,6 +226,7 @@ def stop_after(monkeypatch, shards: int, error: type[BaseException]) -> list[int
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_interrupted_mining_goes_on(job, tmp_path, monkeypatch, caplog, error):
     job()
@@ -247,6 +250,7 @@ def test_an_interrupted_mining_goes_on(job, tmp_path, monkeypatch, caplog, error
     assert (folder_of_job() / SCORES).read_bytes() == (tmp_path / "whole" / SCORES).read_bytes()
 
 
+@pytest.mark.slow
 def test_other_settings_start_anew(job, tmp_path, monkeypatch, caplog):
     job()
     with monkeypatch.context() as patch:
@@ -285,6 +289,7 @@ def test_two_processes_make_the_same_bank(job, tmp_path, repo_root):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_bank_that_is_there(job, tmp_path, monkeypatch, caplog, capsys):
     job()
     mined()

@@ -25,6 +25,7 @@ def run_python(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_importing_the_package_leaves_lavis_alone_and_then_lists_our_models():
     lines = run_python(
         "import lavis_dcd, lavis_dcd.distillation.losses\n"
@@ -89,6 +90,7 @@ def test_registration_waits_for_the_outermost_of_our_modules(made_up_host):
     assert made_up_host == ["host", "inner", "outer", "registered"]
 
 
+@pytest.mark.slow
 def test_our_task_may_be_the_first_to_import_lavis():
     lines = run_python(
         "import lavis_dcd.tasks.dcd_retrieval\n"
@@ -99,6 +101,7 @@ def test_our_task_may_be_the_first_to_import_lavis():
     assert lines == ["lavis_dcd.models.dcd.model", "lavis_dcd.runners.runner_dcd"]
 
 
+@pytest.mark.slow
 def test_a_package_imported_after_lavis_registers_at_once_and_twice_is_harmless():
     lines = run_python(
         "import warnings; warnings.simplefilter('ignore')\n"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import assert_finished
 
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB = "asset:quickstart/vocab.txt"
@@ -43,17 +44,19 @@ def _assert_distilled(folder: Path, found: dict[str, dict]) -> None:
 SCENES = {"shape_scenes": {"build_info": {"scenes": {"train": 30, "val": 12, "test": 12}}}}
 
 
-def test_quickstart(job, rows):
+def test_quickstart(job):
     folder = job("quickstart", {"model": FEW_NEGATIVES, "datasets": SCENES})
-    _assert_distilled(folder, rows(folder))
+    _assert_distilled(folder, assert_finished(folder))
 
 
-def test_quickstart_teacher(job, rows):
+@pytest.mark.slow
+def test_quickstart_teacher(job):
     folder = job("quickstart_teacher", {"datasets": SCENES})
-    assert list(rows(folder)) == ["model"]
+    assert list(assert_finished(folder)) == ["model"]
     assert (folder / "model.pth").is_file()
 
 
+@pytest.mark.slow
 def test_quickstart_ablation(job):
     folder = job("quickstart_ablation", {"model": FEW_NEGATIVES, "datasets": SCENES, "seeds": [0]})
     table = json.loads((folder / "results.json").read_text())["rows"]
@@ -68,19 +71,20 @@ def test_quickstart_ablation(job):
 # -- one's own pictures ------------------------------------------------------------------------------------------
 
 
-def test_own_photos_from_teacher_to_student(job, rows, pictures, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_own_photos_from_teacher_to_student(job, pictures, tmp_path, monkeypatch):
     lines = [f'{row["image"]},"{caption}"' for row in pictures for caption in row["caption"]]
     (tmp_path / "photos" / "captions.csv").write_text("\n".join(["image,caption", *lines]))
     monkeypatch.setenv("OWN_PHOTOS", str(tmp_path / "photos"))
     data = {"image_text_retrieval": {**PROCESSORS, "build_info": {"val_fraction": 0.2, "test_fraction": 0.2}}}
 
     folder = job("own_photos_teacher", {"model": TINY, "datasets": data})
-    assert list(rows(folder)) == ["model before training", "model"]
+    assert list(assert_finished(folder)) == ["model before training", "model"]
 
     # the file's own sizes win; the tokenizer named here is only looked for
     model = {"teacher": {"finetuned": str(folder / "model.pth"), "text": {"name": VOCAB}}, **FEW_NEGATIVES}
     student = job("own_photos", {"model": model, "datasets": data})
-    _assert_distilled(student, rows(student))
+    _assert_distilled(student, assert_finished(student))
     kept = list((tmp_path / "cache" / "dcd_features").glob("*/meta.json"))
     assert len(kept) == 1, "the student reads the features that its teacher kept"
 
@@ -124,18 +128,20 @@ def _tokenizer(folder: Path, words: list[str]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "builder"), [("meter_coco", "coco_retrieval"), ("meter_flickr30k", "flickr30k")])
-def test_the_paper_recipes_on_a_dozen_pictures(job, rows, retrieval_files, golden_meter, name, builder):
+def test_the_paper_recipes_on_a_dozen_pictures(job, retrieval_files, golden_meter, name, builder):
     model = {"teacher": golden_meter, "candidates": {"image_to_text": {"count": 10}}}
     folder = job(name, {"model": model, "datasets": {builder: {**PROCESSORS, "build_info": retrieval_files}}})
-    _assert_distilled(folder, rows(folder))
+    _assert_distilled(folder, assert_finished(folder))
 
 
-def test_a_student_with_a_joint_head_of_its_own(job, rows, retrieval_files, golden_meter):
+@pytest.mark.slow
+def test_a_student_with_a_joint_head_of_its_own(job, retrieval_files, golden_meter):
     model = {"teacher": golden_meter, "candidates": {"image_to_text": {"count": 10}}}
     data = {"coco_retrieval": {**PROCESSORS, "build_info": retrieval_files}}
     folder = job("meter_coco_joint_head", {"model": model, "datasets": data, "run": {"k_test": 2}})
-    found = rows(folder)
+    found = assert_finished(folder)
     _assert_distilled(folder, found)
     assert torch.load(folder / "student.pth", weights_only=True)["config"]["joint_head"]["dim"] == 256
     assert {row["how"] for row in found.values()} == {"shortlist k=2 (student)"}
@@ -147,7 +153,7 @@ def test_a_student_with_a_joint_head_of_its_own(job, rows, retrieval_files, gold
 # -- COCO's official captions ------------------------------------------------------------------------------------
 
 
-def test_coco_captions_train_on_the_mini_set(job_file, rows, shared_folder):
+def test_coco_captions_train_on_the_mini_set(job_file, shared_folder):
     data = shared_folder / "data" / "coco_val2017_mini"
     if not data.is_dir():
         pytest.skip(f"no {data}")
@@ -160,4 +166,4 @@ def test_coco_captions_train_on_the_mini_set(job_file, rows, shared_folder):
         },
         "run": {"valid_splits": ["val"], "k_test": 2, "evaluate_before": False},
     }
-    assert rows(job_file(settings))["model"]["how"] == "shortlist k=2 (joint)"
+    assert assert_finished(job_file(settings))["model"]["how"] == "shortlist k=2 (joint)"

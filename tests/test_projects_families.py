@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import assert_finished
 from PIL import Image
 
 from lavis_dcd.common.errors import UserError
@@ -178,8 +179,9 @@ def test_a_project_file_on_a_bare_machine_names_what_is_missing_and_where_it_com
     assert list(bare_machine.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "builder"), [("vilt_coco", "coco_retrieval"), ("vilt_flickr30k", "flickr30k")])
-def test_the_papers_vilt_recipes(job, rows, retrieval_files, vocabulary, monkeypatch, name, builder):
+def test_the_papers_vilt_recipes(job, retrieval_files, vocabulary, monkeypatch, name, builder):
     batches, forward = [], DynamicContrastiveDistillation.forward
     monkeypatch.setattr(
         DynamicContrastiveDistillation, "forward", lambda self, batch: batches.append(batch) or forward(self, batch)
@@ -193,7 +195,7 @@ def test_the_papers_vilt_recipes(job, rows, retrieval_files, vocabulary, monkeyp
         "candidates": {"image_to_text": {"count": 10}},
     }
     folder = job(name, {"model": model, "datasets": {builder: {**processors, "build_info": retrieval_files}}})
-    found = rows(folder)
+    found = assert_finished(folder)
     assert_distilled(folder, found)
     assert found["student"]["fusion_parameters"] < 0.7 * found["teacher"]["fusion_parameters"]
     config = torch.load(folder / "student.pth", weights_only=True)["config"]
@@ -203,8 +205,9 @@ def test_the_papers_vilt_recipes(job, rows, retrieval_files, vocabulary, monkeyp
         assert batch["image"].shape == (4, 3, 96, 96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [albef, blip, blip2, clip])
-def test_dual_encoders_from_lavis_own_retrievers(job, rows, retrieval_files, vocabulary, trained, teacher):
+def test_dual_encoders_from_lavis_own_retrievers(job, retrieval_files, vocabulary, trained, teacher):
     name = f"{teacher.__name__}_coco_to_dual_encoder"
     section = trained(teacher(vocabulary))
     if teacher is clip:
@@ -216,7 +219,7 @@ def test_dual_encoders_from_lavis_own_retrievers(job, rows, retrieval_files, voc
     data = {"coco_retrieval": {"vis_processor": size, "build_info": retrieval_files}}
     run = {} if teacher is clip else {"k_test": 2}
     folder = job(name, {"model": model, "datasets": data, "run": run})
-    found = rows(folder)
+    found = assert_finished(folder)
     assert_distilled(folder, found)
     assert found["student"]["fusion_parameters"] == 0
     if teacher is not clip:
@@ -272,12 +275,13 @@ def pair_job(job_file, retrieval_files, vocabulary, trained) -> Callable[..., Pa
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
-def test_pairs_in_both_roles(pair_job, rows, pair):
+def test_pairs_in_both_roles(pair_job, pair):
     teacher, student, own_loss, *how = PAIRS[pair]
     k_test = {"k_test": 2} if FEW in how else {}
     folder = pair_job(teacher, student, k_test, student_weight=own_loss)
-    found = rows(folder)
+    found = assert_finished(folder)
     assert_distilled(folder, found)
     assert [found["teacher"]["how"], found["student"]["how"]] == how
     losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -313,8 +317,9 @@ def inputs_of(monkeypatch) -> Callable[[type], dict[str, list]]:
     return spy
 
 
+@pytest.mark.slow
 def test_clip_at_64_px_learns_from_albef_at_96_px(
-    job_file, rows, retrieval_files, pictures, vocabulary, trained, inputs_of, monkeypatch
+    job_file, retrieval_files, pictures, vocabulary, trained, inputs_of, monkeypatch
 ):
     """Each side gets its own size, normalisation and wording; a training picture is decoded once for both."""
     teacher = trained(cross_attention("albef_retrieval", vocabulary, image_size=96))
@@ -333,7 +338,7 @@ def test_clip_at_64_px_learns_from_albef_at_96_px(
             "run": {"test_splits": ["test"], "verify": "off"},
         }
     )  # fmt: skip
-    assert_distilled(folder, rows(folder))
+    assert_distilled(folder, assert_finished(folder))
     assert (set(by_albef["sides"]), set(by_clip["sides"])) == ({96}, {64})
     # every picture's corner is white: 1 by the teacher's mean and deviation of a half, 1.93 by CLIP's own
     assert by_albef["corners"] == pytest.approx([1.0] * len(by_albef["corners"]), abs=0.01)
@@ -347,7 +352,8 @@ def test_clip_at_64_px_learns_from_albef_at_96_px(
 # -- several teachers --------------------------------------------------------------------------------------------
 
 
-def test_several_teachers(job_file, rows, retrieval_files, vocabulary, trained):
+@pytest.mark.slow
+def test_several_teachers(job_file, retrieval_files, vocabulary, trained):
     teachers = [
         {**joint_meter(), "preprocess": reads(joint_meter), "weight": 1},
         {**trained(albef(vocabulary)), "preprocess": reads(albef), "weight": 2},
@@ -361,7 +367,7 @@ def test_several_teachers(job_file, rows, retrieval_files, vocabulary, trained):
             "run": {"test_splits": ["test"]},
         }
     )  # fmt: skip
-    found = rows(folder)
+    found = assert_finished(folder)
     assert_distilled(folder, found)
     assert found["teacher"]["how"] == "ensemble of 2, exhaustive"
     members = [built({key: value for key, value in section.items() if key not in ("preprocess", "weight")})
@@ -497,7 +503,8 @@ def test_students_that_cannot_start_from_their_teacher_are_refused(refused, voca
         assert refused(model) == [line]
 
 
-def test_a_refused_job_gives_its_name_back(job_file, refused, retrieval_files, vocabulary, trained, rows):
+@pytest.mark.slow
+def test_a_refused_job_gives_its_name_back(job_file, refused, retrieval_files, vocabulary, trained):
     refused({}, k_test=2)
     folder = job_file(
         {
@@ -507,4 +514,4 @@ def test_a_refused_job_gives_its_name_back(job_file, refused, retrieval_files, v
             "run": {"test_splits": ["test"]},
         }
     )  # fmt: skip
-    assert_distilled(folder, rows(folder))
+    assert_distilled(folder, assert_finished(folder))

@@ -233,6 +233,7 @@ def _only_faults(folder: Path, content: Any, evaluate: bool) -> None:
         assert error.faults and all("\n" not in line for line in error.faults)
 
 
+@pytest.mark.slow
 @SOME
 @given(st.data(), st.sampled_from(JOBS), st.booleans())
 def test_packaged_jobs_with_other_values(tmp_path, offline, cache, with_another_value, data, content, evaluate):

@@ -118,6 +118,7 @@ def test_a_count_that_is_wrong_is_noticed() -> None:
         encode_pictures(Towers(), [torch.ones(2, 3, 1, 4)], count=3)
 
 
+@pytest.mark.slow
 def test_encoding_holds_its_features_once() -> None:
     """Tensors of all sizes that are alive while the last batch is encoded."""
 

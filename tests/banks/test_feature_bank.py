@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from stubs import LetterMatcher
+from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lavis_dcd.banks import feature_bank, feature_store
@@ -19,36 +20,11 @@ from lavis_dcd.banks.feature_bank import FeatureBank, build_feature_bank, weight
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.tree import batch_groups, plain_sets
-from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
-class Toy(nn.Module, Matcher):
-    def __init__(self) -> None:
-        super().__init__()
-        self.vision = nn.Linear(3, 4).requires_grad_(False)
-        self.words = nn.Embedding(128, 4).requires_grad_(False)
-        self.head = nn.Linear(4, 1)
-        self.encoded: list[str] = []
-        self.pictures = 0
-
-    def encoder_modules(self) -> list[nn.Module]:
-        return [self.vision, self.words]
-
-    def encode_images(self, images: Tensor) -> ImageFeatures:
-        self.pictures += len(images)
-        tokens = self.vision(images.flatten(2).transpose(1, 2))
-        return ImageFeatures(tokens, embeds=tokens.mean(1))
-
-    def encode_texts(self, texts: list[str]) -> TextFeatures:
-        self.encoded += texts
-        length = max(map(len, texts))
-        ids = torch.tensor([[ord(c) for c in t.ljust(length)] for t in texts])
-        mask = torch.tensor([[i < len(t) for i in range(length)] for t in texts])
-        return TextFeatures(self.words(ids), mask)
-
-    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
-        return self.head(images.tokens.mean(1)[pairs[:, 0]] * texts.tokens.mean(1)[pairs[:, 1]])[:, 0]
+class Toy(LetterMatcher):
+    """Named in a message."""
 
 
 def picture(name: str) -> Tensor:

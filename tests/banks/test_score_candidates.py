@@ -8,36 +8,13 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("lavis")
 from lavis.datasets.datasets.base_dataset import ConcatDataset
+from retrieval_sets import NumberedRows, captioned
 
 from lavis_dcd.banks.score_bank import BankIdentity, BankTable, ScoreBank
 from lavis_dcd.banks.score_candidates import BankCandidates, Choice
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.rows import RetrievalRows
 
 BOTH = ("image_to_text", "text_to_image")
-
-
-class Pictures(RetrievalRows):
-    """Rows whose picture is a number in a 3 x 1 x 1 tensor, or a row of a feature bank; counts what is decoded."""
-
-    as_rows = False
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        self.decoded = [*getattr(self, "decoded", []), index]
-        row = self.annotation[index]
-        number = self.img_ids[row["image_id"]]
-        image = 100 + number if self.as_rows else torch.full((3, 1, 1), float(number))
-        return {"image": image, "text_input": self.text_processor(row["caption"]), "image_id": number}
-
-
-def captioned(*captions: int, name: str = "p", cls: type = Pictures, text: Any = str.upper) -> RetrievalRows:
-    """A training set; picture i has `captions[i]` captions, "p0 says 1" and so on."""
-    rows = [
-        {"image": f"{name}{i}.jpg", "caption": f"{name}{i} says {j}", "image_id": f"{name}{i}"}
-        for i, count in enumerate(captions)
-        for j in range(count)
-    ]
-    return cls(lambda picture: picture, text, "", rows)
 
 
 def table(rows: dict[int, list[tuple[int, float]]], length: int, kept: int) -> BankTable:
@@ -167,8 +144,9 @@ def test_batches_are_flat_and_the_same_for_any_workers():
 
 
 def test_rows_of_a_feature_bank_stay_rows():
-    class Rows(Pictures):
-        as_rows = True
+    class Rows(NumberedRows):
+        def picture(self, number: int) -> int:
+            return 100 + number
 
     found = around(captioned(*[1] * 4, cls=Rows), bank(text_to_image=full(4)), BOTH[1:], hard_negatives=2)
     batch = found.collater([found[0], found[1]])
@@ -177,7 +155,7 @@ def test_rows_of_a_feature_bank_stay_rows():
 
 
 def test_views_stay_apart():
-    class Viewed(Pictures):
+    class Viewed(NumberedRows):
         def __getitem__(self, index: int) -> dict[str, Any]:
             item = super().__getitem__(index)
             return {**item, "image": {"student": item["image"], "teacher": -item["image"].expand(3, 2, 1)}}

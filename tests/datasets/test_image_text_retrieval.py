@@ -64,6 +64,7 @@ def test_json_per_split(photos):
     assert not _faults(root=str(photos), annotations={"train": "train.json"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_loader_processes_do_not_read_the_annotations_again(photos, start):
     files = [photos / "train.json", photos / "val.json"]

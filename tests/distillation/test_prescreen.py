@@ -1,12 +1,14 @@
 """What a prescreen keeps, and the share of the teacher's hardest candidates among it, against plain loops."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavis_dcd.distillation.candidates import CandidatePool
-from lavis_dcd.distillation.prescreen import found_share, most_promising
+from lavis_dcd.distillation.prescreen import found_share, most_promising, within_budget
 
 
 def pool_of(valid):
@@ -57,3 +59,72 @@ def test_the_teachers_own_scores_find_all():
 def test_nothing_kept_is_refused():
     with pytest.raises(ValueError, match="at least 1 candidate"):
         most_promising(pool_of(torch.ones(1, 3, dtype=torch.bool)), None, 0)
+
+
+# Pools cut to the teacher's budget, against loops.
+
+
+def make_pool(valid: torch.Tensor) -> CandidatePool:
+    queries, width = valid.shape
+    images = torch.arange(queries)[:, None].expand(queries, width)
+    return CandidatePool(images, 100 * images + torch.arange(width), valid, "image_to_text")
+
+
+@st.composite
+def cases(draw):
+    queries, width = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    valid = torch.rand(queries, width, generator=generator) < 0.7
+    valid[:, 0] = True
+    cheap = torch.randint(-3, 4, (queries, width), generator=generator).float()  # few levels: many ties
+    return valid, cheap, draw(st.integers(1, 60))
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases())
+def test_the_most_promising_candidates_stay(case):
+    valid, cheap, budget = case
+    pool = make_pool(valid)
+    before = valid.clone()
+    cut = within_budget(pool, cheap, budget)
+    per_query = max(2, budget // len(valid))
+    for q, (row, ok) in enumerate(zip(cheap.tolist(), valid.tolist(), strict=True)):
+        usable = sorted((c for c in range(1, len(row)) if ok[c]), key=lambda c: (-row[c], c))
+        kept = {0, *usable[: per_query - 1]}
+        assert cut.valid[q].tolist() == [c in kept for c in range(len(row))]
+    assert torch.equal(cut.text_rows, pool.text_rows) and torch.equal(cut.image_rows, pool.image_rows)
+    assert cut.direction == pool.direction and torch.equal(pool.valid, before)
+    assert int(cut.valid.sum()) <= max(budget, 2 * len(valid))
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases(), st.integers(0, 1000))
+def test_without_cheap_scores_chance_decides_repeatably(case, seed):
+    valid, _, budget = case
+    pool = make_pool(valid)
+    first, again = (within_budget(pool, None, budget, torch.Generator().manual_seed(seed)).valid for _ in range(2))
+    assert torch.equal(first, again) and not (first & ~valid).any() and first[:, 0].all()
+    most = valid[:, 1:].sum(1).clamp_max(max(2, budget // len(valid)) - 1)
+    assert torch.equal(first[:, 1:].sum(1), most)
+
+
+def test_every_candidate_has_its_chance():
+    pool = make_pool(torch.ones(200, 6, dtype=torch.bool))
+    cut = within_budget(pool, None, 400, torch.Generator().manual_seed(0))
+    counts = cut.valid[:, 1:].sum(0)
+    assert counts.sum() == 200 and (counts > 20).all()
+
+
+def test_minus_infinity_is_promise_enough_and_masked_entries_are_not():
+    valid = torch.tensor([[True, False, True, True]])
+    cheap = torch.tensor([[0.0, 9.0, float("-inf"), float("nan")]])
+    cheap[0, 3] = float("-inf")
+    assert within_budget(make_pool(valid), cheap, 2).valid.tolist() == [[True, False, True, False]]
+
+
+def test_faults_are_named():
+    pool = make_pool(torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="at least 1 pair, got 0"):
+        within_budget(pool, None, 0)
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
+        within_budget(pool, torch.zeros(2, 3), 8)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from stubs import LetterMatcher as Mixer
+from stubs import NoiseSet
 
 from lavis_dcd.banks.feature_bank import build_feature_bank
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet
@@ -21,71 +22,16 @@ from lavis_dcd.evaluation.encodings import Encodings
 from lavis_dcd.evaluation.evaluator import Evaluator
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
-from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
+from lavis_dcd.matching.features import Features
 
 PICTURES = 20
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers(NoiseSet):
     """Noise for every number, with two captions."""
 
-    vis_root = None
-
     def __init__(self, count: int = PICTURES) -> None:
-        self.count = count
-        self.text = [f"{i} " + "word " * (i % 5) + w for i in range(count) for w in ("shown", "here")]
-        self.img2txt = {i: [2 * i, 2 * i + 1] for i in range(count)}
-        self.txt2img = {t: t // 2 for t in range(2 * count)}
-        self.image = [f"{i}.png" for i in range(count)]
-        self.annotation = [{"image": f"{i}.png", "caption": self.text[2 * i : 2 * i + 2]} for i in range(count)]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(index)), "index": index}
-
-
-class Mixer(nn.Module, Matcher):
-    """A matcher of both families with towers that may be shared."""
-
-    has_joint_space = True
-
-    def __init__(self, seed: int = 0, family: str = "fusion", towers: nn.Module | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.family = family
-        self.towers = towers or nn.ModuleDict({"vision": nn.Linear(3, 6), "words": nn.Embedding(128, 6)})
-        self.towers.requires_grad_(False)
-        self.mix = nn.Linear(6, 6)
-
-    def encoder_modules(self) -> list[nn.Module]:
-        return [self.towers]
-
-    def encode_images(self, images: Tensor) -> ImageFeatures:
-        tokens = self.towers["vision"](images.flatten(2).transpose(1, 2))
-        return ImageFeatures(tokens, embeds=tokens.mean(1))
-
-    def encode_texts(self, texts: list[str]) -> TextFeatures:
-        length = max(map(len, texts))
-        ids = torch.tensor([[ord(c) for c in t.ljust(length)] for t in texts])
-        mask = torch.tensor([[i < len(t) for i in range(length)] for t in texts])
-        return TextFeatures(self.towers["words"](ids), mask)
-
-    def embed_images(self, images: ImageFeatures) -> Tensor:
-        return nn.functional.normalize(images.embeds, dim=1)
-
-    def embed_texts(self, texts: TextFeatures) -> Tensor:
-        return nn.functional.normalize((texts.tokens * texts.full_mask()[..., None]).sum(1), dim=1)
-
-    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
-        one, other = self.mix(images.tokens).tanh().mean(1), self.embed_texts(texts)
-        return (one[pairs[:, 0]] * other[pairs[:, 1]]).sum(1)
-
-    def match_all(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        if self.family == "fusion":
-            return super().match_all(images, texts)
-        return self.mix(self.embed_images(images)) @ self.embed_texts(texts).T
+        super().__init__(4, [[f"{i} " + "word " * (i % 5) + w for w in ("shown", "here")] for i in range(count)])
 
 
 def unchanged(matcher: Matcher, dataset: Any) -> Any:
@@ -137,7 +83,7 @@ def test_scores_are_equal_to_the_bit(who, k_test, limit, tmp_path, monkeypatch) 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("k_test", [None, 3])
 def test_features_of_a_bank_stay_in_it(place, k_test, tmp_path, monkeypatch) -> None:
-    matcher, plain = Mixer(), Numbers()
+    matcher, plain = Mixer(0), Numbers()
     folder = tmp_path / "bank" if place == "disk" else None
     banked = BankedEvaluationSet(plain, build_feature_bank(matcher, {"val": plain}, folder=folder), "val")
     monkeypatch.setattr(matcher, "encode_images", lambda images: pytest.fail("encoded"))
@@ -146,7 +92,7 @@ def test_features_of_a_bank_stay_in_it(place, k_test, tmp_path, monkeypatch) -> 
 
 
 def test_what_fits_stays_in_memory(tmp_path, caplog) -> None:
-    numbers, matcher = Numbers(), Mixer()
+    numbers, matcher = Numbers(), Mixer(0)
     images, texts = Encodings([matcher], numbers, unchanged, EvaluationProtocol()).take(matcher)
     total = (images.nbytes + texts.nbytes) / 2**20
     assert images.nbytes < texts.nbytes
@@ -165,7 +111,7 @@ def test_what_fits_stays_in_memory(tmp_path, caplog) -> None:
 
 
 def test_features_are_dropped_after_their_last_use() -> None:
-    towers = Mixer().towers
+    towers = Mixer(0).tower
     one, apart, other = Mixer(0, towers=towers), Mixer(2), Mixer(1, towers=towers)
     numbers = Numbers(3)
     encodings = Encodings([one, apart, other], numbers, unchanged, EvaluationProtocol())
@@ -178,7 +124,7 @@ def test_features_are_dropped_after_their_last_use() -> None:
 
 def test_features_that_stay_count_when_others_come(tmp_path) -> None:
     """An ensemble's members together hold no more than the limit."""
-    towers, numbers = Mixer().towers, Numbers()
+    towers, numbers = Mixer(0).tower, Numbers()
     one, apart, other = Mixer(0, towers=towers), Mixer(2), Mixer(1, towers=towers)
     limit = (
         1.5 * sum(rows.nbytes for rows in Encodings([one], numbers, unchanged, EvaluationProtocol()).take(one)) / 2**20
@@ -191,7 +137,7 @@ def test_features_that_stay_count_when_others_come(tmp_path) -> None:
 
 
 def test_nothing_is_left_after_an_error(tmp_path, monkeypatch) -> None:
-    matcher = Mixer()
+    matcher = Mixer(0)
     monkeypatch.setattr(matcher, "match", lambda *_: (_ for _ in ()).throw(RuntimeError("in the middle")))
     kept = []
     take = Encodings.take
@@ -208,10 +154,10 @@ def test_too_little_room_is_told_before_the_set_is_encoded(tmp_path, monkeypatch
     numbers, read = Numbers(), []
     monkeypatch.setattr(Numbers, "__getitem__", lambda self, i: read.append(i) or {"image": torch.zeros(3, 4, 4)})
     with pytest.raises(UserError, match=r"run\.eval_memory_mb: .*they need .* are free"):
-        Evaluator(EvaluationProtocol(eval_memory_mb=1e-3, spill_folder=tmp_path)).evaluate(Mixer(), numbers)
+        Evaluator(EvaluationProtocol(eval_memory_mb=1e-3, spill_folder=tmp_path)).evaluate(Mixer(0), numbers)
     assert read == [0]
 
 
 def test_an_empty_set_is_still_the_users_fault(tmp_path) -> None:
     with pytest.raises(UserError, match="has no pictures or no captions"):
-        Evaluator(EvaluationProtocol(spill_folder=tmp_path)).evaluate(Mixer(), Numbers(0))
+        Evaluator(EvaluationProtocol(spill_folder=tmp_path)).evaluate(Mixer(0), Numbers(0))

@@ -8,62 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stubs import NumberMatcher as Reader
+from stubs import NumberSet as Numbers
+from stubs import StubMatcher
 from torch import Tensor, nn
 
 from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.evaluation import evaluator as evaluation
-from lavis_dcd.evaluation.evaluator import Evaluation, EvaluationCache, Evaluator, milliseconds_per_pair
+from lavis_dcd.evaluation.evaluator import EvaluationCache, Evaluator, milliseconds_per_pair
 from lavis_dcd.evaluation.metrics import coco_1k_five_folds, retrieval_metrics
 from lavis_dcd.evaluation.shortlist import ShortlistError
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-
-
-class Numbers(torch.utils.data.Dataset):
-    """Pictures that show a number, captions that name it; two captions a picture."""
-
-    def __init__(self, count: int = 8) -> None:
-        self.count = count
-        self.text = [f"{i} {word}" for i in range(count) for word in ("shown", "here")]
-        self.img2txt = {i: [2 * i, 2 * i + 1] for i in range(count)}
-        self.txt2img = {t: t // 2 for t in range(2 * count)}
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": torch.full((3, 2, 2), float(index)), "index": index}
-
-
-class Reader(nn.Module, Matcher):
-    """Right but for the pictures in ``blind``, which it takes for the next one."""
-
-    has_joint_space = True
-
-    def __init__(self, blind: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.blind, self.matched = blind, 0
-
-    def encode_images(self, images: Tensor) -> ImageFeatures:
-        seen = [n + 1 if n in self.blind else n for n in images[:, 0, 0, 0].tolist()]
-        return ImageFeatures(torch.tensor(seen)[:, None, None])
-
-    def encode_texts(self, texts: list[str]) -> TextFeatures:
-        return TextFeatures(torch.tensor([float(t.split()[0]) for t in texts])[:, None, None])
-
-    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
-        self.matched += len(pairs)
-        return -(images.tokens[pairs[:, 0], 0, 0] - texts.tokens[pairs[:, 1], 0, 0]).abs() * self.weight
-
-    def embed_images(self, images: ImageFeatures) -> Tensor:
-        angle = images.tokens[:, 0, 0] / 10
-        return torch.stack([angle.cos(), angle.sin()], dim=1)
-
-    def embed_texts(self, texts: TextFeatures) -> Tensor:
-        angle = texts.tokens[:, 0, 0] / 10
-        return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
 def evaluate(matcher: Any, dataset: Any, maker: Any = None, dataset_of: Any = None, **protocol: Any) -> Evaluation:
@@ -115,7 +72,7 @@ def test_the_1k_protocol_is_added_under_its_prefix(monkeypatch: pytest.MonkeyPat
     assert evaluate(Reader(), numbers, coco_1k_folds=True)["1k_r_sum"] == 600.0
 
 
-class Noisy(nn.Module, Matcher):
+class Noisy(StubMatcher):
     """Knows a picture's number up to noise of its own; ``scale`` times it as a logit."""
 
     has_joint_space = True
@@ -238,7 +195,7 @@ def test_an_ensemble_makes_the_shortlist_of_a_student() -> None:
 def test_a_member_without_a_joint_space_is_named_before_anything_is_encoded() -> None:
     one, other = Noisy(0), Reader()
     other.has_joint_space = False
-    with pytest.raises(ShortlistError, match="Reader has no joint space"):
+    with pytest.raises(ShortlistError, match="NumberMatcher has no joint space"):
         evaluate(Ensemble([one, other]), Numbers(), k_test=2)
     assert one.encoded == 0
     found = evaluate(Ensemble([one, other]), Numbers(), k_test=2, maker=Noisy(1))

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stubs import StubMatcher
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble, members_of, weights_of
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
-class Stub(nn.Module, Matcher):
+class Stub(StubMatcher):
+    """A matcher of so many parameters per pair."""
+
     def __init__(self, parameters: int, family: str = "fusion", joint: bool = True, tower: nn.Module | None = None):
-        super().__init__()
+        super().__init__(tower or nn.Linear(2, 2))
         self.weight = nn.Parameter(torch.zeros(parameters))
         self.family, self.has_joint_space = family, joint
-        self.tower = tower or nn.Linear(2, 2)
-
-    def encode_images(self, images: torch.Tensor) -> ImageFeatures:
-        return ImageFeatures(images.flatten(2))
-
-    def encode_texts(self, texts: list[str]) -> TextFeatures:
-        return TextFeatures(torch.zeros(len(texts), 1, 1))
-
-    def match(self, images: ImageFeatures, texts: TextFeatures, pairs: torch.Tensor) -> torch.Tensor:
-        return self.weight[0].expand(len(pairs))
-
-    def encoder_modules(self) -> list[nn.Module]:
-        return [self.tower]
 
 
 def test_an_ensemble_answers_for_all_its_members():

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stubs import StubMatcher
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.views import View
-from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.mining.pools import Pairing
 from lavis_dcd.mining.scores import MiningResources, PairScorer, Reader, ReadSet, embed_all, pairing_of
 
 
-class Stub(nn.Module, Matcher):
+class Stub(StubMatcher):
     """A picture is its pixel, a text its length; counts what it encodes and how many pairs come at once."""
 
     has_joint_space = True
 
     def __init__(self, seed: float = 1.0, tower: nn.Module | None = None) -> None:
-        super().__init__()
-        self.tower = tower or nn.Linear(1, 1)
+        super().__init__(tower)
         self.seed, self.images_seen, self.texts_seen, self.calls = seed, 0, [], []
 
     def encode_images(self, images):
@@ -41,9 +40,6 @@ class Stub(nn.Module, Matcher):
 
     def embed_texts(self, texts):
         return torch.cat([torch.ones(len(texts), 1), texts.tokens[:, 0]], dim=1)
-
-    def encoder_modules(self):
-        return [self.tower]
 
 
 class Rows:

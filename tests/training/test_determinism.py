@@ -49,6 +49,7 @@ def test_another_seed_changes_the_result(stubs, stub_runs, tmp_path):
     assert any(not torch.equal(weights[name], value) for name, value in stub_runs[0][1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cache_features", "numbers"), [("off", (0, 3)), ("memory", WORKERS)])
 def test_the_quickstart_is_the_same_with_any_number_of_workers(job, cache_features, numbers):
     found = []

@@ -208,6 +208,7 @@ def test_a_row_of_bad_steps_goes_on_over_a_resume(stubs, tmp_path):
         spoilt_job(stubs, tmp_path, lambda epoch, index: epoch > 0, **options).train()
 
 
+@pytest.mark.slow
 def test_all_processes_skip_together(tmp_path):
     script = Path(__file__).with_name("skip_together.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

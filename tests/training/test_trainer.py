@@ -258,6 +258,7 @@ def test_resume_with_workers_and_accumulation_is_exact(stubs, tmp_path):
     assert_same(stubs.weights(resumed.output_dir), stubs.weights(plain.output_dir))
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_is_exact(stubs, tmp_path, whole):
     killed = script(tmp_path, kill_at=8, save_every=2)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -349,6 +350,7 @@ def test_a_signal_finishes_the_step_saves_and_raises(stubs, tmp_path, whole, num
     assert_same(stubs.weights(resumed.output_dir), stubs.weights(whole.output_dir))
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_job_and_its_loader_workers(stubs, tmp_path, whole):
     stopped = script(tmp_path, terminate_at=6, num_workers=2)
     assert stopped.returncode == 143, stopped.stderr
@@ -360,6 +362,7 @@ def test_sigterm_to_a_job_and_its_loader_workers(stubs, tmp_path, whole):
     assert_same(stubs.weights(folder), stubs.weights(whole.output_dir))
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes(stubs, tmp_path):
     options = {"processes": 2, "batch_size_train": 2, "max_epoch": 2}
     stopped = script(tmp_path / "a", terminate_at=3, terminate_rank=1, **options)
@@ -371,6 +374,7 @@ def test_sigterm_to_one_of_two_processes(stubs, tmp_path):
     assert_same(stubs.weights(folder), stubs.weights(next((tmp_path / "b" / "stub").iterdir())))
 
 
+@pytest.mark.slow
 def test_every_process_refuses_and_none_waits_for_another(stubs, tmp_path):
     stubs.job(tmp_path, max_epoch=1).train()
     for words, options in (
@@ -465,6 +469,7 @@ def test_fp16_on_a_cpu_is_refused(stubs, tmp_path):
         stubs.job(tmp_path, amp="fp16")
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(stubs, tmp_path):
     done = script(tmp_path / "two", processes=2, batch_size_train=2, max_epoch=1)
     assert done.returncode == 0, done.stderr

@@ -151,6 +151,7 @@ def test_relations_of_three(layout, true, false):
     assert not any(is_true(_says(scene.things, (relation,)), scene) for relation in false)
 
 
+@pytest.mark.slow
 def test_the_index_finds_what_a_search_of_all_scenes_finds(splits, captions):
     scenes = splits["val"].scenes
     index = SceneIndex(scenes)

@@ -122,6 +122,7 @@ def test_joint_space_is_of_unit_vectors(tiny, arch, pictures, captions):
         torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(len(embeds)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", TRAINED)
 def test_own_loss_is_lavis_forward_and_trains(tiny, arch, pictures, captions):
     adapter = tiny(arch)
@@ -196,6 +197,7 @@ def test_momentum_copies_that_a_file_lacks_start_from_its_weights(tiny, arch, ke
                                state["text_encoder.embeddings.word_embeddings.weight"])  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", TRAINED)
 def test_built_from_lavis_own_files_it_has_lavis_own_settings(arch, vocabulary, monkeypatch):
     """``from_config`` of LAVIS and ``build`` of ours read the same keys and defaults, type file by type file."""

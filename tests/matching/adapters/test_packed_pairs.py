@@ -100,6 +100,7 @@ def test_in_float32_scores_differ_by_rounding(tiny, arch, pictures, captions):
 
 
 # the fixture's models are as good as new: an example sets all that it reads
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_pairs_of_any_features(tiny_adapters, data):
@@ -241,6 +242,7 @@ def test_recomputed_layers_in_recomputed_chunks(tiny):
     torch.testing.assert_close(found[1], found[0], atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["albef_retrieval", "blip_retrieval"])
 def test_dropout_is_drawn_in_training_alone(tiny, arch):
     adapter = tiny(arch)
@@ -302,6 +304,7 @@ def test_captions_lose_their_padding_wherever_it_lies():
     assert captions.tokens[rows, 0].tolist() == [4, 5, 6, 0, 2, 4, 5, 6]
 
 
+@pytest.mark.slow
 @given(
     pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 30)), max_size=40),
     most=st.integers(1, 12), tokens=st.integers(1, 200),

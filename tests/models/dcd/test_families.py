@@ -2,67 +2,16 @@
 
 import pytest
 import torch
-from torch import nn
+from stubs import ColourMatcher as Reader
+from stubs import DualColourMatcher as Dual
+from stubs import colour_samples as samples
 from torch.nn import functional as nnf
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.distillation.objective import LossConfig
-from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.models.dcd import DynamicContrastiveDistillation
 from lavis_dcd.models.dcd.config import CandidatesConfig, DcdConfig, PoolConfig, SelectionConfig
 from lavis_dcd.models.dcd.teachers import Teachers
-
-
-class Reader(nn.Module, Matcher):
-    """Pictures by their mean colour, texts by three numbers of their letters."""
-
-    def __init__(self, seed: int = 0):
-        super().__init__()
-        self.tower = nn.Linear(3, 4)
-        self.head = nn.Bilinear(4, 4, 1)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, generator=generator)
-        self.pairs_seen, self.sizes_seen, self.texts_seen = 0, [], []
-
-    def encode_images(self, images):
-        self.sizes_seen.append(images.shape[-1])
-        return ImageFeatures(self.tower(images.mean(dim=(2, 3)))[:, None])
-
-    def encode_texts(self, texts):
-        self.texts_seen += texts
-        codes = torch.tensor([[len(t) / 10, sum(map(ord, t)) % 7 / 7, sum(map(ord, t)) % 11 / 11] for t in texts])
-        return TextFeatures(self.tower(codes)[:, None])
-
-    def match(self, images, texts, pairs):
-        self.pairs_seen += len(pairs)
-        return self.head(images.tokens[pairs[:, 0], 0], texts.tokens[pairs[:, 1], 0])[:, 0]
-
-    def encoder_modules(self):
-        return [self.tower]
-
-
-class Dual(Reader):
-    """The same features, scored by one product."""
-
-    family = "dual"
-    has_joint_space = True
-
-    def match_all(self, images, texts):
-        return 5 * images.tokens[:, 0] @ texts.tokens[:, 0].T
-
-    def match(self, images, texts, pairs):
-        return self.match_all(images, texts)[pairs[:, 0], pairs[:, 1]]
-
-
-def samples(size: int = 6) -> dict:
-    """A batch in which the last sample is another caption of the first sample's picture."""
-    images = torch.randn(size, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    images[-1] = images[0]
-    ids = [*range(size - 1), 0]
-    texts = [f"caption {'x' * i} {i}" for i in range(size)]
-    return {"image": images, "text_input": texts, "image_id": torch.tensor(ids)}
 
 
 def distiller(teacher, student, /, **config) -> DynamicContrastiveDistillation:
@@ -187,7 +136,7 @@ def test_several_teachers_stay_out_of_the_way_and_stand_as_one():
     assert len(model.teacher.members) == 2 and set(model.matchers()) == {"teacher", "student"}
     before = model.teacher_fingerprint()
     with torch.no_grad():
-        model.teachers.matchers[1].head.bias += 1
+        model.teachers.matchers[1].fusion.bias += 1
     assert model.teacher_fingerprint() != before
     assert model.double() and all(p.dtype == torch.float64 for m in model.teachers.matchers for p in m.parameters())
 
@@ -206,7 +155,7 @@ def test_the_students_own_loss_is_mixed_in():
     own = student(batch)["loss"]
     torch.testing.assert_close(mixed["student_loss"], own)
     torch.testing.assert_close(mixed["loss"], plain["loss"] + 0.7 * own)
-    with pytest.raises(UserError, match=r"Reader has no training loss .*student_weight"):
+    with pytest.raises(UserError, match=r"ColourMatcher has no training loss .*student_weight"):
         distiller(Reader(1), Reader(2), loss=LossConfig(student_weight=0.7))(batch)
 
 

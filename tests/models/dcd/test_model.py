@@ -4,57 +4,13 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from stubs import ColourMatcher as Stub
+from stubs import colour_samples as samples
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.distillation.objective import LossConfig
-from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.models.dcd import DynamicContrastiveDistillation
 from lavis_dcd.models.dcd.config import CandidatesConfig, DcdConfig, PoolConfig, SelectionConfig
-
-
-class Stub(nn.Module, Matcher):
-    """Encodes a picture as its mean colour and a text as its letters' codes; counts what it encodes."""
-
-    def __init__(self, seed: int = 0, dropout: float = 0.0):
-        super().__init__()
-        self.tower = nn.Linear(3, 4)
-        self.fusion = nn.Bilinear(4, 4, 1)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, generator=generator)
-        self.dropout = nn.Dropout(dropout)
-        self.images_seen, self.texts_seen, self.pairs_seen = 0, [], 0
-
-    def encode_images(self, images):
-        self.images_seen += len(images)
-        return ImageFeatures(self.tower(images.mean(dim=(2, 3)))[:, None])
-
-    def encode_texts(self, texts):
-        self.texts_seen += texts
-        codes = torch.tensor([[len(t) / 10, sum(map(ord, t)) % 7 / 7, sum(map(ord, t)) % 11 / 11] for t in texts])
-        return TextFeatures(self.tower(codes)[:, None])
-
-    def match(self, images, texts, pairs):
-        self.pairs_seen += len(pairs)
-        image, text = images.tokens[pairs[:, 0], 0], texts.tokens[pairs[:, 1], 0]
-        return self.fusion(self.dropout(image), text)[:, 0]
-
-    def encoder_modules(self):
-        return [self.tower]
-
-
-def samples(size: int = 6, seed: int = 0) -> dict:
-    """A batch in which the last sample is another caption of the first sample's picture."""
-    images = torch.randn(size, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
-    images[-1] = images[0]
-    ids = list(range(size - 1)) + [0]
-    return {
-        "image": images,
-        "text_input": [f"caption {'x' * i} {i}" for i in range(size)],
-        "image_id": torch.tensor(ids),
-    }
 
 
 def distiller(share: bool = True, teacher: Stub | None = None, **config) -> DynamicContrastiveDistillation:
@@ -100,7 +56,7 @@ def test_loss_equals_the_method_written_out():
             distill = (((1 - share) ** 2).softmax(0) * (teacher - student).square().mean(1)).sum()
             truth = torch.zeros_like(student)
             truth[:, 0] = 1
-            bce = nn.functional.binary_cross_entropy_with_logits(student, truth, reduction="none").mean(1)
+            bce = torch.nn.functional.binary_cross_entropy_with_logits(student, truth, reduction="none").mean(1)
             total += 0.2 * distill + 0.8 * (share * bce).sum()
     torch.testing.assert_close(result["loss"], total / 2)
     torch.testing.assert_close(result["loss"], 0.2 * result["distill_loss"] + 0.8 * result["contrastive_loss"])

@@ -2,55 +2,18 @@
 
 import pytest
 import torch
-from torch import nn
+from stubs import ColourMatcher as Stub
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.distillation.objective import LossConfig
-from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.models.dcd import DynamicContrastiveDistillation
 from lavis_dcd.models.dcd.config import CandidatesConfig, DcdConfig, PrescreenConfig, SelectionConfig
 
 SIZE = 8
 
 
-class Stub(nn.Module, Matcher):
-    """Scores by a bilinear form of mean colours and text lengths; keeps the pairs it matched, and how precisely."""
-
-    def __init__(self, seed, joint=False):
-        super().__init__()
-        self.tower, self.fusion = nn.Linear(3, 4), nn.Bilinear(4, 4, 1)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, generator=generator)
-        self.has_joint_space = joint
-        self.matched, self.types = [], set()
-
-    def encode_images(self, images):
-        return ImageFeatures(self.tower(images.mean(dim=(2, 3)))[:, None])
-
-    def encode_texts(self, texts):
-        codes = torch.tensor([[len(t) / 10, sum(map(ord, t)) % 7 / 7, sum(map(ord, t)) % 11 / 11] for t in texts])
-        return TextFeatures(self.tower(codes)[:, None])
-
-    def match(self, images, texts, pairs):
-        self.matched.append({tuple(pair) for pair in pairs.tolist()})
-        self.types.add((images.tokens.dtype, torch.is_autocast_enabled("cpu")))
-        weighted = images.tokens[pairs[:, 0], 0] @ self.fusion.weight[0]
-        return (weighted * texts.tokens[pairs[:, 1], 0]).sum(dim=-1) + self.fusion.bias
-
-    def embed_images(self, images):
-        return nn.functional.normalize(images.tokens[:, 0], dim=-1)
-
-    def embed_texts(self, texts):
-        return nn.functional.normalize(texts.tokens[:, 0], dim=-1)
-
-    def encoder_modules(self):
-        return [self.tower]
-
-
 def distiller(prescreen, joint=True, freeze=True, **config):
-    teacher, student = Stub(1, joint), Stub(2)
+    teacher, student = Stub(1, joint=joint), Stub(2)
     if freeze:
         student.tower = teacher.tower
     selection = SelectionConfig(hard_negatives=2, prescreen=prescreen)

@@ -112,6 +112,7 @@ def test_features_hold_the_real_patches_only(teacher, recorded):
     assert bool((images.tokens[~images.mask] == 0).all())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(
     height=st.integers(1, 7), width=st.integers(1, 7), below=st.integers(0, 3), right=st.integers(0, 3),
@@ -386,19 +387,24 @@ def test_gradients_equal_those_of_one_chunk(recorded):
 def test_training_raises_the_match_over_the_rest(tmp_path):
     section = with_words(tiny_section(), tmp_path)
     section["fusion"]["dropout"] = 0.0
-    torch.manual_seed(0)
     model, batch = ViltRetrieval.from_config(section).train(), batch_of(3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(20):
+
+    def lead() -> float:
+        """By how much the mean of the matches' scores is above the mean of the others'."""
+        with torch.no_grad():
+            scores = model.match_all(model.encode_images(batch["image"]), model.encode_texts(batch["text_input"]))
+        return (scores.diagonal().mean() - scores[~torch.eye(3, dtype=torch.bool)].mean()).item()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses, before = [], lead()
+    for _ in range(30):
         losses.append(model(batch)["loss"])
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert losses[-1].item() < 0.5 * losses[0].item()
-    with torch.no_grad():
-        scores = model.eval().match_all(model.encode_images(batch["image"]), model.encode_texts(batch["text_input"]))
-    assert scores.argmax(dim=1).tolist() == scores.argmax(dim=0).tolist() == [0, 1, 2]
+    # of 18 drawings of the weights the worst had a loss of 0.44 times the first and a lead of 3.9
+    assert losses[-1].item() < 0.7 * losses[0].item()
+    assert lead() > before + 1.5
 
 
 @pytest.mark.parametrize("share", [True, False])
