@@ -30,6 +30,7 @@ from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.mining.score_cache import KeptScores
 from lavis_dcd.models.building import build_matcher
+from lavis_dcd.training.contracts import TrainTask
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def matchers_of(model: nn.Module) -> dict[str, Matcher]:
 
 
 @registry.register_task("dcd_retrieval")
-class DcdRetrievalTask(BaseTask):
+class DcdRetrievalTask(TrainTask, BaseTask):
     """Image-text retrieval with any matchers, a distiller's teacher and student included.
 
     Args:
@@ -174,17 +175,19 @@ class DcdRetrievalTask(BaseTask):
         device: Any = None,
         shortlist: Matcher | None = None,
         ranks: ProcessGroup = ALONE,
+        folder: Path | None = None,
     ) -> Evaluation:
         """Figures and scores of one matcher; the result reads as the mapping of its figures.
 
         Args:
             shortlist: whose joint space makes the shortlist; by default the one that ``run.shortlist`` names.
             ranks: processes that share the work; all must call.
+            folder: the run folder, where features wait that memory does not hold; by default that of LAVIS's registry.
 
         Raises:
             UserError: ``run.shortlist`` names no matcher of the model, or one without a joint space; see `evaluate`.
         """
-        protocol = replace(EvaluationProtocol.of_run(run), spill_folder=_run_folder())
+        protocol = replace(EvaluationProtocol.of_run(run), spill_folder=folder or _run_folder())
         shortlist = shortlist or self._shortlist_matcher(protocol)
         self._kept.drop(matcher)  # its tables would stand beside the new ones
         own = {"dataset_of": lambda reader: self.dataset_for(reader, dataset)} if self._views.by_name else {}

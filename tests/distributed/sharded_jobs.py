@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lavis_dcd.common.processes import leave_group
 
-_path = Path(__file__).parents[1] / "runners" / "stub_job.py"
+_path = Path(__file__).parents[1] / "training" / "stub_job.py"
 _spec = importlib.util.spec_from_file_location("runner_stub_job", _path)
 stubs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(stubs)

@@ -135,7 +135,7 @@ def test_micro_steps_equal_steps(weights, lines):
 
 
 def test_steps_equal_those_of_one_process(tmp_path, weights, lines):
-    path = Path(__file__).parents[1] / "runners" / "stub_job.py"
+    path = Path(__file__).parents[1] / "training" / "stub_job.py"
     spec = importlib.util.spec_from_file_location("runner_stub_job", path)
     stubs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stubs)

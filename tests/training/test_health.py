@@ -19,6 +19,7 @@ from lavis_dcd.reporting.report import write_report
 from lavis_dcd.training.devices import Process
 from lavis_dcd.training.health import Blame, Health, blame, last_good, picture_names
 from lavis_dcd.training.step import Stepper
+from lavis_dcd.training.strategy import Strategy
 
 CPU = Process(torch.device("cpu"))
 NAN, INF = float("nan"), float("inf")
@@ -38,7 +39,7 @@ def batches(stubs, *numbers, **marks):
 def stepper(stubs, **run):
     model = stubs.Learner()
     keys = {"init_lr": 0.05, "batch_size_train": 4, "device": "cpu", **run}
-    return model, Stepper(stubs.Task(), model, model, RunConfig(**keys), CPU, total_steps=10)
+    return model, Stepper(stubs.Task(), Strategy(model, CPU), RunConfig(**keys), total_steps=10)
 
 
 def everything(model, stepped):
