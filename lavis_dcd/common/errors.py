@@ -8,8 +8,8 @@ from collections.abc import Iterable
 class UserError(RuntimeError):
     """Something the user can put right: a wrong setting, a missing file, an unreachable address.
 
-    The doors (`lavis_dcd.train`, `lavis_dcd.evaluate`) print one line per fault and exit with status 2, with
-    no traceback.
+    The commands (`python -m lavis_dcd train`, `evaluate` and `mine`) print one line per fault and exit with status 2,
+    with no traceback.
 
     Args:
         message: one line, or several faults at once; each names the file, field or value, and the way out.

@@ -144,7 +144,7 @@ def _from_main(process: Process, work: Callable[[], T]) -> T:
     result, error = process.share((result, error))
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]  # None only where `work` returned it
+    return result
 
 
 class JobState:
