@@ -21,13 +21,18 @@ from lavis_dcd.reporting.table import format_table
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.contracts import TrainTask, as_learner
 from lavis_dcd.training.devices import Process
-from lavis_dcd.training.logs import MetricsLog
+from lavis_dcd.training.logs import WEIGHTS_OF_STEP, MetricsLog
 from lavis_dcd.training.run_folder import write_results
 from lavis_dcd.training.strategy import Strategy
 
 FILE = "evaluations.json"
 
 log = logging.getLogger(__name__)
+
+
+class _Entry(TypedDict):
+    step: int | None
+    metrics: dict[str, Any]
 
 
 class Evaluations:
@@ -47,7 +52,7 @@ class Evaluations:
     ) -> None:
         self._folder, self._task, self._run, self._process = folder, task, run, process
         self._file = folder / FILE
-        self._done: dict[str, dict[str, Any]] = {}
+        self._done: dict[str, _Entry] = {}
         if resume_step is not None and self._file.is_file():
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             self._done = {
@@ -218,7 +223,7 @@ class BestCheckpoint:
     def _evaluate(self, name: str, split: str, step: int | None, log_step: int) -> dict[str, Any]:
         self._strategy.bare_model.eval()
         metrics = self._evaluations.evaluate(name, self.matchers[name], self._datasets[split], split, step)
-        line = {"split": split, "model": name, "weights_of_step": step, **metrics}
+        line = {"split": split, "model": name, WEIGHTS_OF_STEP: step, **metrics}
         self._metrics.write("eval", log_step, log_step / self.steps_per_epoch, line)
         return metrics
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+WEIGHTS_OF_STEP = "weights_of_step"  # of an evaluation's line: the optimizer steps that the weights had taken
+
 
 class ScalarMeans:
     """The means of the steps' scalars since the last log line.
@@ -162,7 +164,7 @@ class MetricsLog:
             return
         prefix = "/".join(["train"] if kind == "train" else [str(values["split"]), str(values["model"])])
         for name, value in values.items():
-            if _is_number(value) and name != "weights_of_step":
+            if _is_number(value) and name != WEIGHTS_OF_STEP:
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
 
     def close(self) -> None:

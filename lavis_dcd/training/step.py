@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -93,6 +93,15 @@ def make_scheduler(optimizer: torch.optim.Optimizer, run: RunConfig, total: int)
     return LambdaLR(optimizer, rate_factor(total, min(warmup, total), run.min_lr / run.init_lr, run.lr_sched))
 
 
+class Progress(TypedDict, total=False):
+    """Where the job stands, which every sample of a step carries: LAVIS's own three, and the share that is done."""
+
+    epoch: int
+    iters: int
+    num_iters_per_epoch: int
+    progress: float
+
+
 class Stepper:
     """The optimizer, its schedule and its scaler, and a step that uses them.
 
@@ -120,7 +129,7 @@ class Stepper:
         return self.optimizer.param_groups[0]["lr"]
 
     def step(
-        self, batches: Iterator[Mapping[str, Any]], size: int, number: int, extra: Mapping[str, Any]
+        self, batches: Iterator[Mapping[str, Any]], size: int, number: int, progress: Progress
     ) -> dict[str, torch.Tensor]:
         """Take `size` micro-batches and one optimizer step whose gradient is their mean.
 
@@ -132,7 +141,7 @@ class Stepper:
 
         Args:
             number: the optimizer step, counted over the whole job.
-            extra: more entries of the samples (LAVIS models expect "epoch", "iters", "num_iters_per_epoch").
+            progress: more entries of the samples.
 
         Returns:
             The mean over the micro-batches of every scalar in the model's output; "grad_norm" when clipping.
@@ -143,7 +152,7 @@ class Stepper:
         self._buffers.remember()
         for micro in range(size):
             samples = to_device(next(batches), self._process.device)
-            samples.update(extra)
+            samples.update(progress)
             image_ids.append(samples.get("image_id"))
             seed_everything(seed_for(self._run.seed, "step", number, micro, self._process.rank))
             with self._strategy.gradient_exchange(last=micro == size - 1):

@@ -29,7 +29,7 @@ from lavis_dcd.training.interrupt import InterruptGuard
 from lavis_dcd.training.logs import MetricsLog, StepLog, log_file, progress
 from lavis_dcd.training.run_folder import export_model, write_config
 from lavis_dcd.training.sampler import TrainLoader
-from lavis_dcd.training.step import Stepper
+from lavis_dcd.training.step import Progress, Stepper
 from lavis_dcd.training.strategy import make_strategy
 from lavis_dcd.training.training_state import JobState, Position, find_resume_point
 
@@ -257,15 +257,15 @@ class Trainer:
     def _train_step(self, batches: Iterator[Any], number: int) -> None:
         run, position = self.run, self.position
         size = min(run.accum_grad_iters, len(self._loader) - number * run.accum_grad_iters)
-        extra = {  # LAVIS's own three, and the share of the whole job that is done
-            "epoch": position.epoch,
-            "iters": number,
-            "num_iters_per_epoch": self.steps_per_epoch,
-            "progress": position.global_step / self.total_steps,
-        }
+        where = Progress(
+            epoch=position.epoch,
+            iters=number,
+            num_iters_per_epoch=self.steps_per_epoch,
+            progress=position.global_step / self.total_steps,
+        )
         lr, health = self._stepper.lr, self._stepper.health
         with self._log.clock.step():
-            report = self._stepper.step(batches, size, position.global_step, extra)
+            report = self._stepper.step(batches, size, position.global_step, where)
         position.global_step += 1
         position.step_in_epoch = number + 1
         health.check(run.max_bad_steps, position.global_step, self.output_dir, self.datasets["train"])

@@ -307,6 +307,7 @@ nested = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.dictionaries(keys, nested))
 def test_any_nesting_comes_back(tmp_path, content):

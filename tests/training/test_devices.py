@@ -68,6 +68,7 @@ def resident() -> float:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")) / MB
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_steps_do_not_grow(stubs, tmp_path):
     """Thousands of steps hold no more memory than hundreds, and leave no more objects behind."""
