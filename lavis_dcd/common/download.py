@@ -11,14 +11,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPMessage
+from email.message import Message
+from http.client import HTTPException
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urlparse
 
 from tqdm import tqdm
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write, cache_root
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 18
 _ATTEMPTS = 4
@@ -27,7 +31,7 @@ _AGENT = {"User-Agent": "lavis-dcd"}
 
 @dataclass(frozen=True)
 class Expected:
-    """What is known beforehand about a file; None where nothing is."""
+    """The checksums and the size that a file must have; None where they are not given."""
 
     sha256: str | None = None
     md5: str | None = None
@@ -39,12 +43,12 @@ class _InterruptedError(Exception):
 
 
 def is_url(text: str) -> bool:
-    """Whether `text` is an http(s) address."""
+    """Return whether `text` is an http(s) address."""
     return urlparse(text).scheme in ("http", "https")
 
 
 def cached_path(url: str) -> Path:
-    """Where `fetch(url)` puts the file: `<cache root>/checkpoints/<its name>`.
+    """Return where `fetch(url)` puts the file: `<cache root>/checkpoints/<its name>`.
 
     The hub's files share a few names (`pytorch_model.bin`), so theirs begin with their repository's.
     """
@@ -81,14 +85,14 @@ def fetch(
     path = cached_path(url) if target is None else Path(target)
     expected = Expected(sha256, md5, size)
     if path.is_file():
-        found = path.stat().st_size
-        if size not in (None, found):
-            raise UserError(f"{path} has {found} bytes, expected {size}: remove it to fetch it again")
+        there = path.stat().st_size
+        if size not in (None, there):
+            raise UserError(f"{path} has {there} bytes, expected {size}: remove it to fetch it again")
         return path
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        logging.info("fetching %s to %s", url, path)
+        log.info("fetching %s to %s", url, path)
         _receive(url, part, timeout)
         _check(url, part, expected)
         os.replace(part, path)
@@ -101,7 +105,7 @@ def fetch(
 
 
 def reason(error: BaseException) -> str:
-    """One short line that says why the network failed."""
+    """Return one short line that says why the network failed."""
     if isinstance(error, urllib.error.HTTPError):
         return f"the server answers {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
@@ -110,7 +114,7 @@ def reason(error: BaseException) -> str:
 
 
 def unreachable(urls: Iterable[str], seconds: float = 5.0) -> dict[str, str]:
-    """Which addresses do not answer, with the reason; all are asked at once, for `seconds` at most."""
+    """Return the addresses that do not answer, with the reason; all are tried at once, for `seconds` at most."""
     answers: dict[str, str | None] = dict.fromkeys(urls, f"no answer within {seconds:g} s")
 
     def ask(url: str) -> None:
@@ -151,7 +155,7 @@ def _receive(url: str, part: Path, timeout: float) -> None:
             arrived = part.stat().st_size if part.exists() else 0
             if attempt == _ATTEMPTS or arrived == before:
                 raise
-            logging.warning("%s: %s after %d bytes; going on from there", url, reason(error), arrived)
+            log.warning("%s: %s after %d bytes; going on from there", url, reason(error), arrived)
 
 
 def _receive_once(url: str, part: Path, timeout: float) -> None:
@@ -181,7 +185,7 @@ def _receive_once(url: str, part: Path, timeout: float) -> None:
         raise _InterruptedError(f"the connection broke at {arrived} of {total} bytes")
 
 
-def _remember_etag(path: Path, headers: HTTPMessage) -> None:
+def _remember_etag(path: Path, headers: Message) -> None:
     # A weak tag does not promise equal bytes, so it cannot guard a resumption.
     etag = headers.get("ETag") or headers.get("Last-Modified")
     if etag and not etag.startswith("W/"):
@@ -191,7 +195,7 @@ def _remember_etag(path: Path, headers: HTTPMessage) -> None:
         path.unlink(missing_ok=True)
 
 
-def _total(headers: HTTPMessage) -> int | None:
+def _total(headers: Message) -> int | None:
     whole = (headers.get("Content-Range") or "").rpartition("/")[2]
     if whole.isdigit():
         return int(whole)
@@ -199,7 +203,7 @@ def _total(headers: HTTPMessage) -> int | None:
     return int(length) if length and length.isdigit() else None
 
 
-def _copy(response, part: Path, start: int, total: int | None) -> int:
+def _copy(response: IO[bytes], part: Path, start: int, total: int | None) -> int:
     arrived = start
     with (
         open(part, "ab" if start else "wb") as handle,
@@ -230,8 +234,8 @@ def _check(url: str, part: Path, expected: Expected) -> None:
     if found:
         part.unlink()
         _etag_file(part).unlink(missing_ok=True)
-        wanted = {k: v for k, v in vars(expected).items() if v is not None}
-        raise UserError(f"{url} gave another file than expected: {found}, not {wanted}; nothing was kept")
+        told = {key: value for key, value in vars(expected).items() if value is not None}
+        raise UserError(f"{url} gave another file than expected: {found}, not {told}; nothing was kept")
 
 
 def _digest(path: Path, name: str) -> str:

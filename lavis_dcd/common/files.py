@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, found in a checkout or a wheel, read without running code."""
+"""Files: written whole or not at all, found in a checkout or a wheel, hashed, and read without running code."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.unpickling import load_inert
 
 _BLOCK = 1 << 20
 
@@ -37,7 +40,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As :func:`atomic_write`, for writers that want the name of a file.
+    """Do the same as :func:`atomic_write` for writers that want the name of a file.
 
     Yields:
         An empty temporary file in the same folder. Leaving the block without an error brings it to the disk and
@@ -84,14 +87,14 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def umask() -> int:
-    """The process's mask: a finished file has the permissions of any other of this user, a temporary one 0600."""
+    """Return the process's mask: a finished file gets the permissions of this user's other files, not 0600."""
     current = os.umask(0)
     os.umask(current)
     return current
 
 
 def cache_root() -> Path:
-    """The folder of downloads (not created): `LAVIS_CACHE`, else `lavis` in the user's cache folder."""
+    """Return the folder of downloads (not created): `LAVIS_CACHE`, else `lavis` in the user's cache folder."""
     chosen = os.environ.get("LAVIS_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -100,7 +103,7 @@ def cache_root() -> Path:
 
 
 def packaged_folder(name: str) -> Path:
-    """The folder `name` ("configs" or "projects") that ships with the package.
+    """Return the folder `name` ("configs" or "projects") that ships with the package.
 
     In a wheel it lies inside the package, in a checkout (also an editable install) beside it.
 
@@ -117,7 +120,7 @@ def packaged_folder(name: str) -> Path:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """The hexadecimal SHA-256 of a file, read in blocks."""
+    """Return the hexadecimal SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(_BLOCK):
@@ -137,17 +140,13 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: the file is absent, is no checkpoint, or holds no dictionary.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from lavis_dcd.common.unpickling import load_inert
-
     source = Path(path)
     if not source.is_file():
         raise UserError(f"checkpoint {source} does not exist")
     if source.suffix == ".safetensors":
         try:
-            return load_file(str(source))
+            tensors: dict[str, Any] = load_file(str(source))
+            return tensors
         except (SafetensorError, OSError) as error:
             raise UserError(f"checkpoint {source} is not a readable safetensors file: {error}") from error
     content = load_inert(source)
@@ -162,21 +161,21 @@ _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 def asset_path(path: str) -> str:
-    """``asset:x/y`` as an absolute path; any other string unchanged.
+    """Return ``asset:x/y`` as an absolute path; any other string unchanged.
 
     Raises:
         UserError: when the package carries no such file.
     """
     if not path.startswith(ASSET_PREFIX):
         return path
-    found = (_ASSETS / path.removeprefix(ASSET_PREFIX)).resolve()
-    if _ASSETS not in found.parents or not found.exists():
+    file = (_ASSETS / path.removeprefix(ASSET_PREFIX)).resolve()
+    if _ASSETS not in file.parents or not file.exists():
         raise UserError(f"{path}: the package ships no such file; it has {', '.join(available_assets())}")
-    return str(found)
+    return str(file)
 
 
 def available_assets() -> list[str]:
-    """Names of all shipped files, with the prefix."""
+    """Return the names of all shipped files, with the prefix."""
     return [ASSET_PREFIX + str(p.relative_to(_ASSETS)) for p in sorted(_ASSETS.rglob("*")) if p.is_file()]
 
 
@@ -184,4 +183,4 @@ def update_with_tensors(digest: hashlib._Hash, named: Iterable[tuple[str, Tensor
     """Feed names, shapes, types and contents to ``digest``, in the order given."""
     for name, tensor in named:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

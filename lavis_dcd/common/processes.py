@@ -1,4 +1,4 @@
-"""torchrun's processes: who this one is, what all know, waiting for the main one."""
+"""torchrun's processes: this one's rank, objects of all of them, and work that the main one does first."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ class ProcessGroup:
 
     @classmethod
     def here(cls) -> ProcessGroup:
-        """As torchrun's process group has it; alone without one."""
+        """Return this process as torchrun's process group has it; alone without one."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def alone(self) -> bool:
+        """Whether no other process shares the work."""
         return self.size == 1
 
     def share(self, count: int) -> range:
-        """This process's part of ``count`` items: in order, without gaps, of one size but for one item."""
+        """Return this process's share of ``count`` items: in order, without gaps, of one size but for one item."""
         whole, more = divmod(count, self.size)
         start = self.rank * whole + min(self.rank, more)
         return range(start, start + whole + (self.rank < more))
@@ -43,16 +44,16 @@ ALONE = ProcessGroup()
 
 
 def gather_objects(value: Any, ranks: ProcessGroup) -> list[Any]:
-    """Every process's ``value`` (plain containers), by rank."""
+    """Return every process's ``value`` (plain containers), by rank."""
     if ranks.alone:
         return [value]
-    found: list[Any] = [None] * ranks.size
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * ranks.size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def patient_group() -> Any:
-    """A group of all processes whose members may wait for hours, for one that builds a feature bank, say."""
+    """Return a group of all processes whose members may wait for hours, say for one that builds a feature bank."""
     return dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
 
@@ -67,9 +68,9 @@ def leave_group() -> None:
 
 
 def main_process_first(work: Callable[[], T]) -> T:
-    """What ``work`` returns in each of torchrun's processes; the main one, whose log is read, is done first.
+    """Return what ``work`` returns, in each of torchrun's processes; the main one, whose log is read, goes first.
 
-    Where it fails, they try for themselves, and end with the same error rather than waiting for ever.
+    Where it fails there, the others try for themselves, and end with the same error instead of waiting for ever.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return work()

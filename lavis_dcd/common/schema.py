@@ -30,28 +30,27 @@ def parse(cls: type[T], mapping: Any, path: str = "model") -> T:
 
     Supports nested and optional dataclasses, `Optional`, unions, `Literal`, enums, `Path`, `list[...]`,
     `tuple[...]`, `dict[..., ...]` and `Any`. An optional section may also be `true` (all its defaults) or `false`.
-    A class may check its values in `__post_init__` by raising
-    `ValueError` or `UserError`.
+    A class may check its values in `__post_init__` by raising `ValueError` or `UserError`.
 
     Raises:
         UserError: one line per fault: unknown key, missing key, wrong type.
     """
     found: list[str] = []
-    value = _dataclass(cls, plain(mapping), path, found)
+    value: T = _dataclass(cls, plain(mapping), path, found)
     if found:
         raise UserError(found)
     return value
 
 
 def faults(cls: type, mapping: Any, path: str) -> list[str]:
-    """The faults that `parse` would raise, one line each; empty when the mapping is sound."""
+    """Return the faults that `parse` would raise, one line each; empty when the mapping is sound."""
     found: list[str] = []
     _dataclass(cls, plain(mapping), path, found)
     return found
 
 
 def unknown_key(path: str, key: Any, legal: typing.Iterable[str]) -> str:
-    """The line that reports a key (or name) nothing reads, with the nearest legal ones."""
+    """Return the line that reports a key (or name) nothing reads, with the nearest legal ones."""
     names = sorted(str(name) for name in legal)
     near = difflib.get_close_matches(str(key), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -60,7 +59,7 @@ def unknown_key(path: str, key: Any, legal: typing.Iterable[str]) -> str:
 
 
 def plain(section: Any) -> Any:
-    """``section`` as plain containers, which a checkpoint or a hash may hold; ``None`` as an empty mapping."""
+    """Return ``section`` as plain containers, which a checkpoint or a hash may hold; ``None`` as an empty mapping."""
     if OmegaConf.is_config(section):
         return OmegaConf.to_container(section, resolve=True)
     if isinstance(section, Mapping):
@@ -103,7 +102,7 @@ def _names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls) if field.init]
 
 
-def _required(field: dataclasses.Field) -> bool:
+def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
@@ -115,7 +114,7 @@ def _value(hint: Any, value: Any, path: str, found: list[str]) -> Any:
         return _union(hint, value, path, found)
     if origin is typing.Literal:
         return _literal(hint, value, path, found)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, path, found)
     container = origin or hint
     if container in (list, tuple, typing.get_origin(typing.Sequence)):
@@ -130,9 +129,10 @@ def _union(hint: Any, value: Any, path: str, found: list[str]) -> Any:
     if value is None and len(arms) < len(typing.get_args(hint)):
         return None
     if len(arms) == 1:
-        if isinstance(value, bool) and dataclasses.is_dataclass(arms[0]):  # an optional section, on or off
-            return _dataclass(arms[0], {}, path, found) if value else None
-        return _value(arms[0], value, path, found)
+        (arm,) = arms
+        if isinstance(value, bool) and isinstance(arm, type) and dataclasses.is_dataclass(arm):
+            return _dataclass(arm, {}, path, found) if value else None  # an optional section, on or off
+        return _value(arm, value, path, found)
     # An arm of the value's very type goes first, so that "3" stays text in `int | str`.
     for arm in sorted(arms, key=lambda arm: arm is not type(value)):
         tried: list[str] = []

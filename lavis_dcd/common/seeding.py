@@ -11,7 +11,7 @@ import torch
 
 
 def seed_for(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all parts (say the job's seed, "step", and the step's number)."""
+    """Return a 63-bit seed that depends on all parts (say the job's seed, "step", and the step's number)."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -32,13 +32,13 @@ def seed_host(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator, as tensors and plain containers."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    """Return the state of every generator, as tensors and plain containers."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (
             kind,
-            torch.from_numpy(keys.astype(np.int64)),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
             int(position),
             int(has_gauss),
             float(cached),

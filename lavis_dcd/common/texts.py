@@ -1,4 +1,4 @@
-"""Texts of other people's files: what of them can be read, and how a message may show them, or a size."""
+"""Texts of other people's files: their readable characters, and texts, values and sizes as a message shows them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """The text without control characters and marks of writing direction; white space stays."""
+    """Return the text without control characters and marks of writing direction; white space stays."""
     return _INVISIBLE.sub("", text)
 
 
 def half_character(text: str) -> str | None:
-    """The first lone surrogate of a text, which no tokenizer and no file can take; None where there is none."""
-    found = _HALF.search(text)
-    return found[0] if found else None
+    """Return the first lone surrogate of a text, which no tokenizer and no file can take; None where there is none."""
+    half = _HALF.search(text)
+    return half[0] if half else None
 
 
 def one_line(text: str, longest: int = 400) -> str:
-    """The text as a message may show it: what cannot be printed is escaped, the middle of a long one is left out."""
+    """Return the text as a message shows it: escaped where it cannot be printed, without the middle if long."""
     if len(text) > longest:
         text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
     if text.isprintable():
@@ -31,16 +31,16 @@ def one_line(text: str, longest: int = 400) -> str:
 
 
 def size_in_words(size: float) -> str:
-    """A number of bytes as people read it."""
+    """Return a number of bytes as people read it."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def shown(value: object, longest: int = 80) -> str:
-    """The value as written in Python, shortened to about ``longest`` characters."""
+    """Return the value as written in Python, shortened to about ``longest`` characters."""
     return one_line(repr(value), longest)
 
 
-def memory_in_words(found: dict[str, int]) -> str:
-    """As people read it: "812 MB", or with a GPU "812 MB, on the GPU 1,234 MB"."""
-    gpu = f", on the GPU {found['gpu_mb']:,} MB" if "gpu_mb" in found else ""
-    return f"{found['host_mb']:,} MB{gpu}"
+def memory_in_words(peaks: dict[str, int]) -> str:
+    """Return peaks of memory as people read them: "812 MB", or with a GPU "812 MB, on the GPU 1,234 MB"."""
+    gpu = f", on the GPU {peaks['gpu_mb']:,} MB" if "gpu_mb" in peaks else ""
+    return f"{peaks['host_mb']:,} MB{gpu}"

@@ -136,7 +136,8 @@ class _InertUnpickler(pickle.Unpickler):
                 raise pickle.UnpicklingError(f"the record data/{key} is not {count} numbers of {dtype}")
             data = bytearray(self._archive.read(record))
             raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-            storage = TypedStorage(wrap_storage=raw.untyped_storage(), dtype=dtype, _internal=True)
+            raw_bytes = raw.untyped_storage()
+            storage = TypedStorage(wrap_storage=raw_bytes, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
             self._storages[key] = storage
         return self._storages[key]
 

@@ -39,32 +39,33 @@ class RunnerDCD(Trainer):
         config = {"model": plain(cfg.model_cfg), "datasets": plain(cfg.datasets_cfg)}
         super().__init__(run, config, task, model, by_split(datasets, run), _project(cfg, run), job_id)
         self.cfg = cfg
-        # `register_path` refuses a name that it has: a second runner in a process would be impossible.
+        # LAVIS's own code reads the run folder from its registry. `register_path` refuses a name that it has, which
+        # would rule out a second runner in a process.
         result_dir = self.output_dir / "result"
         registry.mapping["paths"].update(output_dir=str(self.output_dir), result_dir=str(result_dir))
 
 
 def by_split(datasets: Mapping[str, Mapping[str, Any]], run: RunConfig) -> dict[str, Any]:
-    """{builder: {split: data set}} as {split: data set}, with the training splits concatenated under "train".
+    """Return {builder: {split: data set}} as {split: data set}, with the training splits concatenated as "train".
 
     Raises:
         UserError: two builders have the same evaluation split.
     """
-    parts = reorg_datasets_by_split(datasets)
+    by_name = reorg_datasets_by_split(datasets)
     used = {*run.valid_splits, *run.test_splits, *(run.teacher_split_eval or [])}
     faults = [
-        f"datasets: the split {split!r} comes from {len(parts[split])} data sets, evaluation needs one"
-        for split in sorted(used & set(parts))
-        if len(parts[split]) > 1
+        f"datasets: the split {split!r} comes from {len(by_name[split])} data sets, evaluation needs one"
+        for split in sorted(used & set(by_name))
+        if len(by_name[split]) > 1
     ]
     if faults:
         raise UserError(faults)
-    found = {split: sets[0] for split, sets in parts.items()}
-    training = [dataset for split in run.train_splits for dataset in parts.get(split, [])]
+    joined = {split: sets[0] for split, sets in by_name.items()}
+    training = [dataset for split in run.train_splits for dataset in by_name.get(split, [])]
     if training:
         distinct_image_ids(training)
-        found["train"] = training[0] if len(training) == 1 else ConcatDataset(training)
-    return found
+        joined["train"] = training[0] if len(training) == 1 else ConcatDataset(training)
+    return joined
 
 
 def _project(cfg: Any, run: RunConfig) -> str:

@@ -33,6 +33,7 @@ from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.mining.score_cache import KeptScores
 from lavis_dcd.models.building import build_matcher
+from lavis_dcd.training.contracts import TrainTask
 
 # of ``run:``, all that this task reads
 RUN_KEYS = (
@@ -62,7 +63,7 @@ def matchers_of(model: nn.Module) -> dict[str, Matcher | Ensemble]:
 
 
 @registry.register_task("dcd_retrieval")
-class DcdRetrievalTask(BaseTask):
+class DcdRetrievalTask(TrainTask, BaseTask):
     """Image-text retrieval with any matchers, a distiller's teacher and student included.
 
     Args:

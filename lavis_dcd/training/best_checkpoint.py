@@ -1,4 +1,4 @@
-"""What a job evaluates: the learner while it trains, the best of it, the teacher once, the final table."""
+"""A job's evaluations: the learner while it trains, its best weights, the teacher once, the final table."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from torch import nn
 
 from lavis_dcd.common.files import atomic_write
+from lavis_dcd.common.processes import ALONE
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.reporting.table import format_table
 from lavis_dcd.training import checkpoint
+from lavis_dcd.training.contracts import TrainTask, as_learner
 from lavis_dcd.training.devices import Process
-from lavis_dcd.training.logs import MetricsLog
+from lavis_dcd.training.logs import WEIGHTS_OF_STEP, MetricsLog
 from lavis_dcd.training.run_folder import write_results
-from lavis_dcd.training.sharding import load_model, whole
-
-# ----------------------------------------------------------------------------------------------------
-# The evaluations of a run: each one made once and kept in the run folder, and the machine it ran on.
+from lavis_dcd.training.strategy import Strategy
 
 FILE = "evaluations.json"
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+
+
+class _Entry(TypedDict):
+    step: int | None
+    metrics: dict[str, Any]
 
 
 class Evaluations:
@@ -40,14 +43,16 @@ class Evaluations:
 
     Args:
         folder: the run folder.
-        task: `evaluate_matcher(matcher, dataset, run, device)` returns a dict of metrics; with `evaluates_over_ranks`
-            it also takes `ranks`, and every process calls it.
+        task: its `evaluate_matcher` gives the metrics.
         resume_step: forget evaluations of later steps; None forgets all.
     """
 
-    def __init__(self, folder: Path, task: Any, run: RunConfig, place: Process, resume_step: int | None = None) -> None:
-        self._file, self._task, self._run, self._place = folder / FILE, task, run, place
-        self._done: dict[str, dict[str, Any]] = {}
+    def __init__(
+        self, folder: Path, task: TrainTask, run: RunConfig, process: Process, resume_step: int | None = None
+    ) -> None:
+        self._folder, self._task, self._run, self._process = folder, task, run, process
+        self._file = folder / FILE
+        self._done: dict[str, _Entry] = {}
         if resume_step is not None and self._file.is_file():
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             self._done = {
@@ -55,12 +60,12 @@ class Evaluations:
             }
 
     def get(self, name: str, split: str, step: int | None) -> dict[str, Any] | None:
-        """The metrics of an evaluation that was made, else None."""
+        """Return the metrics of an evaluation that was made, else None."""
         entry = self._done.get(_key(name, split, step))
-        return entry and dict(entry["metrics"])
+        return dict(entry["metrics"]) if entry else None
 
     def evaluate(self, name: str, matcher: Any, dataset: Any, split: str, step: int | None) -> dict[str, Any]:
-        """The metrics of `matcher` on a split, evaluated now unless that was done before.
+        """Return the metrics of `matcher` on a split, evaluated now unless that was done before.
 
         The caller puts the model into eval mode.
 
@@ -71,29 +76,30 @@ class Evaluations:
         stored = self.get(name, split, step)
         if stored is not None:
             return stored
-        measures = self._place.is_main or self._shares_work
-        metrics = self._place.share(self._measure(name, matcher, dataset, split) if measures else None)
+        measures = self._process.is_main or self._shares_work
+        metrics = self._process.share(self._measure(name, matcher, dataset, split) if measures else None)
         self._done[_key(name, split, step)] = {"step": step, "metrics": metrics}
         return dict(metrics)
 
     @property
     def _shares_work(self) -> bool:
-        return self._place.world_size > 1 and getattr(self._task, "evaluates_over_ranks", False)
+        return self._process.world_size > 1 and self._task.evaluates_over_ranks
 
     def _measure(self, name: str, matcher: Any, dataset: Any, split: str) -> dict[str, Any]:
         begin = time.monotonic()
+        ranks = self._process.ranks if self._shares_work else ALONE
         with torch.no_grad():
-            more = {"ranks": self._place.ranks} if self._shares_work else {}
-            found = self._task.evaluate_matcher(matcher, dataset, self._run, self._place.device, **more)
-        metrics = {key: _plain(value) for key, value in found.items()}
-        if not self._place.is_main:
-            return metrics
-        logger.info("%s on %s: %s (%.1f s)", name, split, summary(metrics), time.monotonic() - begin)
+            evaluation = self._task.evaluate_matcher(
+                matcher, dataset, self._run, self._process.device, ranks=ranks, folder=self._folder
+            )
+        metrics = {key: _plain(value) for key, value in evaluation.items()}
+        if self._process.is_main:
+            log.info("%s on %s: %s (%.1f s)", name, split, summary(metrics), time.monotonic() - begin)
         return metrics
 
     def write(self) -> None:
-        """Keep what was evaluated so far."""
-        if self._place.is_main:
+        """Write what was evaluated so far to the run folder."""
+        if self._process.is_main:
             with atomic_write(self._file, "w") as handle:
                 json.dump(self._done, handle, indent=1)
 
@@ -111,7 +117,7 @@ def _plain(value: Any) -> Any:
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """The figures of one evaluation on a line."""
+    """Return the figures of one evaluation as a line."""
     shown = [
         key
         for key in ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean", "r_sum")
@@ -121,22 +127,22 @@ def summary(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {metrics[key]:.2f}" for key in shown)
 
 
-def machine(run: RunConfig, place: Process) -> dict[str, Any]:
-    """Where the figures were measured."""
-    found = {
+def machine(run: RunConfig, process: Process) -> dict[str, Any]:
+    """Return where the figures were measured, for results.json."""
+    facts = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": str(place.device),
-        "processes": place.world_size,
+        "device": str(process.device),
+        "processes": process.world_size,
         "precision": "fp32" if run.amp == "off" else run.amp,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    if place.device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(place.device)
-    return found
+    if process.device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(process.device)
+    return facts
 
 
 def _processor() -> str:
@@ -149,13 +155,22 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-class Judge:
-    """Evaluates the matchers of a model and remembers which step was best.
+class Best(TypedDict):
+    """The best step so far, and its mean of `agg_metrics` over run.valid_splits."""
+
+    step: int
+    metric: float
+
+
+class BestCheckpoint:
+    """Evaluates the matchers of a model and keeps the weights of the best step.
 
     Args:
         folder: the run folder.
-        model: `matchers()` names what is evaluated; a model without it is evaluated itself, as "model".
+        task: evaluates.
+        strategy: holds the model, whose `matchers()` names what is evaluated.
         datasets: by split.
+        metrics: gets a line for each evaluation.
         resume_step: of the checkpoint that a resumed job continues, else None.
     """
 
@@ -163,26 +178,25 @@ class Judge:
         self,
         folder: Path,
         run: RunConfig,
-        place: Process,
-        task: Any,
-        model: nn.Module,
+        task: TrainTask,
+        strategy: Strategy,
         datasets: Mapping[str, Any],
-        log: MetricsLog,
+        metrics: MetricsLog,
         resume_step: int | None = None,
     ) -> None:
-        self._folder, self._run, self._place, self._task = folder, run, place, task
-        self._model, self._datasets, self._log = model, datasets, log
-        self._evaluations = Evaluations(folder, task, run, place, resume_step)
-        self.best: dict[str, Any] | None = None  # {"step", "metric"}
+        self._folder, self._run, self._task, self._strategy = folder, run, task, strategy
+        self._process, self._datasets, self._metrics = strategy.process, datasets, metrics
+        self._evaluations = Evaluations(folder, task, run, self._process, resume_step)
+        self.best: Best | None = None
         self.steps_per_epoch = 1
 
     @property
-    def matchers(self) -> dict[str, Any]:
+    def matchers(self) -> Mapping[str, Any]:
         """What can be evaluated, by name."""
-        return self._model.matchers() if hasattr(self._model, "matchers") else {"model": self._model}
+        return as_learner(self._strategy.bare_model).matchers()
 
     @property
-    def learner(self) -> str:
+    def learner_name(self) -> str:
         """The name of the matcher that learns: "student", or the only one that is not the teacher."""
         names = list(self.matchers)
         return "student" if "student" in names else next(name for name in names if name != "teacher")
@@ -190,57 +204,58 @@ class Judge:
     def evaluate_learner(
         self, splits: Sequence[str], step: int, log_step: int | None = None
     ) -> dict[str, dict[str, Any]]:
-        """The learner's metrics by split.
+        """Return the learner's metrics by split.
 
         Args:
             step: the optimizer steps that its weights have taken.
             log_step: where the job stands, if further than that (the best weights, loaded at the end).
         """
         log_step = step if log_step is None else log_step
-        return {split: self._evaluate(self.learner, split, step, log_step) for split in splits}
+        return {split: self._evaluate(self.learner_name, split, step, log_step) for split in splits}
 
     def evaluate_teacher(self, step: int) -> None:
         """Evaluate the teacher, if there is one, on run.teacher_splits; the job stands at `step`."""
         if "teacher" in self.matchers:
             for split in self._run.teacher_splits:
                 self._evaluate("teacher", split, None, step)
-                self.keep()
+                self.write_evaluations()
 
     def _evaluate(self, name: str, split: str, step: int | None, log_step: int) -> dict[str, Any]:
-        self._model.eval()
+        self._strategy.bare_model.eval()
         metrics = self._evaluations.evaluate(name, self.matchers[name], self._datasets[split], split, step)
-        line = {"split": split, "model": name, "weights_of_step": step, **metrics}
-        self._log.write("eval", log_step, log_step / self.steps_per_epoch, line)
+        line = {"split": split, "model": name, WEIGHTS_OF_STEP: step, **metrics}
+        self._metrics.write("eval", log_step, log_step / self.steps_per_epoch, line)
         return metrics
 
-    def keep(self) -> None:
+    def write_evaluations(self) -> None:
         """Write what was evaluated to the run folder, so that a resumed job does not repeat it."""
         self._evaluations.write()
 
     def validate(self, step: int) -> None:
         """Evaluate on run.valid_splits; keep the weights if their mean `agg_metrics` is the best so far."""
-        found = self.evaluate_learner(self._run.valid_splits, step)
-        if not found:
+        by_split = self.evaluate_learner(self._run.valid_splits, step)
+        if not by_split:
             return
-        metric = sum(metrics["agg_metrics"] for metrics in found.values()) / len(found)
+        metric = sum(metrics["agg_metrics"] for metrics in by_split.values()) / len(by_split)
         if self.best is None or metric > self.best["metric"]:
             self.best = {"step": step, "metric": metric}
-            content = {"model": whole(self._model.state_dict(), self._place.is_main), **self.best}
-            if self._place.is_main:
+            weights = self._strategy.whole(self._strategy.bare_model.state_dict())
+            content = {"model": weights, **self.best}
+            if self._process.is_main:
                 checkpoint.save(checkpoint.best_file(self._folder, step), content)
-            logger.info("best so far: %.2f at step %d", metric, step)
+            log.info("best so far: %.2f at step %d", metric, step)
         # After the weights, so that a stored evaluation always has the file it speaks of.
-        self.keep()
+        self.write_evaluations()
 
     def load_best(self) -> None:
         """Put the best weights into the model, where a best was chosen."""
         if self.best is not None:
-            self._place.share(None)  # the main process has written the file
+            self._process.share(None)  # the main process has written the file
             path = checkpoint.best_file(self._folder, self.best["step"])
-            load_model(self._model, checkpoint.load_weights(path))
+            self._strategy.load_model(checkpoint.load_weights(path))
 
     def write_results(self, title: str, step: int, facts: Mapping[str, Any] = MappingProxyType({})) -> bool:
-        """results.json and the table in the log, for the learner of optimizer step `step`.
+        """Write results.json, and the table to the log, for the learner of optimizer step `step`.
 
         Args:
             facts: more of the machine.
@@ -251,20 +266,18 @@ class Judge:
         run = self._run
         splits = list(dict.fromkeys([*run.table_splits, *run.teacher_splits]))
         if not splits:
-            logger.info("nothing to evaluate: run.valid_splits and run.test_splits are empty")
+            log.info("nothing to evaluate: run.valid_splits and run.test_splits are empty")
             return False
-        gallery = []
-        if hasattr(self._task, "gallery"):
-            with torch.no_grad():
-                gallery = self._task.gallery(self.matchers, self._datasets[splits[0]], run, self._place.device)
+        with torch.no_grad():
+            gallery = self._task.gallery(self.matchers, self._datasets[splits[0]], run, self._process.device)
         rows = {split: self._rows(split, step) for split in splits}
-        write_results(self._folder, title, rows, gallery, {**machine(run, self._place), **facts})
+        write_results(self._folder, title, rows, gallery, {**machine(run, self._process), **facts})
         for split in splits:
-            logger.info("results on %s:\n%s", split, format_table(rows[split]))
+            log.info("results on %s:\n%s", split, format_table(rows[split]))
         return True
 
     def _rows(self, split: str, step: int) -> list[dict[str, Any]]:
-        name, get = self.learner, self._evaluations.get
+        name, get = self.learner_name, self._evaluations.get
         rows = {"teacher": get("teacher", split, None)}
         if step > 0:
             rows[f"{name} before training"] = get(name, split, 0)

@@ -1,7 +1,8 @@
-"""Checkpoints of a running job: whole or absent, with checksums, nothing unpickled, found by themselves.
+"""Checkpoints of a running job: whole or absent, with checksums, and nothing in them is unpickled.
 
 A checkpoint is the folder `checkpoints/step-<optimizer step>` of a run folder, the best weights so far are
-`checkpoints/best-<optimizer step>`; both are written by :mod:`lavis_dcd.training.checkpoint`.
+`checkpoints/best-<optimizer step>`. Such a folder has two files, tensors in safetensors and all else in JSON, which
+holds the checksums of both.
 """
 
 from __future__ import annotations
@@ -23,21 +24,26 @@ from safetensors.torch import load_file, save_file
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import sha256_of, sync, umask
-from lavis_dcd.training import checkpoint as state_folder
 
-# ----------------------------------------------------------------------------------------------------
-# A nested state as a folder of two files: tensors in safetensors, all else in JSON, both with a checksum.
+log = logging.getLogger(__name__)
 
-TENSORS = "tensors.safetensors"
-STATE = "state.json"
+FORMAT = 2  # 1 was a file of torch.save
+FOLDER = "checkpoints"
+TENSORS, STATE = "tensors.safetensors", "state.json"
 TEMPORARY = ".tmp"  # the end of the name of what is being written or deleted; the name begins with a dot
+_STEP, _BEST = re.compile(r"step-(\d+)"), re.compile(r"best-(\d+)")
+_OLD = re.compile(r"step-(\d+)\.pth")
+_FIELDS = {
+    *("format", "model", "optimizer", "scheduler", "scaler", "health", "rng", "position", "best", "window"),
+    *("config", "teacher_fingerprint", "data"),
+}
 _HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})",')
 # What JSON does not know is written as a dictionary with one of these as its only key.
 _TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
 
 
 class DamagedError(Exception):
-    """A folder that is not what was written; the message says in what."""
+    """A folder differs from what was written; the message says how."""
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -71,8 +77,8 @@ def _write_files(folder: Path, content: Mapping[str, Any]) -> None:
     state = _plain(content, "", tensors, {})
     save_file(tensors, str(folder / TENSORS))
     sync(folder / TENSORS)
-    there = {"bytes": (folder / TENSORS).stat().st_size, "sha256": sha256_of(folder / TENSORS)}
-    body = json.dumps({"tensors": there, "state": state})[1:].encode() + b"\n"
+    written = {"bytes": (folder / TENSORS).stat().st_size, "sha256": sha256_of(folder / TENSORS)}
+    body = json.dumps({"tensors": written, "state": state})[1:].encode() + b"\n"
     # The first line is the checksum of the bytes after it; together they are one JSON object.
     head = f'{{"sha256": "{hashlib.sha256(body).hexdigest()}",\n'.encode()
     (folder / STATE).write_bytes(head + body)
@@ -82,7 +88,7 @@ def _write_files(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `write` was given, tensors on the CPU. Nothing is unpickled.
+    """Return what `write` was given, tensors on the CPU.
 
     Raises:
         DamagedError: a file is missing, cut short, changed, or cannot be read.
@@ -100,15 +106,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """The state without its tensors, whose file is not looked at: quick for folders of any size.
+    """Return the state without its tensors, whose file is not read: quick for folders of any size.
 
     Raises:
         DamagedError: as :func:`read`.
     """
     try:
-        return json.loads(_checked_json(path))["state"]
+        state: dict[str, Any] = json.loads(_checked_json(path))["state"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedError(str(error)) from error
+    return state
 
 
 def remove(path: Path) -> None:
@@ -153,8 +160,8 @@ def _checked_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _plain(value: Any, name: str, tensors: dict[str, torch.Tensor], seen: dict[tuple, str]) -> Any:
-    """`value` as JSON has it; its tensors go to `tensors`, one that stands in two places only once."""
+def _plain(value: Any, name: str, tensors: dict[str, torch.Tensor], seen: dict[tuple[Any, ...], str]) -> Any:
+    """Return `value` as JSON has it; its tensors go to `tensors`, one that stands in two places only once."""
     if isinstance(value, torch.Tensor):
         return {_TENSOR: _put(value, name, tensors, seen)}
     if isinstance(value, Mapping):
@@ -164,14 +171,14 @@ def _plain(value: Any, name: str, tensors: dict[str, torch.Tensor], seen: dict[t
             return dict(items)
         return {_ITEMS: [[_plain(key, name, tensors, seen), item] for key, item in items]}
     if isinstance(value, (list, tuple)):
-        found = [_plain(item, f"{name}/{number}", tensors, seen) for number, item in enumerate(value)]
-        return found if isinstance(value, list) else {_TUPLE: found}
+        row = [_plain(item, f"{name}/{number}", tensors, seen) for number, item in enumerate(value)]
+        return row if isinstance(value, list) else {_TUPLE: row}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"checkpoint: {name or 'the content'} is a {type(value).__name__}; only tensors and plain values")
 
 
-def _put(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor], seen: dict[tuple, str]) -> str:
+def _put(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor], seen: dict[tuple[Any, ...], str]) -> str:
     tensor = value.detach()
     key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     if tensor.numel() and key in seen:
@@ -202,29 +209,6 @@ def _nested(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return {key: _nested(item, tensors) for key, item in value.items()}
 
 
-FORMAT = 2  # 1 was a file of torch.save
-FOLDER = "checkpoints"
-_FIELDS = {
-    "format",
-    "model",
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "health",
-    "rng",
-    "position",
-    "best",
-    "window",
-    "config",
-    "teacher_fingerprint",
-    "data",
-}
-_STEP, _BEST = re.compile(r"step-(\d+)"), re.compile(r"best-(\d+)")
-_OLD = re.compile(r"step-\d+\.pth")
-
-logger = logging.getLogger(__name__)
-
-
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write `content` so that `path` is the whole checkpoint or does not exist.
 
@@ -232,7 +216,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
         UserError: it cannot be written (no space, no permission); what was there before is untouched.
     """
     try:
-        state_folder.write(path, content)
+        write(path, content)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(
@@ -248,7 +232,7 @@ def load(path: Path) -> dict[str, Any]:
         UserError: it is absent, damaged, of another format, or not a checkpoint of a running job.
     """
     content = _read(path)
-    if not isinstance(content, dict) or "format" not in content:
+    if "format" not in content:
         raise UserError(
             f"run.resume: {path} holds no state of a running job; name a folder <run folder>/{FOLDER}/step-*"
         )
@@ -259,7 +243,7 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
     if _OLD.fullmatch(path.name):
         raise UserError(f"run.resume: {path} has format 1 (of an earlier version), this version reads {FORMAT}")
     if not os.path.lexists(path):
@@ -267,69 +251,67 @@ def _read(path: Path) -> Any:
     if path.is_file():
         raise UserError(f"run.resume: {path} is a file, not a checkpoint; name a folder <run folder>/{FOLDER}/step-*")
     try:
-        return state_folder.read(path)
+        return read(path)
     except DamagedError as error:
         raise UserError(f"run.resume: {path} is not whole: {error}") from error
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors in a checkpoint, or in a folder of best weights.
+    """Return the model's tensors in a checkpoint, or in a folder of best weights.
 
     Raises:
         UserError: it is absent, damaged, or holds no "model".
     """
     content = _read(path)
-    if not isinstance(content, dict) or "model" not in content:
+    if "model" not in content:
         raise UserError(f'run.resume: {path} holds no weights of a run (no entry "model")')
-    return content["model"]
+    weights: dict[str, torch.Tensor] = content["model"]
+    return weights
 
 
 def best_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The best model's tensors in the job whose checkpoint is `path`; those of `path` if there is none."""
+    """Return the best model's tensors in the job whose checkpoint is `path`; those of `path` if there is none."""
     content = load(path)
     best = content["best"] and best_file(path.absolute().parent.parent, content["best"]["step"])
-    return load_weights(best) if best and best.exists() else content["model"]
+    weights: dict[str, torch.Tensor] = load_weights(best) if best and best.exists() else content["model"]
+    return weights
 
 
 def has_best(run_folder: Path, step: int) -> bool:
-    """Whether the best weights of `step` are there and whole; a line in the log says why not."""
+    """Return whether the best weights of `step` are there and whole; a line in the log says why not."""
     try:
         load_weights(best_file(run_folder, step))
     except UserError as error:
-        logger.warning("%s; the best is chosen anew", error)
+        log.warning("%s; the best is chosen anew", error)
         return False
     return True
 
 
 def step_file(run_folder: Path, step: int) -> Path:
-    """The checkpoint written after optimizer step `step`."""
+    """Return the path of the checkpoint written after optimizer step `step`."""
     return run_folder / FOLDER / f"step-{step:08d}"
 
 
 def best_file(run_folder: Path, step: int) -> Path:
-    """The weights of the best model, as of optimizer step `step`."""
+    """Return the path of the weights that were best, as of optimizer step `step`."""
     return run_folder / FOLDER / f"best-{step:08d}"
 
 
-def _entries(run_folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """What bears such a name, by step."""
+def _by_step(run_folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """Return the steps and paths of what bears such a name, in the order of the steps."""
     try:
         names = os.listdir(run_folder / FOLDER)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        logger.warning("passed over: run.resume: %s cannot be read (%s)", run_folder / FOLDER, error.strerror)
+        log.warning("passed over: run.resume: %s cannot be read (%s)", run_folder / FOLDER, error.strerror)
         return []
-    found = [name for name in names if pattern.fullmatch(name)]
-    return [run_folder / FOLDER / name for name in sorted(found, key=lambda name: int(_digits(name)))]
-
-
-def _digits(name: str) -> str:
-    return re.sub(r"\D", "", name)
+    steps = sorted((int(match[1]), match[0]) for match in map(pattern.fullmatch, names) if match)
+    return [(step, run_folder / FOLDER / name) for step, name in steps]
 
 
 def newest_valid(folders: list[Path]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint in any of the run folders, and its content; None where there is none.
+    """Return the newest whole checkpoint in any of the run folders, and its content; None where there is none.
 
     The folder with the newest checkpoint comes first, and in each folder the latest step. Each one passed over
     gets a line in the log, with the reason.
@@ -337,16 +319,16 @@ def newest_valid(folders: list[Path]) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         UserError: there are checkpoints of this format, and none is whole: starting anew would hide the loss.
     """
-    found = {folder: _entries(folder, _STEP) for folder in folders}
-    for old in [path for folder in folders for path in _entries(folder, _OLD)]:
-        logger.warning("passed over: run.resume: %s has format 1, this version reads %d", old, FORMAT)
+    by_folder = [[path for _, path in _by_step(folder, _STEP)] for folder in folders]
+    for old in [path for folder in folders for _, path in _by_step(folder, _OLD)]:
+        log.warning("passed over: run.resume: %s has format 1, this version reads %d", old, FORMAT)
     passed: list[str] = []
-    for paths in sorted(filter(None, found.values()), key=lambda paths: max(map(_time, paths)), reverse=True):
+    for paths in sorted(filter(None, by_folder), key=lambda paths: max(map(_time, paths)), reverse=True):
         for path in reversed(paths):
             try:
                 return path, load(path)
             except UserError as error:
-                logger.warning("passed over: %s", error)
+                log.warning("passed over: %s", error)
                 passed += error.faults
     if passed:
         raise UserError(
@@ -363,7 +345,7 @@ def _time(path: Path) -> int:
 
 
 def find(resume: str, project_folder: Path, job_id: str | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """What `run.resume` names.
+    """Return the checkpoint that `run.resume` names.
 
     Args:
         resume: "auto" (the newest whole checkpoint of the project), a checkpoint, or a run folder.
@@ -379,12 +361,12 @@ def find(resume: str, project_folder: Path, job_id: str | None = None) -> tuple[
     if resume == "auto":
         return newest_valid([project_folder / job_id] if job_id else sorted(project_folder.glob("*")))
     path = Path(resume)
-    if not path.is_dir() or _STEP.fullmatch(path.name) or (path / state_folder.STATE).exists():
+    if not path.is_dir() or _STEP.fullmatch(path.name) or (path / STATE).exists():
         return path, load(path)
-    found = newest_valid([path])
-    if found is None:
+    newest = newest_valid([path])
+    if newest is None:
         raise UserError(f"run.resume: {path} has no readable checkpoint in its folder {FOLDER}/")
-    return found
+    return newest
 
 
 def prune(run_folder: Path, keep_last: int, keep_best: int = 1) -> None:
@@ -396,26 +378,24 @@ def prune(run_folder: Path, keep_last: int, keep_best: int = 1) -> None:
         keep_last: how many checkpoints stay.
         keep_best: how many of the newest best weights stay in any case.
     """
-    steps = _entries(run_folder, _STEP)
-    doomed = steps[:-keep_last]
+    steps = [path for _, path in _by_step(run_folder, _STEP)]
     needed = {_best_of(path) for path in steps[-keep_last:]}
-    for path in _entries(run_folder, _BEST)[:-keep_best]:
-        if int(_digits(path.name)) not in needed:
-            doomed.append(path)
+    bests = _by_step(run_folder, _BEST)[:-keep_best]
+    doomed = steps[:-keep_last] + [path for step, path in bests if step not in needed]
     for path in doomed:
         try:
-            state_folder.remove(path)
+            remove(path)
         except OSError as error:
-            logger.warning("%s cannot be deleted (%s)", path, error.strerror)
-    # What a kill in the middle of a write has left.
-    for path in (run_folder / FOLDER).glob(f".*{state_folder.TEMPORARY}"):
-        state_folder.clear(path)
+            log.warning("%s cannot be deleted (%s)", path, error.strerror)
+    # a kill in the middle of a write leaves these
+    for path in (run_folder / FOLDER).glob(f".*{TEMPORARY}"):
+        clear(path)
 
 
 def _best_of(path: Path) -> int | None:
     try:
-        best = state_folder.read_plain(path)["best"]
-        return best and best["step"]
+        best = read_plain(path)["best"]
+        return best["step"] if best else None
     except (DamagedError, LookupError, TypeError):
         return None
 
@@ -426,6 +406,7 @@ def discard_after(run_folder: Path, step: int) -> None:
     Raises:
         OSError: one cannot be deleted.
     """
-    for path in _entries(run_folder, _STEP) + _entries(run_folder, _BEST):
-        if int(_digits(path.name)) > step:
-            state_folder.remove(path)
+    for pattern in (_STEP, _BEST):
+        for later, path in _by_step(run_folder, pattern):
+            if later > step:
+                remove(path)

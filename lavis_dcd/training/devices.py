@@ -1,4 +1,4 @@
-"""Where a job runs: the device, the processes of torchrun, precision, and moving batches there."""
+"""Where a job runs: its device, its precision, torchrun's processes, and the memory that its phases take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,19 +16,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ProcessGroup, patient_group
 from lavis_dcd.common.texts import memory_in_words
 from lavis_dcd.config.run_section import FP16_ON_CPU, RunConfig
-from lavis_dcd.training.sharding import shard
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # All processes are in the same step, so a peer that is silent for so long is lost: torch ends this one with an error.
 # One that dies is noticed at once, by its closed connections and by torchrun.
 STEP_TIMEOUT = timedelta(minutes=30)
+
+MB = 1e6
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,11 @@ class Process:
 
     @property
     def ranks(self) -> ProcessGroup:
-        """The same for code that knows nothing of runners."""
+        """The same without a device, for code that only shares out work."""
         return ProcessGroup(self.rank, self.world_size)
 
     def share(self, value: Any) -> Any:
-        """The main process's `value` (any picklable object), in every process. Also serves as a barrier."""
+        """Return the main process's `value` (any picklable object) in every process; also serves as a barrier."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -62,7 +64,7 @@ class Process:
         return box[0]
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of `values` over the processes."""
+        """Return the mean of `values` over the processes."""
         if self.world_size > 1:
             dist.all_reduce(values)
             values /= self.world_size
@@ -72,23 +74,24 @@ class Process:
         """Give all processes the main one's values, in place."""
         for tensor in tensors:
             sent = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor  # gloo sends no bool
-            found = sent.contiguous()
-            dist.broadcast(found, src=0)
-            if found is not sent:
-                sent.copy_(found)
+            contiguous = sent.contiguous()
+            dist.broadcast(contiguous, src=0)
+            if contiguous is not sent:
+                sent.copy_(contiguous)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give 0-dim parameters the mean over the processes of their gradients; one without counts as 0."""
         if not parameters:
             return
         none = torch.zeros((), device=self.device)
-        found = [none if p.grad is None else p.grad.float() for p in parameters]
-        means, having = self.mean(torch.stack([*found, *(none + (p.grad is not None) for p in parameters)])).chunk(2)
+        gradients = [none if p.grad is None else p.grad.float() for p in parameters]
+        there = [none + (p.grad is not None) for p in parameters]
+        means, having = self.mean(torch.stack([*gradients, *there])).chunk(2)
         for parameter, mean, share in zip(parameters, means, having.tolist(), strict=True):
             parameter.grad = mean.to(parameter.dtype).clone() if share else None
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Return whether the flag is set in any process."""
         if self.world_size == 1:
             return flag
         total = torch.tensor(float(flag), device=self.device)
@@ -135,53 +138,33 @@ def _join(backend: str, url: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT)
 
 
-def wrap_for_training(model: nn.Module, place: Process, strategy: str = "ddp") -> nn.Module:
-    """The model itself; when several processes train, inside DistributedDataParallel, or sharded in place.
-
-    A model whose loss may leave trainable parameters out says so in an attribute `find_unused_parameters`.
-
-    Args:
-        strategy: "ddp" or "fsdp".
-    """
-    if place.world_size == 1:
-        if strategy == "fsdp":
-            logger.info("run.strategy: fsdp has nothing to share out with one process; the model stays whole")
-        return model
-    if strategy == "fsdp":
-        shard(model, place.device, place.world_size)
-        return model
-    ids = [place.device.index] if place.device.type == "cuda" else None
-    unused = bool(getattr(model, "find_unused_parameters", False))
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=unused)
-
-
 def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
-    """The context of the forward pass for run.amp."""
+    """Return the context of the forward pass for run.amp."""
     dtype = torch.float16 if run.amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=run.amp != "off")
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in its dicts, lists and tuples on `device`.
+    """Return `value` with every tensor in its dicts, lists and tuples on `device`.
 
     Other objects with a method `to` (`Features`) move too; anything else stays as it is.
     """
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(device, non_blocking=True)
+        return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+    return map_leaves(value, moved)
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return `value` with `change` done to everything in its nested dicts, lists and tuples."""
     if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: map_leaves(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(to_device(item, device) for item in value)
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    return value.to(device) if hasattr(value, "to") else value
-
-
-# ----------------------------------------------------------------------------------------------------
-# The most memory that the phases of a job took, in host memory and on the GPU.
-
-MB = 1e6
-
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
+        return type(value)(map_leaves(item, change) for item in value)
+    return change(value)
 
 
 class MemoryPeaks:
@@ -193,7 +176,7 @@ class MemoryPeaks:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._found: dict[str, dict[str, int]] = {}
+        self._peaks: dict[str, dict[str, int]] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -202,15 +185,18 @@ class MemoryPeaks:
         try:
             yield
         finally:
-            found = peak(self._device)
-            kept = self._found.setdefault(name, {})
-            for key, value in found.items():
-                kept[key] = max(kept.get(key, 0), value)
-            logger.info("peak memory of %s: %s", name, memory_in_words(found))
+            now = peak(self._device)
+            largest = self._peaks.setdefault(name, {})
+            for key, value in now.items():
+                largest[key] = max(largest.get(key, 0), value)
+            log.info("peak memory of %s: %s", name, memory_in_words(now))
 
     def facts(self) -> dict[str, dict[str, dict[str, int]]]:
-        """For results.json: {"peak_memory": {phase: {"host_mb", and with CUDA "gpu_mb"}}}; empty before any phase."""
-        return {"peak_memory": {name: dict(found) for name, found in self._found.items()}} if self._found else {}
+        """Return {"peak_memory": {phase: {"host_mb", and with CUDA "gpu_mb"}}}, for results.json.
+
+        The dictionary is empty before any phase.
+        """
+        return {"peak_memory": {name: dict(peaks) for name, peaks in self._peaks.items()}} if self._peaks else {}
 
 
 def restart(device: torch.device) -> None:
@@ -222,11 +208,11 @@ def restart(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> dict[str, int]:
-    """Megabytes (10^6 bytes): "host_mb", resident memory; on CUDA also "gpu_mb", what tensors took there."""
-    found = {"host_mb": round(_resident_peak() / MB)}
+    """Return megabytes (10^6 bytes): "host_mb", resident memory; on CUDA also "gpu_mb", what tensors took there."""
+    peaks = {"host_mb": round(_resident_peak() / MB)}
     if device.type == "cuda":
-        found["gpu_mb"] = round(torch.cuda.max_memory_allocated(device) / MB)
-    return found
+        peaks["gpu_mb"] = round(torch.cuda.max_memory_allocated(device) / MB)
+    return peaks
 
 
 def _resident_peak() -> int:

@@ -1,4 +1,4 @@
-"""Steps whose numbers go wrong: noticed, undone, counted, and after too many in a row the end of the job."""
+"""A job's health: steps whose numbers go wrong are undone, counted and in the end fatal; odd scores get a warning."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import gather_objects
 from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.devices import Process
-from lavis_dcd.training.sharding import kept_whole, local
+from lavis_dcd.training.strategy import local_norm
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MOST_IDS = 10  # pictures that a message names
+DEAD_SPREAD = 1e-6  # of the largest score
+STEPS_TO_TELL = 5  # fewer say nothing
+CHANCE = 0.5  # the share of the other candidates that stand above a match placed at random
 
 _SCORES = {"teacher_": "teacher scores", "student_": "student scores"}
 
@@ -44,7 +45,7 @@ class Blame:
 
 
 def blame(reports: Sequence[Mapping[str, Tensor]], image_ids: Sequence[Any], optimizer: torch.optim.Optimizer) -> Blame:
-    """Find out what broke; reads many values, so only for a step that did.
+    """Return what broke in a step; it reads many values, so only for a step that did break.
 
     Args:
         reports: the scalars of each micro-batch's output.
@@ -73,7 +74,7 @@ def _broken_groups(optimizer: torch.optim.Optimizer) -> list[str]:
     return [
         str(group.get("name", number))
         for number, group in enumerate(optimizer.param_groups)
-        if not math.isfinite(_own_norm(group["params"]))
+        if not math.isfinite(local_norm(group["params"]))
     ]
 
 
@@ -83,74 +84,54 @@ def _plain_ids(ids: Any) -> list[Any]:
     return ids.flatten().tolist() if isinstance(ids, Tensor) else list(ids)
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together, 0-dim; NaN or infinite where any of them is.
-
-    A gradient whose norm overflows counts as infinite: its square would stay in the optimizer's state for good.
-    Where some of the parameters are sharded, every process must call.
-    """
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
-    if not sharded:
-        return _own_norm(parameters)
-    total = _own_norm(sharded).double().square()
-    dist.all_reduce(total)
-    return (total + _own_norm(kept_whole(parameters)).double().square()).sqrt().float()
-
-
-def _own_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Of what this process holds of the gradients."""
-    norm = nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None])
-    return norm.to(parameters[0].device) if len(parameters) else norm
-
-
 class Health:
     """Counts the skipped steps of a job; a part of its checkpoints.
 
     Args:
-        place: this process among those that train; all of them skip together.
+        process: this process among those that train; all of them skip together.
     """
 
-    def __init__(self, place: Process) -> None:
-        self._place = place
+    def __init__(self, process: Process) -> None:
+        self._process = process
         self.skipped = 0
         self.in_row = 0
         self.last_taken: int | None = None
         self._blames: list[Blame] = []
 
     def took(self, number: int) -> None:
-        """Step `number` was taken."""
+        """Note that step `number` was taken."""
         self.in_row, self.last_taken, self._blames = 0, number, []
 
-    def skip(self, number: int, found: Blame, scale: float | None) -> None:
+    def skip(self, number: int, broken: Blame, scale: float | None) -> None:
         """Count the skipped step `number`. Every process must call it.
 
         Args:
-            found: in this process.
+            broken: in this process.
             scale: of fp16's gradient scaler. Above 1 it may be what made the gradient overflow, so that such steps
                 are no sign of trouble: they are counted, but never end a job.
         """
-        blames = self._gathered(found)
+        blames = self._gathered(broken)
         self.skipped += 1
         in_loss = any(item.in_loss for item in blames)
         if scale is not None and scale > 1 and not in_loss:
-            logger.info("step %d skipped: fp16 overflows at a gradient scale of %g", number + 1, scale)
+            log.info("step %d skipped: fp16 overflows at a gradient scale of %g", number + 1, scale)
             return
         self.in_row, self._blames = self.in_row + 1, blames
         terms = ", ".join(self._terms())
-        logger.warning("step %d skipped: NaN or infinite: %s; pictures %s", number + 1, terms, self._pictures({}))
+        log.warning("step %d skipped: NaN or infinite: %s; pictures %s", number + 1, terms, self._pictures({}))
 
-    def _gathered(self, found: Blame) -> list[Blame]:
-        of_all = gather_objects(found, self._place.ranks)
+    def _gathered(self, broken: Blame) -> list[Blame]:
+        of_all = gather_objects(broken, self._process.ranks)
         if len(of_all) == 1:
             return of_all
-        # one process's broken loss is in everybody's gradient: that is no news of the others
+        # one process's broken loss spreads to every gradient, which says nothing about the other processes' pictures
         return [item for item in of_all if item.in_loss] or [item for item in of_all if item.terms]
 
     def _terms(self) -> list[str]:
         return list(dict.fromkeys(term for item in self._blames for term in item.terms))
 
     def _pictures(self, names: Mapping[Any, str]) -> str:
-        ids = list(dict.fromkeys(item for found in self._blames for item in found.image_ids))
+        ids = list(dict.fromkeys(item for blamed in self._blames for item in blamed.image_ids))
         shown = [f"{item} ({names[item]})" if item in names else str(item) for item in ids[:MOST_IDS]]
         more = f" and {len(ids) - MOST_IDS} more" if len(ids) > MOST_IDS else ""
         return (", ".join(shown) or "without ids") + more
@@ -178,7 +159,7 @@ class Health:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the counts, for a checkpoint."""
         return {"skipped": self.skipped, "in_row": self.in_row, "last_taken": self.last_taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -187,12 +168,12 @@ class Health:
 
 
 def picture_names(dataset: Any) -> dict[Any, str]:
-    """The file of every "image_id" that samples of a LAVIS training set, or a wrapper of some, come with."""
+    """Return the file of every "image_id" that samples of a LAVIS training set, or a wrapper of some, come with."""
     names: dict[Any, str] = {}
     if not hasattr(dataset, "__dict__"):  # a plain list of samples
         return names
     for leaf in plain_sets(dataset, "").values():
-        numbers = getattr(leaf, "img_ids", None)
+        numbers: Mapping[Any, Any] = getattr(leaf, "img_ids", None) or {}
         for row in getattr(leaf, "annotation", []) if numbers else []:
             if row.get("image_id") in numbers:
                 names.setdefault(numbers[row["image_id"]], str(row.get("image", row["image_id"])))
@@ -200,19 +181,19 @@ def picture_names(dataset: Any) -> dict[Any, str]:
 
 
 def last_good(run_folder: Path, last_taken: int | None) -> Path | None:
-    """The newest checkpoint whose weights are known to have given a finite loss; the newest if none is.
+    """Return the newest checkpoint whose weights are known to have given a finite loss; the newest if none is.
 
     Args:
         last_taken: the number, from 0, of the last step that was not skipped. Its loss was finite, and came of the
             weights of a checkpoint with as many steps or fewer; what it made of them, no step has shown.
     """
-    found = {}
+    by_step = {}
     for path in (run_folder / checkpoint.FOLDER).glob("step-*"):
         digits = path.stem.removeprefix("step-")
         if digits.isdigit():
-            found[int(digits)] = path
-    proven = [step for step in found if last_taken is not None and step <= last_taken]
-    return found[max(proven or found)] if found else None
+            by_step[int(digits)] = path
+    proven = [step for step in by_step if last_taken is not None and step <= last_taken]
+    return by_step[max(proven or by_step)] if by_step else None
 
 
 class LiveBuffers:
@@ -223,10 +204,10 @@ class LiveBuffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._kept: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
 
     def live(self) -> dict[str, Tensor]:
-        """By name."""
+        """Return these buffers by name, as they are now."""
         return {
             f"{path}.{name}": buffer
             for path, module in self._model.named_modules()
@@ -236,34 +217,26 @@ class LiveBuffers:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Before the forward passes of a step."""
+        """Copy them, before the forward passes of a step."""
         live = self.live()
-        self._kept = {name: kept for name, kept in self._kept.items() if name in live}
+        self._copies = {name: copy for name, copy in self._copies.items() if name in live}
         for name, buffer in live.items():
-            kept = self._kept.get(name)
-            if kept is None or kept.shape != buffer.shape or kept.device != buffer.device:
-                self._kept[name] = buffer.clone()
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != buffer.shape or copy.device != buffer.device:
+                self._copies[name] = buffer.clone()
             else:
-                kept.copy_(buffer)
+                copy.copy_(buffer)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put back what the forward passes since `remember` changed."""
         for name, buffer in self.live().items():
-            if name in self._kept:
-                buffer.copy_(self._kept[name])
-
-
-# ----------------------------------------------------------------------------------------------------
-# Scores that tell of trouble before the recalls do: warnings in a training job's log.
-
-DEAD_SPREAD = 1e-6  # of the largest score
-STEPS_TO_JUDGE = 5  # fewer say nothing
-CHANCE = 0.5  # the share of the other candidates that stand above a match placed at random
+            if name in self._copies:
+                buffer.copy_(self._copies[name])
 
 
 class ScoreWatch:
-    """Warns once, in plain words, of a student without opinions and of a teacher without knowledge."""
+    """Warns once of a student whose scores are all alike, and of a teacher that is worse than chance."""
 
     def __init__(self) -> None:
         self._dead_steps = 0
@@ -271,10 +244,10 @@ class ScoreWatch:
         self._told: set[str] = set()
 
     def see(self, means: Mapping[str, float], steps: int) -> None:
-        """The means of `steps` further steps: of "student_spread" and "teacher_match_rank", where there are such."""
+        """Take the means of `steps` more steps; "student_spread" and "teacher_match_rank" are read where given."""
         if "student_spread" in means:
             self._dead_steps = self._dead_steps + steps if means["student_spread"] < DEAD_SPREAD else 0
-            if self._dead_steps >= STEPS_TO_JUDGE:
+            if self._dead_steps >= STEPS_TO_TELL:
                 self._tell(
                     "student",
                     f"the student scores all candidates of a query alike ({self._dead_steps} steps now): it learns "
@@ -283,11 +256,11 @@ class ScoreWatch:
         if "teacher_match_rank" in means:
             self._rank += means["teacher_match_rank"] * steps
             self._rank_steps += steps
-            if self._rank_steps >= STEPS_TO_JUDGE:
-                self._judge_teacher(self._rank / self._rank_steps)
+            if self._rank_steps >= STEPS_TO_TELL:
+                self._check_teacher(self._rank / self._rank_steps)
                 self._rank, self._rank_steps = 0.0, 0
 
-    def _judge_teacher(self, rank: float) -> None:
+    def _check_teacher(self, rank: float) -> None:
         if rank > CHANCE:
             self._tell(
                 "teacher",
@@ -299,4 +272,4 @@ class ScoreWatch:
     def _tell(self, who: str, words: str) -> None:
         if who not in self._told:
             self._told.add(who)
-            logger.warning("%s", words)
+            log.warning("%s", words)

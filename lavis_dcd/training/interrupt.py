@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from lavis_dcd.training.devices import Process
+
+log = logging.getLogger(__name__)
 
 _SAME_KEY_PRESS = 1.0  # seconds within which a second Ctrl-C is the first, passed on by torchrun
 
@@ -47,13 +49,9 @@ class InterruptGuard:
         if kind is None and self.requested:  # since somebody last looked
             raise self._error(self.terminated)
 
-    def error(self, place: Any) -> KeyboardInterrupt:
-        """What to raise once the step is finished and saved; every process must ask, and gets the same.
-
-        Args:
-            place: `any(flag)` tells whether the flag is set in any process.
-        """
-        return self._error(place.any(self.terminated))
+    def error(self, process: Process) -> KeyboardInterrupt:
+        """Return what to raise once the step is finished and saved: the same in every process, which all must call."""
+        return self._error(process.any(self.terminated))
 
     @staticmethod
     def _error(terminated: bool) -> KeyboardInterrupt:
@@ -65,12 +63,12 @@ class InterruptGuard:
             raise KeyboardInterrupt
         if not self.requested:
             self.requested, self._since = True, now
-            logger.warning("interrupted: finishing this step, then saving (Ctrl-C again stops at once)")
+            log.warning("interrupted: finishing this step, then saving (Ctrl-C again stops at once)")
 
     def _note_termination(self, _number: int, _frame: FrameType | None) -> None:
         if not self.requested:
             self._since = time.monotonic()
-            logger.warning("SIGTERM: finishing this step, then saving")
+            log.warning("SIGTERM: finishing this step, then saving")
         self.requested = self.terminated = True
 
 

@@ -1,4 +1,4 @@
-"""What a job writes while it runs: log.txt, metrics.jsonl, TensorBoard scalars, and a bar on a terminal."""
+"""The logs of a running job: log.txt, metrics.jsonl, TensorBoard scalars, and a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED
 from lavis_dcd.training.devices import Process
 from lavis_dcd.training.health import ScoreWatch
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+WEIGHTS_OF_STEP = "weights_of_step"  # of an evaluation's line: the optimizer steps that the weights had taken
 
-class Window:
-    """Sums of the scalars of the steps since the last log line.
+
+class ScalarMeans:
+    """The means of the steps' scalars since the last log line.
 
     Values stay on their device until `means`, so adding them does not wait for the GPU.
     """
@@ -45,11 +47,11 @@ class Window:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, torch.Tensor]:
-        """The mean of each scalar over the steps that had it."""
+        """Return the mean of each scalar over the steps that had it."""
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
-    def finite_means(self, place: Process, step: int, folder: Path) -> dict[str, float]:
-        """The means over all processes, "loss" first; what is no finite number is left out.
+    def finite_means(self, process: Process, step: int, folder: Path) -> dict[str, float]:
+        """Return the means over all processes, "loss" first; what is no finite number is left out.
 
         A batch in which no query has a negative has no score of a hardest negative, so its mean is none.
 
@@ -59,11 +61,11 @@ class Window:
         Raises:
             UserError: the loss is not finite.
         """
-        found = dict(sorted(self.means().items(), key=lambda item: (item[0] != "loss", item[0])))
-        if not found:
+        in_order = dict(sorted(self.means().items(), key=lambda item: (item[0] != "loss", item[0])))
+        if not in_order:
             return {}
-        values = torch.stack([value.to(place.device) for value in found.values()])
-        means = dict(zip(found, place.mean(values).tolist(), strict=True))
+        values = torch.stack([value.to(process.device) for value in in_order.values()])
+        means = dict(zip(in_order, process.mean(values).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise UserError(
                 f"run: the loss is {means['loss']} by step {step}; try a lower run.init_lr, run.grad_clip, or "
@@ -77,24 +79,24 @@ class Window:
         return max(self._counts.values(), default=0)
 
     def clear(self) -> None:
-        """Start a new window."""
+        """Start anew."""
         self._sums, self._counts = {}, {}
 
-    def state_dict(self) -> dict[str, dict]:
-        """For a checkpoint."""
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the sums, for a checkpoint."""
         return {
             "sums": {name: value.cpu() for name, value in self._sums.items()},
             "counts": dict(self._counts),
         }
 
-    def load_state_dict(self, state: dict[str, dict], device: torch.device) -> None:
-        """Continue the window of a checkpoint."""
+    def load_state_dict(self, state: dict[str, dict[str, Any]], device: torch.device) -> None:
+        """Continue the sums of a checkpoint."""
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
         self._counts = dict(state["counts"])
 
 
 class DataClock:
-    """How much of this process's training time goes by waiting for batches.
+    """The share of this process's training time that goes by waiting for batches.
 
     It is no part of a checkpoint: after a resume it starts at nothing, and no result depends on it.
     """
@@ -103,7 +105,7 @@ class DataClock:
         self._waited = self._whole = 0.0
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
-        """`batches`, the time until each of them noted."""
+        """Yield `batches`, and note the time until each of them."""
         while True:
             begin = time.perf_counter()
             try:
@@ -116,7 +118,7 @@ class DataClock:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a step, its batches included."""
+        """Note the time inside: a step, its batches included."""
         begin = time.perf_counter()
         try:
             yield
@@ -124,7 +126,7 @@ class DataClock:
             self._whole += time.perf_counter() - begin
 
     def share(self) -> float:
-        """The part of the steps since the last call that was waiting, 0 to 1, to four digits."""
+        """Return the share of the steps since the last call that was waiting, 0 to 1, to four digits."""
         share = self._waited / self._whole if self._whole else 0.0
         self._waited = self._whole = 0.0
         return round(min(share, 1.0), 4)
@@ -145,19 +147,10 @@ class MetricsLog:
         self._board = None
         if self._file is None:
             return
-        kept = [] if resume_step is None else [line for line in self._lines() if _is_before(line, resume_step)]
+        remaining = [] if resume_step is None else [x for x in _lines(self._file) if _is_before(x, resume_step)]
         with atomic_write(self._file, "w") as handle:
-            handle.writelines(json.dumps(line) + "\n" for line in kept)
+            handle.writelines(json.dumps(line) + "\n" for line in remaining)
         self._board = _board(folder / "tensorboard", resume_step)
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        if not self._file.is_file():
-            return
-        for text in self._file.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError:
-                return  # the line being written when the process was killed; nothing follows it
 
     def write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
         """Append a line {"kind", "step", "epoch", **values}; its numbers also become TensorBoard scalars."""
@@ -170,7 +163,7 @@ class MetricsLog:
             return
         prefix = "/".join(["train"] if kind == "train" else [str(values["split"]), str(values["model"])])
         for name, value in values.items():
-            if _is_number(value) and name != "weights_of_step":
+            if _is_number(value) and name != WEIGHTS_OF_STEP:
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
 
     def close(self) -> None:
@@ -179,15 +172,27 @@ class MetricsLog:
             self._board.close()
 
 
-def _is_before(line: dict[str, Any], step: int) -> bool:
+def _lines(file: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    if not file.is_file():
+        return lines
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # the line being written when the process was killed; nothing follows it
+    return lines
+
+
+def _is_before(line: Mapping[str, Any], step: int) -> bool:
     return line["step"] < step or (line["kind"] == "train" and line["step"] == step)
 
 
 def _board(folder: Path, resume_step: int | None) -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  an optional dependency, slow to import
     except ImportError:
-        logger.warning("tensorboard is not installed: no TensorBoard scalars (pip install tensorboard)")
+        log.warning("tensorboard is not installed: no TensorBoard scalars (pip install tensorboard)")
         return None
     return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
 
@@ -223,18 +228,14 @@ def _is_number(value: Any) -> bool:
 
 
 def scalars_of(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The scalars of a model's output: numbers and one-element tensors, detached, as 0-dim tensors."""
-    found = {}
+    """Return the scalars of a model's output: numbers and one-element tensors, detached, as 0-dim tensors."""
+    scalars = {}
     for name, value in output.items():
         if isinstance(value, torch.Tensor) and value.numel() == 1:
-            found[name] = value.detach().reshape(()).double()
+            scalars[name] = value.detach().reshape(()).double()
         elif _is_number(value):
-            found[name] = torch.tensor(float(value), dtype=torch.float64)
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------
-# What the steps of a training job tell: means over a window of them, in the log and in metrics.jsonl.
+            scalars[name] = torch.tensor(float(value), dtype=torch.float64)
+    return scalars
 
 
 class StepLog:
@@ -242,22 +243,22 @@ class StepLog:
 
     Args:
         folder: the run folder, for messages.
-        total_steps: of the whole job, whose last step also ends a window.
+        total_steps: of the whole job, whose last step also ends in a line.
     """
 
     def __init__(
         self,
         run: RunConfig,
-        place: Process,
+        process: Process,
         folder: Path,
         metrics: MetricsLog,
         steps_per_epoch: int,
         total_steps: int,
     ) -> None:
-        self._run, self._place, self._folder, self._metrics = run, place, folder, metrics
+        self._run, self._process, self._folder, self._metrics = run, process, folder, metrics
         self._steps_per_epoch, self._total = steps_per_epoch, total_steps
         self._watch = ScoreWatch()
-        self.window, self.clock = Window(), DataClock()
+        self.means, self.clock = ScalarMeans(), DataClock()
 
     def add(self, report: Mapping[str, torch.Tensor], step: int, lr: float, skipped: int) -> None:
         """Count a step; every process must call it.
@@ -268,24 +269,24 @@ class StepLog:
             lr: at which the step was taken.
             skipped: steps of the job that were.
         """
-        self.window.add(report)
+        self.means.add(report)
         if step % self._run.log_freq == 0 or step == self._total:
             self._write(step, lr, skipped)
 
     def _write(self, step: int, lr: float, skipped: int) -> None:
         means = self.finite_means(step)
-        self._watch.see(means, self.window.steps)
-        self.window.clear()
+        self._watch.see(means, self.means.steps)
+        self.means.clear()
         epoch, waited = step / self._steps_per_epoch, self.clock.share()
         self._metrics.write("train", step, epoch, {"lr": lr, **means, DATA_WAIT: waited, SKIPPED: skipped})
         told = {**means, DATA_WAIT: waited, **({SKIPPED: skipped} if skipped else {})}
         shown = " ".join(f"{name} {value:.4g}" for name, value in told.items())
-        logger.info("epoch %.2f step %d/%d lr %.3g %s", epoch, step, self._total, lr, shown)
+        log.info("epoch %.2f step %d/%d lr %.3g %s", epoch, step, self._total, lr, shown)
 
     def finite_means(self, step: int) -> dict[str, float]:
-        """The window's means over all processes, which all must call.
+        """Return the means since the last line over all processes, which all must call.
 
         Raises:
             UserError: the loss is not finite.
         """
-        return self.window.finite_means(self._place, step, self._folder)
+        return self.means.finite_means(self._process, step, self._folder)

@@ -1,4 +1,4 @@
-"""What a checkpoint must have in common with the job that continues it, and what may differ if one insists."""
+"""The differences between a checkpoint and the job that continues it, and which of them run.resume_force accepts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lavis_dcd.datasets.tree import plain_sets
 Force = Literal["teacher", "data", "recipe", "world_size"]
 
 # Keys of run: without which the position of a checkpoint, or its optimizer state, would mean something else, and
-# what run.resume_force must name for a job to continue with another value. None: the checkpoint's optimizer or
-# scaler would go on with its own value, so another one would be an untruth.
+# what run.resume_force must name for a job to continue with another value. None: the optimizer and the scaler go on
+# with the checkpoint's value, so that another one in the configuration would have no effect.
 _RUN_KEYS: dict[str, Force | None] = {
     "seed": "recipe",
     "drop_last": "recipe",
@@ -36,26 +36,28 @@ _TEACHER_SECTIONS = ("model.teacher", "model.teachers")
 
 
 def data_fingerprint(dataset: Any) -> dict[str, dict[str, Any]]:
-    """Which rows a training set has: of each set in it their number and a hash of their annotation. Reads no picture.
+    """Return, for each set in a training set, the number of its rows and a hash of their annotation.
+
+    No picture is read.
 
     Args:
         dataset: a set, a wrapper or a concatenation; None for a job that does not train.
     """
     if dataset is None:
         return {}
-    found = {}
+    sets: dict[str, dict[str, Any]] = {}
     for name, leaf in plain_sets(dataset, "train").items():
-        found[name] = {"rows": len(leaf)}
+        sets[name] = {"rows": len(leaf)}
         annotation = getattr(leaf, "annotation", None)
         if isinstance(annotation, list):
             digest = hashlib.sha256()
             for row in annotation:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-            found[name]["sha256"] = digest.hexdigest()
-    return found
+            sets[name]["sha256"] = digest.hexdigest()
+    return sets
 
 
-def refusals(
+def resume_faults(
     saved: Mapping[str, Any],
     config: Mapping[str, Any],
     teacher: str,
@@ -63,7 +65,7 @@ def refusals(
     data: Mapping[str, Any] | None = None,
     force: Collection[str] = (),
 ) -> tuple[list[str], list[str]]:
-    """Why a checkpoint cannot be continued with this config, and what of it `force` lets pass; a line each.
+    """Return why a checkpoint cannot be continued with this config, and what of it `force` lets pass; a line each.
 
     Args:
         saved: a checkpoint's content.
@@ -73,7 +75,9 @@ def refusals(
         data: `data_fingerprint` of the training set now.
         force: run.resume_force.
     """
-    refused, passed, flags = [], [], []
+    refused: list[str] = []
+    passed: list[str] = []
+    flags: list[Force | None] = []
     for kind, line in _changes(saved, config, teacher, world_size, data or {}):
         if kind in force:
             passed.append(f"run.resume: {line} (run.resume_force)")
@@ -83,7 +87,7 @@ def refusals(
     if refused:
         refused.append("run.resume: put these back to continue the job, or start a new one without run.resume")
         if None not in flags:
-            wanted = ",".join(dict.fromkeys([*force, *flags]))
+            wanted = ",".join(dict.fromkeys([*force, *map(str, flags)]))
             refused[-1] += f"; run.resume_force=[{wanted}] continues with the change"
     return refused, passed
 
@@ -91,7 +95,7 @@ def refusals(
 def _changes(
     saved: Mapping[str, Any], config: Mapping[str, Any], teacher: str, world_size: int, data: Mapping[str, Any]
 ) -> Iterator[tuple[Force | None, str]]:
-    """Every difference, with what overrides it."""
+    """Yield every difference, with what overrides it."""
     old = saved["config"]
     if saved["teacher_fingerprint"] != teacher:
         before, now = _short(saved["teacher_fingerprint"]), _short(teacher)
@@ -110,19 +114,19 @@ def _changes(
         yield "world_size", line
 
 
-def check_shapes(path: Any, saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+def check_shapes(path: Any, saved: Mapping[str, torch.Tensor], built: Mapping[str, torch.Tensor]) -> None:
     """Raise a `UserError` where a checkpoint's weights are those of another model; nothing overrides that.
 
     Args:
         path: of the checkpoint, for messages.
-        saved, own: the model's tensors in the checkpoint, and as built now.
+        saved, built: the model's tensors in the checkpoint, and as built now.
     """
     faults = [
-        f"run.resume: {path}: {name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} in the model"
+        f"run.resume: {path}: {name} is {tuple(tensor.shape)} there, {tuple(built[name].shape)} in the model"
         for name, tensor in saved.items()
-        if name in own and tensor.shape != own[name].shape
+        if name in built and tensor.shape != built[name].shape
     ]
-    for names, words in ((own.keys() - saved.keys(), "lacks"), (saved.keys() - own.keys(), "has")):
+    for names, words in ((built.keys() - saved.keys(), "lacks"), (saved.keys() - built.keys(), "has")):
         if names:
             only = "weights of the model" if words == "lacks" else "weights that the model has not"
             faults.append(f"run.resume: {path} {words} {len(names)} {only}, first {min(names)}")

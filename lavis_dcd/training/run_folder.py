@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,22 +11,21 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training.checkpoint import FOLDER
-from lavis_dcd.training.sharding import whole
-
-logger = logging.getLogger(__name__)
+from lavis_dcd.training.contracts import as_learner
+from lavis_dcd.training.devices import map_leaves
+from lavis_dcd.training.strategy import Strategy
 
 
 def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None) -> Path:
     """Make the folder of a job that starts afresh.
 
     Args:
-        job_id: a proposal (by the command); `run.job_id` wins over it. Default: the time.
+        job_id: the caller's proposal; `run.job_id` wins over it. Default: the time.
 
     Raises:
         UserError: the user named the job, and its folder already holds one.
@@ -64,7 +62,7 @@ def _is_used(folder: Path) -> bool:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """config.yaml: the whole configuration as it ran."""
+    """Write config.yaml: the whole configuration as it ran."""
     with atomic_write(folder / "config.yaml", "w") as handle:
         yaml.safe_dump(dict(config), handle, sort_keys=False, allow_unicode=True)
 
@@ -73,10 +71,10 @@ def write_results(
     folder: Path,
     title: str,
     rows: Mapping[str, Sequence[Mapping[str, Any]]],
-    gallery: list,
+    gallery: Sequence[Mapping[str, Any]],
     machine: Mapping[str, Any],
 ) -> None:
-    """results.json for the first split, results_<split>.json for each other one.
+    """Write results.json for the first split, results_<split>.json for each other one.
 
     Args:
         rows: by split; each row has a "name" and metrics.
@@ -87,7 +85,7 @@ def write_results(
             "title": title,
             "split": split,
             "rows": list(split_rows),
-            "gallery": [] if number else gallery,
+            "gallery": [] if number else list(gallery),
             "machine": dict(machine),
         }
         name = f"results_{split}.json" if number else "results.json"
@@ -95,26 +93,21 @@ def write_results(
             json.dump(content, handle, indent=1)
 
 
-def export_model(folder: Path, model: nn.Module, write: bool = True) -> Path:
+def export_model(folder: Path, strategy: Strategy) -> Path:
     """Write the model that the job produced, on its own: student.pth, or model.pth for a plain model.
 
-    Every process must call it where the model is sharded; the main one writes.
-
-    The file holds `checkpoint()` of `model.exported()` (of the model itself where it has no such method):
-    tensors and plain containers, which load with `weights_only=True`.
+    Every process must call it; the main one writes. The file holds `checkpoint()` of the model's `exported()`: tensors
+    and plain containers, which load with `weights_only=True`.
     """
-    exported = model.exported() if hasattr(model, "exported") else model
-    content = exported.checkpoint() if hasattr(exported, "checkpoint") else {"model": exported.state_dict()}
-    content = {key: whole(value, write) for key, value in content.items()}
+    model = strategy.bare_model
+    exported = as_learner(model).exported()
+    content = strategy.whole(as_learner(exported).checkpoint())
     path = folder / ("student.pth" if exported is not model else "model.pth")
-    if not write:
-        return path
-    with atomic_write(path) as handle:
-        torch.save({key: _on_cpu(value) for key, value in content.items()}, handle)
+    if strategy.process.is_main:
+        with atomic_write(path) as handle:
+            torch.save(map_leaves(content, _on_cpu), handle)
     return path
 
 
 def _on_cpu(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    return {key: _on_cpu(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value

@@ -58,7 +58,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
-        """The number of batches of a whole epoch, skipped ones included."""
+        """Return the number of batches of a whole epoch, skipped ones included."""
         whole, rest = divmod(self.length, self.batch_size * self.world_size)
         return whole + (1 if rest and not self.drop_last else 0)
 
@@ -76,7 +76,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
 
 def _together(order: list[int], groups: Sequence[tuple[Hashable, Hashable]], generator: torch.Generator) -> list[int]:
-    """`order` with the pictures of a group side by side, one caption of each at a time, groups in random order."""
+    """Return `order` with a group's pictures side by side, one caption of each at a time, groups in random order."""
     taken: dict[tuple[Hashable, Hashable], int] = {}
     hands: dict[tuple[Hashable, int], list[int]] = {}
     for index in order:
@@ -88,7 +88,7 @@ def _together(order: list[int], groups: Sequence[tuple[Hashable, Hashable]], gen
     return [index for hand in torch.randperm(len(dealt), generator=generator).tolist() for index in dealt[hand]]
 
 
-class SeededDataset(Dataset):
+class SeededDataset(Dataset[Any]):
     """Seeds the host's generators from (seed, epoch, index) before a sample is made.
 
     Augmentation is then the same in the main process and in any number of workers, and after a resume.
@@ -105,11 +105,11 @@ class SeededDataset(Dataset):
         return self.dataset[index]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, here and in the data sets inside that want to know it."""
+        """Choose the epoch, here and in the data sets inside that draw by it."""
         self.epoch = epoch
-        for part in (self.dataset, *getattr(self.dataset, "datasets", ())):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+        for dataset in (self.dataset, *getattr(self.dataset, "datasets", ())):
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
 
 
 class TrainLoader:
@@ -152,11 +152,11 @@ class TrainLoader:
         )
 
     def __len__(self) -> int:
-        """Batches in an epoch, for this process."""
+        """Return the number of batches in an epoch, for this process."""
         return len(self._sampler)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        """The batches of `epoch` after the first `skip`, whose samples are not loaded."""
+        """Return the batches of `epoch` after the first `skip`, whose samples are not loaded."""
         self._sampler.set_epoch(epoch, skip)
         self._dataset.set_epoch(epoch)
         return iter(self._loader)

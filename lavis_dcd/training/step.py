@@ -1,35 +1,31 @@
-"""One optimizer step: micro-batches, precision, clipping, and what it reports."""
+"""The optimizer, its learning rates, and one step of it: micro-batches, precision, clipping, and the step's report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.seeding import seed_everything, seed_for
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.devices import Process, autocast, to_device
-from lavis_dcd.training.health import Health, LiveBuffers, blame, gradient_norm
+from lavis_dcd.training.contracts import TrainTask, as_learner
+from lavis_dcd.training.devices import autocast, to_device
+from lavis_dcd.training.health import Health, LiveBuffers, blame
 from lavis_dcd.training.logs import scalars_of
-from lavis_dcd.training.sharding import is_sharded, kept_whole, load_optimizer, whole
-
-# ----------------------------------------------------------------------------------------------------
-# The optimizer's parameter groups and the learning rate of every step.
+from lavis_dcd.training.strategy import Strategy
 
 _LAVIS_NAMES = {"linear_warmup_cosine_lr": "cosine", "constant_lr": "constant"}
 
 
 def parameter_groups(
     model: nn.Module, lr: float, head_multiplier: float, weight_decay: float, heads: Collection[str] = ()
-) -> list[dict]:
-    """AdamW's groups: (base | head) x (decay | no decay), empty ones left out.
+) -> list[dict[str, Any]]:
+    """Return AdamW's groups: (base | head) x (decay | no decay), empty ones left out.
 
     Args:
         model: only parameters with `requires_grad` are taken.
@@ -41,16 +37,16 @@ def parameter_groups(
         UserError: nothing is trainable.
     """
     heads = set(heads)
-    groups: dict[str, dict] = {}
-    for part, rate in (("base", lr), ("head", lr * head_multiplier)):
+    groups: dict[str, dict[str, Any]] = {}
+    for side, rate in (("base", lr), ("head", lr * head_multiplier)):
         for kind, decay in (("decay", weight_decay), ("no_decay", 0.0)):
-            name = f"{part}/{kind}"
+            name = f"{side}/{kind}"
             groups[name] = {"name": name, "params": [], "lr": rate, "weight_decay": decay}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "head" if name in heads else "base"
+            side = "head" if name in heads else "base"
             kind = "decay" if parameter.ndim > 1 else "no_decay"
-            groups[f"{part}/{kind}"]["params"].append(parameter)
+            groups[f"{side}/{kind}"]["params"].append(parameter)
     filled = [group for group in groups.values() if group["params"]]
     if not filled:
         raise UserError("model: no parameter is trainable, so there is nothing to train (run.evaluate=true evaluates)")
@@ -58,16 +54,16 @@ def parameter_groups(
 
 
 def make_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; the heads are `model.head_parameter_names()` where the model has it."""
-    names = getattr(model, "head_parameter_names", set)
-    groups = parameter_groups(model, run.init_lr, run.head_lr_multiplier, run.weight_decay, names())
-    return torch.optim.AdamW(groups, lr=run.init_lr, betas=tuple(run.betas), eps=run.eps)
+    """Return AdamW over `parameter_groups`; the heads are those of the model's `head_parameter_names()`."""
+    heads = as_learner(model).head_parameter_names()
+    groups = parameter_groups(model, run.init_lr, run.head_lr_multiplier, run.weight_decay, heads)
+    return torch.optim.AdamW(groups, lr=run.init_lr, betas=(run.betas[0], run.betas[1]), eps=run.eps)
 
 
 def rate_factor(
     total: int, warmup: int, floor: float = 0.0, shape: str = "linear_warmup_linear"
 ) -> Callable[[int], float]:
-    """The factor on every group's rate at optimizer step 0, 1, ..., total - 1.
+    """Return the factor on every group's rate at optimizer step 0, 1, ..., total - 1.
 
     It rises linearly over `warmup` steps, is 1 at step `warmup`, and then falls towards `floor`, which it
     would reach at step `total`, the first that is not taken: no step is spent at a rate of 0.
@@ -92,47 +88,48 @@ def rate_factor(
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, run: RunConfig, total: int) -> LambdaLR:
-    """A per-step schedule over `total` optimizer steps in which every group keeps its ratio to the others."""
+    """Return a per-step schedule over `total` optimizer steps in which every group keeps its ratio to the others."""
     warmup = run.warmup_steps if run.warmup_steps is not None else round(run.warmup * total)
     return LambdaLR(optimizer, rate_factor(total, min(warmup, total), run.min_lr / run.init_lr, run.lr_sched))
+
+
+class Progress(TypedDict, total=False):
+    """Where the job stands, which every sample of a step carries: LAVIS's own three, and the share that is done."""
+
+    epoch: int
+    iters: int
+    num_iters_per_epoch: int
+    progress: float
 
 
 class Stepper:
     """The optimizer, its schedule and its scaler, and a step that uses them.
 
     Args:
-        task: `train_step(model, samples)` returns the model's output dict with "loss", or the loss itself.
-        model: as it trains (perhaps inside DistributedDataParallel, or sharded).
-        bare_model: the model without that wrapper.
+        task: its `train_step` gives the loss.
+        strategy: how the processes train the model, which is wrapped.
         total_steps: of the whole job, for the schedule.
 
     Raises:
         UserError: nothing is trainable.
     """
 
-    def __init__(
-        self,
-        task: Any,
-        model: nn.Module,
-        bare_model: nn.Module,
-        run: RunConfig,
-        place: Process,
-        total_steps: int,
-    ) -> None:
-        self._task, self._model, self._run, self._place = task, model, run, place
-        self.optimizer = make_optimizer(bare_model, run)
+    def __init__(self, task: TrainTask, strategy: Strategy, run: RunConfig, total_steps: int) -> None:
+        self._task, self._strategy, self._run = task, strategy, run
+        self._process = strategy.process
+        self.optimizer = make_optimizer(strategy.bare_model, run)
         self.scheduler = make_scheduler(self.optimizer, run, total_steps)
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=run.amp == "fp16")
-        self.health = Health(place)
-        self._buffers = LiveBuffers(bare_model)
+        self.scaler = torch.amp.GradScaler(self._process.device.type, enabled=run.amp == "fp16")
+        self.health = Health(self._process)
+        self._buffers = LiveBuffers(strategy.bare_model)
 
     @property
     def lr(self) -> float:
-        """The rate of the first group, at which the next step will be taken."""
+        """The learning rate of the first group, at which the next step will be taken."""
         return self.optimizer.param_groups[0]["lr"]
 
     def step(
-        self, batches: Iterator[Mapping[str, Any]], size: int, number: int, extra: Mapping[str, Any]
+        self, batches: Iterator[Mapping[str, Any]], size: int, number: int, progress: Progress
     ) -> dict[str, torch.Tensor]:
         """Take `size` micro-batches and one optimizer step whose gradient is their mean.
 
@@ -144,30 +141,26 @@ class Stepper:
 
         Args:
             number: the optimizer step, counted over the whole job.
-            extra: more entries of the samples (LAVIS models expect "epoch", "iters", "num_iters_per_epoch").
+            progress: more entries of the samples.
 
         Returns:
             The mean over the micro-batches of every scalar in the model's output; "grad_norm" when clipping.
             Nothing where the step is skipped.
         """
         reports, image_ids = [], []
-        if is_sharded(self._model):
-            self._place.share_tensors(self._buffers.live().values())
+        self._strategy.before_step(self._buffers.live().values())
         self._buffers.remember()
         for micro in range(size):
-            samples = to_device(next(batches), self._place.device)
-            samples.update(extra)
+            samples = to_device(next(batches), self._process.device)
+            samples.update(progress)
             image_ids.append(samples.get("image_id"))
-            seed_everything(seed_for(self._run.seed, "step", number, micro, self._place.rank))
-            with self._gradient_exchange(last=micro == size - 1):
+            seed_everything(seed_for(self._run.seed, "step", number, micro, self._process.rank))
+            with self._strategy.gradient_exchange(last=micro == size - 1):
                 reports.append(self._backward(samples, size))
-        means = {
-            name: torch.stack([report[name].to(self._place.device) for report in reports if name in report]).mean()
-            for name in {name: None for report in reports for name in report}
-        }
+        means = self._means(reports)
         norm = self._gradient_norm()
         # one flag crosses from the device, and between the processes, in each step
-        if self._place.any(not bool(torch.isfinite(means["loss"] + norm))):
+        if self._process.any(not bool(torch.isfinite(means["loss"] + norm))):
             scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
             self.health.skip(number, blame(reports, image_ids, self.optimizer), scale)
             self._drop()
@@ -176,19 +169,25 @@ class Stepper:
         return means | self._update(norm)
 
     def _backward(self, samples: dict[str, Any], size: int) -> dict[str, torch.Tensor]:
-        with autocast(self._run, self._place.device):
-            output = self._task.train_step(self._model, samples)
+        with autocast(self._run, self._process.device):
+            output = self._task.train_step(self._strategy.model, samples)
         if isinstance(output, torch.Tensor):
             output = {"loss": output}
         self.scaler.scale(output["loss"] / size).backward()
         return scalars_of(output)
 
+    def _means(self, reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        device, names = self._process.device, {name: None for report in reports for name in report}
+        return {
+            name: torch.stack([report[name].to(device) for report in reports if name in report]).mean()
+            for name in names
+        }
+
     def _gradient_norm(self) -> torch.Tensor:
         parameters = self._parameters()
-        if is_sharded(self._model):
-            self._place.average_gradients(kept_whole(parameters))
+        self._strategy.complete_gradients(parameters)
         self.scaler.unscale_(self.optimizer)
-        return gradient_norm(parameters)
+        return self._strategy.gradient_norm(parameters)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -209,20 +208,13 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self._buffers.restore()
 
-    def _gradient_exchange(self, last: bool) -> Any:
-        if is_sharded(self._model):
-            self._model.set_requires_gradient_sync(last)
-        if last or not isinstance(self._model, DistributedDataParallel):
-            return nullcontext()
-        return self._model.no_sync()
-
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: "optimizer", "scheduler", "scaler", "health". Every process must call it.
+        """Return a checkpoint's "optimizer", "scheduler", "scaler" and "health". Every process must call it.
 
         Of a sharded model the main process alone has the optimizer's tensors.
         """
         return {
-            "optimizer": whole(self.optimizer.state_dict(), self._place.is_main),
+            "optimizer": self._strategy.whole(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "health": self.health.state_dict(),
@@ -230,7 +222,7 @@ class Stepper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        load_optimizer(self.optimizer, state["optimizer"])
+        self._strategy.load_optimizer(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

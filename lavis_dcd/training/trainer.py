@@ -1,9 +1,12 @@
-"""The life of a job: start or resume, train, choose the best, evaluate, export. Knows nothing of LAVIS."""
+"""The life of a job: start or resume, train, choose the best weights, evaluate, export.
+
+The loop works with any `TrainTask` and any model (`contracts.py`). It is free of LAVIS's registry and configuration
+classes: `runners/runner_dcd.py` brings those.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,17 +22,18 @@ from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.tree import batch_groups
 from lavis_dcd.reporting.report import write_report
 from lavis_dcd.training import checkpoint
-from lavis_dcd.training.best_checkpoint import Judge
-from lavis_dcd.training.devices import MemoryPeaks, this_process, wrap_for_training
+from lavis_dcd.training.best_checkpoint import BestCheckpoint
+from lavis_dcd.training.contracts import as_learner, as_task
+from lavis_dcd.training.devices import MemoryPeaks, this_process
 from lavis_dcd.training.interrupt import InterruptGuard
 from lavis_dcd.training.logs import MetricsLog, StepLog, log_file, progress
 from lavis_dcd.training.run_folder import export_model, write_config
 from lavis_dcd.training.sampler import TrainLoader
-from lavis_dcd.training.sharding import load_model, unsharded
-from lavis_dcd.training.step import Stepper
-from lavis_dcd.training.training_state import Position, Saver, find_start
+from lavis_dcd.training.step import Progress, Stepper
+from lavis_dcd.training.strategy import make_strategy
+from lavis_dcd.training.training_state import JobState, Position, find_resume_point
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -39,12 +43,8 @@ class Trainer:
         run: the `run:` section.
         config: the whole job, {"model", "datasets", "run"} in plain containers; kept in checkpoints and in
             config.yaml.
-        task: `train_step(model, samples) -> dict | Tensor` and
-            `evaluate_matcher(matcher, dataset, run, device) -> dict` (with "agg_metrics" where there are
-            run.valid_splits); optionally `prepare(model, datasets, run, device)` (may return other sets),
-            `wrap_training_set(dataset, model)` and `gallery(matchers, dataset, run, device) -> list`.
-        model: optionally `matchers()`, `exported()`, `teacher_fingerprint()`, `head_parameter_names()`,
-            `find_unused_parameters`, `sharding_units()`.
+        task: a `TrainTask`, or an object with `train_step`, `evaluate_matcher` and any other method of its.
+        model: a `Learner`, or any module, with any of its hooks.
         datasets: by split; "train" is the training set, concatenated from run.train_splits.
         project: the name of the folder below run.output_dir.
         job_id: a proposed name of the run folder.
@@ -52,6 +52,13 @@ class Trainer:
     Raises:
         UserError: a split is missing; the device is not there; the job to resume cannot be continued.
     """
+
+    metrics: MetricsLog
+    _best: BestCheckpoint
+    _loader: TrainLoader
+    _log: StepLog
+    _stepper: Stepper
+    _state: JobState
 
     def __init__(
         self,
@@ -68,21 +75,24 @@ class Trainer:
         missing = run.missing_splits(self.datasets)
         if missing:
             raise UserError(missing)
-        self.place = this_process(run)
+        self.process = this_process(run)
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
-        self.model = model.to(self.place.device)
-        self.position = Position(world_size=self.place.world_size)
-        self._memory = MemoryPeaks(self.place.device)
+        self.model = model.to(self.process.device)
+        self.position = Position(world_size=self.process.world_size)
+        self._task = as_task(task)
+        self._strategy = make_strategy(run.strategy, self.model, self.process)
+        self._memory = MemoryPeaks(self.process.device)
         self._guard = InterruptGuard()
-        self._judge: Judge | None = None
-        # Hashing a large teacher takes seconds, and it does not change.
-        self._teacher = model.teacher_fingerprint() if hasattr(model, "teacher_fingerprint") else ""
+        self._begun = False
+        # hashing a large teacher takes seconds, and it does not change
+        teacher = as_learner(self.model).teacher_fingerprint()
         folder = Path(run.output_dir).absolute() / project
-        self._start = find_start(
-            run, self.place, folder, job_id, self.config, self._teacher, self.model, self.datasets.get("train")
+        training_set = self.datasets.get("train")
+        self._resume_point = find_resume_point(
+            run, self.process, folder, job_id, self.config, teacher, self.model, training_set
         )
-        self.output_dir = self._start.folder
+        self.output_dir = self._resume_point.folder
 
     # -- the life of a job
 
@@ -102,8 +112,9 @@ class Trainer:
             return self.evaluate(skip_reload=True)
         with self._open():
             self._set_up_training()
+            self._evaluate_before()
             self._train_epochs()
-            self._judge.load_best()
+            self._best.load_best()
             return self._finish()
 
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> dict[str, Any]:
@@ -115,13 +126,13 @@ class Trainer:
         """
         del cur_epoch, skip_reload
         with self._open():
-            if self._start.weights is not None:
-                load_model(self.model, self._start.weights)
+            if self._resume_point.weights is not None:
+                self._strategy.load_model(self._resume_point.weights)
             return self._finish(export=False)
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        with log_file(self.output_dir / "log.txt", self.place.is_main):
+        with log_file(self.output_dir / "log.txt", self.process.is_main):
             self._begin()
             try:
                 yield
@@ -129,85 +140,96 @@ class Trainer:
                 self.metrics.close()
 
     def _begin(self) -> None:
-        run, place = self.run, self.place
-        step = self.position.global_step or None  # evaluate() after train()
-        if self._start.continued is not None and step is None:
-            step = self._start.continued["position"]["global_step"]
-        logger.info("run folder: %s (%s)", self.output_dir, place.device)
+        run, process, step = self.run, self.process, self._step_before()
+        log.info("run folder: %s (%s)", self.output_dir, process.device)
         seed_everything(seed_for(run.seed, "start"))
-        first = self._judge is None
-        if first and hasattr(self.task, "prepare"):
+        if not self._begun:
             used = {split: self.datasets[split] for split in run.used_splits}
-            prepared = self.task.prepare(self.model, used, run, place.device)
-            self.datasets.update(prepared or {})
+            self.datasets.update(self._task.prepare(self.model, used, run, process.device))
         # a job that was refused by now leaves no file that would take its name
-        if place.is_main:
+        if process.is_main:
             write_config(self.output_dir, self.config)
             if step is not None:
                 checkpoint.discard_after(self.output_dir, step)
-        self.metrics = MetricsLog(self.output_dir, step, place.is_main)
-        best = None if first else self._judge.best
-        self._judge = Judge(
-            self.output_dir, run, place, self.task, self.model, self.datasets, self.metrics, resume_step=step
+        self.metrics = MetricsLog(self.output_dir, step, process.is_main)
+        best = self._best.best if self._begun else None
+        self._best = self._make_best_checkpoint(step)
+        self._best.best = best
+        self._begun = True
+
+    def _step_before(self) -> int | None:
+        """Return the step at which the job goes on: after train(), or of the checkpoint; None for a new job."""
+        if self.position.global_step:
+            return self.position.global_step
+        continued = self._resume_point.continued
+        return None if continued is None else continued["position"]["global_step"]
+
+    def _make_best_checkpoint(self, resume_step: int | None) -> BestCheckpoint:
+        return BestCheckpoint(
+            self.output_dir, self.run, self._task, self._strategy, self.datasets, self.metrics, resume_step
         )
-        self._judge.best = best
 
     def _set_up_training(self) -> None:
-        run, place, dataset = self.run, self.place, self.datasets["train"]
-        if hasattr(self.task, "wrap_training_set"):
-            dataset = self.task.wrap_training_set(dataset, self.model)
-        self._loader = TrainLoader(
-            dataset,
-            run.batch_size_train,
-            run.seed,
-            drop_last=run.drop_last,
-            num_workers=run.num_workers,
-            pin_memory=place.device.type == "cuda",
-            rank=place.rank,
-            world_size=place.world_size,
-            groups=batch_groups(dataset, run.batch_by) if run.batch_by else None,
-        )
-        self.steps_per_epoch = math.ceil(len(self._loader) / run.accum_grad_iters)
-        self.total_steps = min(run.max_epoch * self.steps_per_epoch, run.max_steps or math.inf)
-        self._judge.steps_per_epoch = self.steps_per_epoch
-        wrapped = wrap_for_training(self.model, place, run.strategy)
-        self._log = StepLog(run, place, self.output_dir, self.metrics, self.steps_per_epoch, self.total_steps)
-        self._stepper = Stepper(self.task, wrapped, self.model, run, place, self.total_steps)
+        run, process = self.run, self.process
+        dataset = self._task.wrap_training_set(self.datasets["train"], self.model)
+        self._loader = self._make_loader(dataset)
+        self.steps_per_epoch = -(-len(self._loader) // run.accum_grad_iters)
+        all_steps = run.max_epoch * self.steps_per_epoch
+        self.total_steps = min(all_steps, run.max_steps or all_steps)
+        self._best.steps_per_epoch = self.steps_per_epoch
+        self._strategy.wrap()
+        self._log = StepLog(run, process, self.output_dir, self.metrics, self.steps_per_epoch, self.total_steps)
+        self._stepper = Stepper(self._task, self._strategy, run, self.total_steps)
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        logger.info(
+        log.info(
             "%s training samples, %d steps per epoch, %d in all; %s trainable parameters",
             f"{len(dataset):,}",
             self.steps_per_epoch,
             self.total_steps,
             f"{trainable:,}",
         )
-        origin = {"config": self.config, "teacher_fingerprint": self._teacher, "data": self._start.data}
-        self._saver = Saver(
-            self.output_dir, run, place, self.model, self._stepper, self._log.window, self._judge, origin
+        origin, continued = self._resume_point.origin, self._resume_point.continued
+        self._state = JobState(self.output_dir, run, self._strategy, self._stepper, self._log.means, self._best, origin)
+        if continued is not None:
+            self.position = self._state.restore(continued)
+
+    def _make_loader(self, dataset: Any) -> TrainLoader:
+        run, process = self.run, self.process
+        return TrainLoader(
+            dataset,
+            run.batch_size_train,
+            run.seed,
+            drop_last=run.drop_last,
+            num_workers=run.num_workers,
+            pin_memory=process.device.type == "cuda",
+            rank=process.rank,
+            world_size=process.world_size,
+            groups=batch_groups(dataset, run.batch_by) if run.batch_by else None,
         )
-        if self._start.continued is not None:
-            self.position = self._saver.restore(self._start.continued)
+
+    def _evaluate_before(self) -> None:
+        run = self.run
+        if self.position.global_step == 0 and run.evaluate_before and run.table_splits:
+            with self._evaluating():
+                self._best.evaluate_learner(run.table_splits, 0)
+            self._best.write_evaluations()
+            self._save()
 
     def _train_epochs(self) -> None:
         run, position = self.run, self.position
-        if position.global_step == 0 and run.evaluate_before and run.table_splits:
-            with self._evaluating():
-                self._judge.evaluate_learner(run.table_splits, 0)
-            self._judge.keep()
-            self._save()
         while True:
             with self._memory.phase("training"):
                 self._train_epoch()
             done = position.global_step >= self.total_steps
             if run.valid_splits and (done or (position.epoch + 1) % run.eval_every_epochs == 0):
                 with self._evaluating():
-                    self._judge.validate(position.global_step)
+                    self._best.validate(position.global_step)
             if done:
                 return
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
 
     def _train_epoch(self) -> None:
-        """From the position to the end of its epoch (or of the job), with a checkpoint at the end."""
+        """Train from the position to the end of its epoch (or of the job), with a checkpoint at the end."""
         run, position, begin = self.run, self.position, time.monotonic()
         first = position.step_in_epoch
         last = first + min(self.steps_per_epoch - first, self.total_steps - position.global_step)
@@ -216,31 +238,34 @@ class Trainer:
         self.model.train()
         batches = self._log.clock.timed(self._loader.epoch(position.epoch, first * run.accum_grad_iters))
         label = f"epoch {position.epoch + 1}/{run.max_epoch}"
-        with self._guard as guard, progress(self.steps_per_epoch, first, label, self.place.is_main) as bar:
+        with self._guard as guard, progress(self.steps_per_epoch, first, label, self.process.is_main) as bar:
             for number in range(first, last):
                 self._train_step(batches, number)
                 bar.update()
-                due = number + 1 == last or position.global_step % (run.save_every or math.inf) == 0
+                due = number + 1 == last or self._is_save_due()
                 if due:
                     self._save()
-                if self.place.any(guard.requested):  # perhaps while the checkpoint was being written
+                if self.process.any(guard.requested):  # perhaps while the checkpoint was being written
                     if not due:
                         self._save()
-                    raise guard.error(self.place)
-        logger.info("%s: %d steps in %.1f s", label, last - first, time.monotonic() - begin)
+                    raise guard.error(self.process)
+        log.info("%s: %d steps in %.1f s", label, last - first, time.monotonic() - begin)
+
+    def _is_save_due(self) -> bool:
+        return self.run.save_every is not None and self.position.global_step % self.run.save_every == 0
 
     def _train_step(self, batches: Iterator[Any], number: int) -> None:
         run, position = self.run, self.position
         size = min(run.accum_grad_iters, len(self._loader) - number * run.accum_grad_iters)
-        extra = {  # LAVIS's own three, and the part of the whole job that is done
-            "epoch": position.epoch,
-            "iters": number,
-            "num_iters_per_epoch": self.steps_per_epoch,
-            "progress": position.global_step / self.total_steps,
-        }
+        where = Progress(
+            epoch=position.epoch,
+            iters=number,
+            num_iters_per_epoch=self.steps_per_epoch,
+            progress=position.global_step / self.total_steps,
+        )
         lr, health = self._stepper.lr, self._stepper.health
         with self._log.clock.step():
-            report = self._stepper.step(batches, size, position.global_step, extra)
+            report = self._stepper.step(batches, size, position.global_step, where)
         position.global_step += 1
         position.step_in_epoch = number + 1
         health.check(run.max_bad_steps, position.global_step, self.output_dir, self.datasets["train"])
@@ -248,28 +273,28 @@ class Trainer:
 
     def _save(self) -> None:
         self._log.finite_means(self.position.global_step)
-        self._saver.save(self.position)
+        self._state.save(self.position)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        with self._memory.phase("evaluation"), unsharded(self.model):
+        with self._memory.phase("evaluation"), self._strategy.unsharded():
             yield
 
     def _finish(self, export: bool = True) -> dict[str, Any]:
-        judge, place = self._judge, self.place
-        step = judge.best["step"] if judge.best is not None else self.position.global_step
-        with unsharded(self.model):
+        best, process = self._best, self.process
+        step = best.best["step"] if best.best is not None else self.position.global_step
+        with self._strategy.unsharded():
             with self._memory.phase("evaluation"):
-                found = judge.evaluate_learner(self.run.table_splits, step, self.position.global_step)
-                judge.keep()
-                judge.evaluate_teacher(self.position.global_step)
-            written = place.is_main and judge.write_results(self.project, step, self._memory.facts())
-            place.share(None)
+                by_split = best.evaluate_learner(self.run.table_splits, step, self.position.global_step)
+                best.write_evaluations()
+                best.evaluate_teacher(self.position.global_step)
+            written = process.is_main and best.write_results(self.project, step, self._memory.facts())
+            process.share(None)
         if export:
-            path = export_model(self.output_dir, self.model, write=place.is_main)
-            if place.is_main:
-                logger.info("model: %s", path)
+            path = export_model(self.output_dir, self._strategy)
+            if process.is_main:
+                log.info("model: %s", path)
         if written and self.run.report:
-            logger.info("report: %s", write_report(self.output_dir))
-        place.share(None)
-        return found
+            log.info("report: %s", write_report(self.output_dir))
+        process.share(None)
+        return by_split

@@ -52,9 +52,9 @@ def work(strategy: str, size: str, folder: Path) -> None:
     from lavis_dcd.config.run_section import RunConfig
     from lavis_dcd.models.building import build_matcher
     from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
-    from lavis_dcd.training.devices import this_process, wrap_for_training
-    from lavis_dcd.training.sharding import local
+    from lavis_dcd.training.devices import this_process
     from lavis_dcd.training.step import Stepper
+    from lavis_dcd.training.strategy import local, make_strategy
 
     run = RunConfig(device="cpu", warmup=0)
     place = this_process(run)
@@ -63,8 +63,9 @@ def work(strategy: str, size: str, folder: Path) -> None:
     model = build_matcher(section(size, folder), "model").train()
     if strategy == "root":
         model.sharding_units = list
-    wrapped = wrap_for_training(model, place, "ddp" if strategy == "ddp" else "fsdp")
-    stepper = Stepper(DcdRetrievalTask(run), wrapped, model, run, place, STEPS)
+    trained = make_strategy("ddp" if strategy == "ddp" else "fsdp", model, place)
+    trained.wrap()
+    stepper = Stepper(DcdRetrievalTask(run), trained, run, STEPS)
     texts = [f"word{i + 2 * place.rank} word7 word9" for i in range(2)]
     batch = {"image": torch.randn(2, 3, SIDE, SIDE), "text_input": texts, "image_id": torch.arange(2) + 2 * place.rank}
     stepper.step(iter([batch]), 1, 0, {})  # makes the optimizer's state

@@ -23,7 +23,7 @@ from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
-def evaluate(matcher: Any, dataset: Any, maker: Any = None, dataset_of: Any = None, **protocol: Any) -> Evaluation:
+def evaluate(matcher: Any, dataset: Any, maker: Any = None, dataset_of: Any = None, **protocol: Any) -> Any:
     return Evaluator(EvaluationProtocol(**protocol), dataset_of=dataset_of).evaluate(matcher, dataset, maker)
 
 

@@ -328,7 +328,7 @@ def test_kept_features_are_refused_beside_a_teacher_with_inputs_of_its_own(photo
 
 def test_lavis_own_models_are_built_through_their_adapter(monkeypatch) -> None:
     task, section = DcdRetrievalTask(), OmegaConf.create({"arch": "plain"})
-    cfg = SimpleNamespace(model_cfg=section)
+    cfg = SimpleNamespace(model_cfg=section, run_cfg={})
     monkeypatch.setattr(dcd_retrieval, "build_matcher", lambda given, path: (given, path))
     monkeypatch.setattr(dcd_retrieval, "adapter_for", lambda name: object if name == "plain" else None)
     assert task.build_model(cfg) == (section, "model")

@@ -10,8 +10,9 @@ import torch
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import leave_group
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.devices import this_process, wrap_for_training
+from lavis_dcd.training.devices import this_process
 from lavis_dcd.training.step import Stepper
+from lavis_dcd.training.strategy import make_strategy
 
 
 def main() -> None:
@@ -21,14 +22,16 @@ def main() -> None:
     stubs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stubs)
     run = RunConfig(init_lr=0.05, device="cpu")
-    place = this_process(run)
+    process = this_process(run)
     model = stubs.Learner()
-    stepper = Stepper(stubs.Task(), wrap_for_training(model, place), model, run, place, total_steps=10)
+    strategy = make_strategy("ddp", model, process)
+    strategy.wrap()
+    stepper = Stepper(stubs.Task(), strategy, run, total_steps=10)
     taken, error = [], ""
     for number in range(4):
-        ids = torch.arange(4) + 100 * place.rank + 10 * number
+        ids = torch.arange(4) + 100 * process.rank + 10 * number
         image = torch.randn(4, stubs.WIDTH, generator=torch.Generator().manual_seed(int(ids[0])))
-        if place.rank == 1 and number in (1, 2):
+        if process.rank == 1 and number in (1, 2):
             image[0, 0] = float("nan")
         batch = {"image": image, "target": torch.zeros(4), "image_id": ids}
         taken.append(bool(stepper.step(iter([batch]), 1, number, {})))
@@ -38,7 +41,7 @@ def main() -> None:
             error = str(stopped)
     weights = {name: value.tolist() for name, value in model.named_parameters()}
     found = {"taken": taken, "skipped": stepper.health.skipped, "error": error, "weights": weights}
-    (Path(sys.argv[1]) / f"{place.rank}.json").write_text(json.dumps(found))
+    (Path(sys.argv[1]) / f"{process.rank}.json").write_text(json.dumps(found))
     leave_group()
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from lavis_dcd.cli import guarded
 from lavis_dcd.common.processes import leave_group
 from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.training.contracts import TrainTask
 from lavis_dcd.training.trainer import Trainer
 
 WIDTH = 6
@@ -95,11 +96,12 @@ class Pictures(torch.utils.data.Dataset):
         self.epochs.append(epoch)
 
 
-class Task:
+class Task(TrainTask):
     """Scores are minus the error; `evaluated` counts calls, `at_step` maps a step to an action before it."""
 
     def __init__(self, at_step: dict | None = None) -> None:
         self.evaluated, self.steps, self.at_step, self.modes = 0, 0, at_step or {}, []
+        self.folders: set[Path] = set()
 
     def train_step(self, model: nn.Module, samples: dict) -> dict:
         if self.steps in self.at_step:
@@ -107,8 +109,11 @@ class Task:
         self.steps += 1
         return model(samples)
 
-    def evaluate_matcher(self, matcher: nn.Module, dataset: Pictures, run: RunConfig, device: torch.device) -> dict:
+    def evaluate_matcher(
+        self, matcher: nn.Module, dataset: Pictures, run: RunConfig, device: torch.device, **more
+    ) -> dict:
         self.evaluated += 1
+        self.folders.add(more["folder"])
         self.modes.append(matcher.training)
         rows = [dataset[index] for index in range(len(dataset))]
         batch = {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}

@@ -1,16 +1,20 @@
 import errno
+import hashlib
+import json
 import os
 import pickle
 import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.seeding import rng_state, seed_everything, set_rng_state
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training import checkpoint
-from lavis_dcd.training import checkpoint as state_folder
+from lavis_dcd.training.checkpoint import STATE, TENSORS, DamagedError
 
 CONFIG = {"model": {"arch": "dcd"}, "datasets": {}, "run": RunConfig().to_dict()}
 
@@ -45,18 +49,18 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("file", [state_folder.TENSORS, state_folder.STATE])
+@pytest.mark.parametrize("file", [checkpoint.TENSORS, checkpoint.STATE])
 def test_save_is_all_or_nothing(tmp_path, monkeypatch, file):
     path = write(tmp_path, 1, 1)
     before = contents(path)
-    real = state_folder.sync
+    real = checkpoint.sync
 
     def stop(synced):
         real(synced)
         if synced.name == file:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(state_folder, "sync", stop)
+    monkeypatch.setattr(checkpoint, "sync", stop)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, content(2))
     assert contents(path) == before
@@ -69,7 +73,7 @@ def test_a_full_disk_is_a_line_and_the_checkpoint_before_stays(tmp_path, monkeyp
     def full(*_args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(state_folder, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"step-00000002 cannot be written \(No space left on device\)"):
         checkpoint.save(checkpoint.step_file(tmp_path, 2), content(2))
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
@@ -93,15 +97,15 @@ def test_both_files_and_both_folders_reach_the_disk_before_and_after_the_name(tm
     checkpoint.save(checkpoint.step_file(tmp_path, 1), content(1))
     temporary = events[2]
     assert temporary.startswith(".step-00000001.")
-    assert events == [state_folder.TENSORS, state_folder.STATE, temporary, "rename", "checkpoints"]
+    assert events == [checkpoint.TENSORS, checkpoint.STATE, temporary, "rename", "checkpoints"]
 
 
 def test_auto_takes_the_newest_that_is_whole_and_says_what_it_passed_over(tmp_path, caplog):
     write(tmp_path / "a", 30, 1_000)
     write(tmp_path / "b", 10, 2_000)
-    cut = write(tmp_path / "b", 20, 3_000) / state_folder.TENSORS
+    cut = write(tmp_path / "b", 20, 3_000) / checkpoint.TENSORS
     cut.write_bytes(cut.read_bytes()[:-100])
-    flipped = write(tmp_path / "b", 21, 3_000) / state_folder.STATE
+    flipped = write(tmp_path / "b", 21, 3_000) / checkpoint.STATE
     flipped.write_bytes(flipped.read_bytes().replace(b"abc", b"abd"))
     write(tmp_path / "b", 22, 3_000, format=3)
     (tmp_path / "b/checkpoints/step-00000023.pth").write_bytes(b"old")
@@ -109,7 +113,7 @@ def test_auto_takes_the_newest_that_is_whole_and_says_what_it_passed_over(tmp_pa
     path, found = checkpoint.find("auto", tmp_path)
     assert path == checkpoint.step_file(tmp_path / "b", 10) and found["position"]["global_step"] == 10
     lines = [record.getMessage().removeprefix("passed over: run.resume: ") for record in caplog.records]
-    size = len(flipped.with_name(state_folder.TENSORS).read_bytes())
+    size = len(flipped.with_name(checkpoint.TENSORS).read_bytes())
     assert lines == [
         f"{tmp_path}/b/checkpoints/step-00000023.pth has format 1, this version reads 2",
         f"{tmp_path}/b/checkpoints/step-00000022 has format 3, this version reads 2",
@@ -235,7 +239,7 @@ def test_damaged_best_weights_are_told(tmp_path, caplog):
     path = checkpoint.best_file(tmp_path, 3)
     checkpoint.save(path, {"model": {"w": torch.ones(3)}})
     assert checkpoint.has_best(tmp_path, 3)
-    (path / state_folder.TENSORS).unlink()
+    (path / checkpoint.TENSORS).unlink()
     assert not checkpoint.has_best(tmp_path, 3)
     assert "tensors.safetensors is missing; the best is chosen anew" in caplog.text
 
@@ -250,8 +254,147 @@ def test_random_states_come_back(tmp_path):
 
     seed_everything(3)
     draw()
-    state_folder.write(tmp_path / "rng", rng_state())
+    checkpoint.write(tmp_path / "rng", rng_state())
     expected = draw()
     seed_everything(4)
-    set_rng_state(state_folder.read(tmp_path / "rng"))
+    set_rng_state(checkpoint.read(tmp_path / "rng"))
     assert draw() == expected
+
+
+# -- the two files of a checkpoint --------------------------------------------------------------------------------
+
+STATES = {
+    "model": {"a.weight": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3, dtype=torch.bfloat16)},
+    "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, 1: {}}, "param_groups": [{"betas": (0.9, 0.98)}]},
+    "rng": {"python": (3, (1, 2**64), None), "torch": torch.arange(9, dtype=torch.uint8)},
+    "best": {"step": 10, "metric": 0.1 + 0.2},
+    "flags": [True, False, None, "é", -1],
+    "$odd": {"$tensor": "no tensor"},
+    "empty": torch.empty(0, 4),
+}
+
+
+def assert_equal(found, wanted):
+    assert type(found) is type(wanted)
+    if isinstance(wanted, torch.Tensor):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+    elif isinstance(wanted, dict):
+        assert list(found) == list(wanted)
+        for key in wanted:
+            assert_equal(found[key], wanted[key])
+    elif isinstance(wanted, (list, tuple)):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_equal(one, other)
+    else:
+        assert found == wanted
+
+
+def test_what_is_written_is_read(tmp_path):
+    checkpoint.write(tmp_path / "x", STATES)
+    assert_equal(checkpoint.read(tmp_path / "x"), STATES)
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [STATE, TENSORS]
+    assert json.loads((tmp_path / "x" / STATE).read_text())["state"]["best"]["step"] == 10
+    assert checkpoint.read_plain(tmp_path / "x")["best"] == STATES["best"]
+
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+keys = st.text() | st.integers() | st.sampled_from(["$tensor", "$tuple", "$items"])
+nested = st.recursive(
+    plain | st.integers(0, 5).map(lambda n: torch.arange(n)),
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(keys, inner),
+    max_leaves=12,
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.dictionaries(keys, nested))
+def test_any_nesting_comes_back(tmp_path, content):
+    checkpoint.write(tmp_path / "any", content)
+    assert_equal(checkpoint.read(tmp_path / "any"), content)
+
+
+def test_tied_and_overlapping_tensors(tmp_path):
+    whole = torch.arange(12.0)
+    content = {"a": whole, "b": whole, "part": whole[3:5], "turned": whole.reshape(3, 4).T}
+    checkpoint.write(tmp_path / "x", content)
+    found = checkpoint.read(tmp_path / "x")
+    assert_equal(found, {**content, "turned": content["turned"].contiguous()})
+    assert found["a"] is found["b"]
+
+
+def test_other_objects_are_no_state(tmp_path):
+    with pytest.raises(TypeError, match="/model/0 is a set"):
+        checkpoint.write(tmp_path / "x", {"model": [{1}]})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sound") / "step-00000001"
+    checkpoint.write(path, STATES)
+    return path
+
+
+def damaged_copy(sound, folder):
+    shutil.rmtree(folder / "x", ignore_errors=True)
+    return shutil.copytree(sound, folder / "x")
+
+
+files = st.sampled_from([STATE, TENSORS])
+relaxed = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@relaxed
+@given(name=files, data=st.data())
+def test_a_cut_at_any_byte_is_seen(sound, tmp_path, name, data):
+    file = damaged_copy(sound, tmp_path) / name
+    raw = file.read_bytes()
+    file.write_bytes(raw[: data.draw(st.integers(0, len(raw) - 1))])
+    for read in (checkpoint.read, checkpoint.read_plain)[: 1 if name == TENSORS else 2]:
+        with pytest.raises(DamagedError, match=f"{name} is (cut short|empty)"):
+            read(tmp_path / "x")
+
+
+@relaxed
+@given(name=files, data=st.data())
+def test_a_changed_byte_is_seen(sound, tmp_path, name, data):
+    file = damaged_copy(sound, tmp_path) / name
+    raw = bytearray(file.read_bytes())
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(raw)
+    with pytest.raises(DamagedError, match=f"the checksum of {name} does not fit it|{name} is cut short"):
+        checkpoint.read(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", [STATE, TENSORS])
+def test_a_missing_half_an_empty_half_and_a_folder_in_its_place(sound, tmp_path, name):
+    file = damaged_copy(sound, tmp_path) / name
+    file.unlink()
+    with pytest.raises(DamagedError, match=f"{name} is missing"):
+        checkpoint.read(tmp_path / "x")
+    file.write_bytes(b"")
+    with pytest.raises(DamagedError, match=f"{name} is (empty|cut short)"):
+        checkpoint.read(tmp_path / "x")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(DamagedError, match=r"Is a directory|cut short"):
+        checkpoint.read(tmp_path / "x")
+
+
+def test_halves_of_two_checkpoints_do_not_pass_for_one(sound, tmp_path):
+    path = damaged_copy(sound, tmp_path)
+    checkpoint.write(tmp_path / "y", {**STATES, "model": {"a.weight": torch.zeros(2, 3)}})
+    shutil.copy(tmp_path / "y" / TENSORS, path / TENSORS)
+    with pytest.raises(DamagedError, match="tensors"):
+        checkpoint.read(path)
+
+
+def test_a_sound_checksum_over_nonsense(tmp_path):
+    checkpoint.write(tmp_path / "x", {"model": torch.ones(1)})
+    file = tmp_path / "x" / STATE
+    body = file.read_bytes().partition(b"\n")[2].replace(b'"$tensor": "model"', b'"$tensor": "other"')
+    file.write_bytes(b'{"sha256": "' + hashlib.sha256(body).hexdigest().encode() + b'",\n' + body)
+    with pytest.raises(DamagedError, match="does not fit"):
+        checkpoint.read(tmp_path / "x")

@@ -17,8 +17,9 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.reporting.report import write_report
 from lavis_dcd.training.devices import Process
-from lavis_dcd.training.health import Blame, Health, blame, last_good, picture_names
+from lavis_dcd.training.health import Blame, Health, ScoreWatch, blame, last_good, picture_names
 from lavis_dcd.training.step import Stepper
+from lavis_dcd.training.strategy import Strategy
 
 CPU = Process(torch.device("cpu"))
 NAN, INF = float("nan"), float("inf")
@@ -38,7 +39,7 @@ def batches(stubs, *numbers, **marks):
 def stepper(stubs, **run):
     model = stubs.Learner()
     keys = {"init_lr": 0.05, "batch_size_train": 4, "device": "cpu", **run}
-    return model, Stepper(stubs.Task(), model, model, RunConfig(**keys), CPU, total_steps=10)
+    return model, Stepper(stubs.Task(), Strategy(model, CPU), RunConfig(**keys), total_steps=10)
 
 
 def everything(model, stepped):
@@ -253,3 +254,42 @@ def test_max_bad_steps_is_a_positive_number():
     assert RunConfig().max_bad_steps == 5
     with pytest.raises(UserError, match=r"run\.max_bad_steps: 0 must be greater than 0"):
         RunConfig(max_bad_steps=0)
+
+
+# -- scores that tell of trouble ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(caplog):
+    caplog.set_level(logging.WARNING)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_dead_student_is_told_once_and_not_after_a_single_step(told):
+    watch = ScoreWatch()
+    watch.see({"student_spread": 0.0}, 4)
+    watch.see({"student_spread": 0.3}, 1)  # it moved: counted anew
+    watch.see({"student_spread": 0.0}, 4)
+    assert told() == []
+    for _ in range(3):
+        watch.see({"student_spread": 5e-7}, 2)
+    (line,) = told()
+    assert line.startswith("the student scores all candidates of a query alike (6 steps now)")
+
+
+def test_a_teacher_worse_than_chance_is_told_once(told):
+    watch = ScoreWatch()
+    for rank in (0.9, 0.1, 0.1, 0.1, 0.1, 0.49, 0.49, 0.49, 0.49, 0.49):
+        watch.see({"teacher_match_rank": rank}, 1)
+    assert told() == []
+    for _ in range(3):
+        watch.see({"teacher_match_rank": 0.75}, 5)
+    (line,) = told()
+    assert line.startswith("the teacher is worse than chance: 75 % of the other candidates stand above the match")
+
+
+def test_a_model_that_says_nothing_of_them_is_left_alone(told):
+    watch = ScoreWatch()
+    watch.see({"loss": 1.0}, 100)
+    watch.see({}, 0)
+    assert told() == []

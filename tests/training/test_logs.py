@@ -6,15 +6,15 @@ import torch
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.training import logs
 from lavis_dcd.training.devices import Process
-from lavis_dcd.training.logs import DataClock, MetricsLog, Window, scalars_of
+from lavis_dcd.training.logs import DataClock, MetricsLog, ScalarMeans, scalars_of
 
 
 def test_window_means_over_the_steps_that_had_a_value():
-    window = Window()
+    window = ScalarMeans()
     window.add({"loss": torch.tensor(1.0), "rare": torch.tensor(4.0)})
     window.add({"loss": torch.tensor(2.0)})
     assert {name: float(value) for name, value in window.means().items()} == {"loss": 1.5, "rare": 4.0}
-    other = Window()
+    other = ScalarMeans()
     other.load_state_dict(window.state_dict(), torch.device("cpu"))
     other.add({"loss": torch.tensor(6.0)})
     assert float(other.means()["loss"]) == 3.0
@@ -23,7 +23,7 @@ def test_window_means_over_the_steps_that_had_a_value():
 
 
 def test_means_of_a_window_come_loss_first_and_finite(tmp_path):
-    window, place = Window(), Process(torch.device("cpu"))
+    window, place = ScalarMeans(), Process(torch.device("cpu"))
     assert window.finite_means(place, 3, tmp_path) == {}
     window.add({"a": torch.tensor(1.0), "loss": torch.tensor(2.0), "b": torch.tensor(float("nan"))})
     window.add({"a": torch.tensor(2.0), "loss": torch.tensor(4.0), "c": torch.tensor(5.0)})

@@ -3,7 +3,7 @@ import torch
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.resume_checks import check_shapes, data_fingerprint, refusals
+from lavis_dcd.training.resume_checks import check_shapes, data_fingerprint, resume_faults
 
 CONFIG = {
     "model": {"arch": "dcd", "loss": {"alpha": 0.2}, "teacher": {"arch": "meter"}},
@@ -25,7 +25,7 @@ def with_run(**keys):
 
 def test_nothing_refused_when_nothing_changed():
     changed = with_run(resume="auto", max_epoch=99, num_workers=3, resume_force=["data"], keep_best=4)
-    assert refusals(SAVED, changed, "abc", 1, DATA) == ([], [])
+    assert resume_faults(SAVED, changed, "abc", 1, DATA) == ([], [])
 
 
 def test_each_change_is_named_and_what_overrides_it():
@@ -47,13 +47,13 @@ def test_each_change_is_named_and_what_overrides_it():
         "run.accum_grad_iters was 1 in the checkpoint, is 2 now",
         "number of processes was 1 in the checkpoint, is 2 now",
     ]
-    lines, passed = refusals(SAVED, changed, "abd", 2, data)
+    lines, passed = resume_faults(SAVED, changed, "abd", 2, data)
     assert passed == [] and lines == [
         *(f"run.resume: {line}" for line in wanted),
         "run.resume: put these back to continue the job, or start a new one without run.resume; "
         "run.resume_force=[teacher,recipe,data,world_size] continues with the change",
     ]
-    lines, passed = refusals(SAVED, changed, "abd", 2, data, ["teacher", "recipe", "data", "world_size"])
+    lines, passed = resume_faults(SAVED, changed, "abd", 2, data, ["teacher", "recipe", "data", "world_size"])
     assert lines == [] and passed == [f"run.resume: {line} (run.resume_force)" for line in wanted]
 
 
@@ -65,8 +65,8 @@ def test_a_flag_lets_its_own_kind_pass_only(kind, number):
         "run": {**CONFIG["run"], "seed": 1, "accum_grad_iters": 2, "train_splits": ["a"]},
     }
     data = {"train": {"rows": 23, "sha256": "f" * 64}}
-    everything = len(refusals(SAVED, changed, "abd", 2, data)[0]) - 1
-    lines, passed = refusals(SAVED, changed, "abd", 2, data, [kind])
+    everything = len(resume_faults(SAVED, changed, "abd", 2, data)[0]) - 1
+    lines, passed = resume_faults(SAVED, changed, "abd", 2, data, [kind])
     if kind == "data":
         number = 3  # the data sets' section, the number of rows, the splits
     assert len(passed) == number and len(lines) - 1 == everything - number
@@ -76,7 +76,7 @@ def test_a_flag_lets_its_own_kind_pass_only(kind, number):
 @pytest.mark.parametrize("key", ["init_lr", "head_lr_multiplier", "weight_decay", "betas", "eps", "lr_sched", "amp"])
 def test_what_the_optimizer_keeps_cannot_be_forced(key):
     changed = with_run(**{key: "other"})
-    lines, passed = refusals(SAVED, changed, "abc", 1, DATA, ["teacher", "recipe", "data", "world_size"])
+    lines, passed = resume_faults(SAVED, changed, "abc", 1, DATA, ["teacher", "recipe", "data", "world_size"])
     assert passed == [] and len(lines) == 2
     assert lines[0].startswith(f"run.resume: run.{key} was ") and "resume_force" not in lines[1]
 

@@ -13,7 +13,6 @@ import yaml
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.training import checkpoint
-from lavis_dcd.training import checkpoint as state_folder
 from lavis_dcd.training.interrupt import Terminated, terminations_raised
 
 SCRIPT = Path(__file__).with_name("stub_job.py")
@@ -131,6 +130,7 @@ def test_evaluation_is_in_eval_mode_and_training_is_not(stubs, tmp_path):
     task.at_step = {number: (lambda: modes.append(trainer.model.training)) for number in (0, 5)}
     trainer.train()
     assert modes == [True, True] and not any(task.modes)
+    assert task.folders == {trainer.output_dir}
 
 
 def test_frozen_parameters_stay(whole, stubs):
@@ -206,14 +206,14 @@ def test_best_weights_are_exported(stubs, tmp_path):
     scores = iter([1.0, 5.0, 3.0])
     evaluate = task.evaluate_matcher
 
-    def scripted(matcher, dataset, run, device):
-        found = evaluate(matcher, dataset, run, device)
+    def scripted(matcher, dataset, run, device, **more):
+        found = evaluate(matcher, dataset, run, device, **more)
         return {**found, "agg_metrics": next(scores)} if len(dataset) == 6 else found
 
     task.evaluate_matcher = scripted
     trainer = stubs.job(tmp_path, task)
     trainer.train()
-    best = state_folder.read(checkpoint.best_file(trainer.output_dir, 10))
+    best = checkpoint.read(checkpoint.best_file(trainer.output_dir, 10))
     assert best["metric"] == 5.0
     exported = stubs.weights(trainer.output_dir)
     assert_same(exported, {k.removeprefix("student."): v for k, v in best["model"].items()})
@@ -389,10 +389,10 @@ def test_sigterm_during_an_evaluation_keeps_what_was_kept(stubs, tmp_path, whole
     task = stubs.Task()
     evaluate = task.evaluate_matcher
 
-    def stopped(*args):
+    def stopped(*args, **more):
         if task.evaluated == 2:  # the second validation
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args)
+        return evaluate(*args, **more)
 
     task.evaluate_matcher = stopped
     with pytest.raises(Terminated), terminations_raised():

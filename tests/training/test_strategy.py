@@ -14,18 +14,8 @@ from torch.distributed.tensor import DTensor
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.devices import Process, wrap_for_training
-from lavis_dcd.training.health import gradient_norm
-from lavis_dcd.training.sharding import (
-    is_sharded,
-    kept_whole,
-    learning_units,
-    load_model,
-    load_optimizer,
-    shard,
-    unsharded,
-    whole,
-)
+from lavis_dcd.training.devices import Process
+from lavis_dcd.training.strategy import DataParallel, FullyShard, Strategy, kept_whole, learning_units, make_strategy
 
 CPU = torch.device("cpu")
 
@@ -60,25 +50,28 @@ def group():
 
 
 @pytest.fixture
-def pair(group) -> tuple[Model, Model]:
-    """A plain model and its sharded twin."""
+def pair(group) -> tuple[Strategy, Strategy]:
+    """The strategies of a plain model and of its sharded twin."""
     torch.manual_seed(0)
     plain, sharded = Model(), Model()
     sharded.load_state_dict(plain.state_dict())
-    shard(sharded, CPU, 1)
-    return plain, sharded
+    strategies = Strategy(plain, Process(CPU)), FullyShard(sharded, Process(CPU))
+    for strategy in strategies:
+        strategy.wrap()
+    return strategies
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> torch.Tensor:
+def step(strategy: Strategy, optimizer: torch.optim.Optimizer, seed: int) -> torch.Tensor:
+    model = strategy.model
     model(torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))).backward()
-    norm = gradient_norm([p for p in model.parameters() if p.requires_grad])
+    norm = strategy.gradient_norm([p for p in model.parameters() if p.requires_grad])
     optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
-def adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+def adamw(strategy: Strategy) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in strategy.model.parameters() if p.requires_grad], lr=0.1)
 
 
 def test_units_are_those_in_which_something_learns_and_nothing_is_shared():
@@ -92,71 +85,83 @@ def test_units_are_those_in_which_something_learns_and_nothing_is_shared():
 
 
 def test_what_learns_is_sharded_but_for_scalars(pair):
-    names = {name for name, p in pair[1].named_parameters() if isinstance(p, DTensor)}
+    names = {name for name, p in pair[1].bare_model.named_parameters() if isinstance(p, DTensor)}
     assert names == {"layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias"}
-    learning = [p for p in pair[1].parameters() if p.requires_grad]
+    learning = [p for p in pair[1].bare_model.parameters() if p.requires_grad]
     assert [p.shape for p in kept_whole(learning)] == [torch.Size([])]
-    assert [is_sharded(model) for model in pair] == [False, True]
 
 
 def test_steps_norms_and_states_are_those_of_the_plain_model(pair):
-    optimizers = [adamw(model) for model in pair]
+    optimizers = [adamw(strategy) for strategy in pair]
     for seed in range(3):
-        expected, found = (step(model, optimizer, seed) for model, optimizer in zip(pair, optimizers, strict=True))
+        expected, found = (
+            step(strategy, optimizer, seed) for strategy, optimizer in zip(pair, optimizers, strict=True)
+        )
         torch.testing.assert_close(found, expected)
-    expected, found = (whole(model.state_dict()) for model in pair)
+    expected, found = (weights(strategy) for strategy in pair)
     assert list(found) == list(expected) and not any(isinstance(value, DTensor) for value in found.values())
     torch.testing.assert_close(found, expected)
-    states = [whole(optimizer.state_dict()) for optimizer in optimizers]
+    states = [strategy.whole(optimizer.state_dict()) for strategy, optimizer in zip(pair, optimizers, strict=True)]
     torch.testing.assert_close(states[1]["state"], states[0]["state"])
     assert states[1]["param_groups"] == states[0]["param_groups"]
-    left = whole(pair[1].state_dict(), keep=False)
+    elsewhere = FullyShard(pair[1].bare_model, Process(CPU, rank=1))
+    left = elsewhere.whole(pair[1].bare_model.state_dict())
     assert left["layers.0.weight"] is None and left["table"] is not None
 
 
 def test_states_of_either_kind_load_into_the_other(pair):
     plain, sharded = pair
-    trained = Model()
+    trained = Strategy(Model(), Process(CPU))
     optimizer = adamw(trained)
     step(trained, optimizer, 0)
-    others = [adamw(model) for model in pair]
-    load_model(sharded, trained.state_dict())
-    load_optimizer(others[1], copy.deepcopy(optimizer.state_dict()))
-    load_model(plain, whole(sharded.state_dict()))
-    load_optimizer(others[0], copy.deepcopy(whole(others[1].state_dict())))
-    for model, own in ((trained, optimizer), (plain, others[0]), (sharded, others[1])):
-        step(model, own, 1)
-    for model in pair:
-        torch.testing.assert_close(whole(model.state_dict()), trained.state_dict())
+    others = [adamw(strategy) for strategy in pair]
+    sharded.load_model(trained.bare_model.state_dict())
+    sharded.load_optimizer(others[1], copy.deepcopy(optimizer.state_dict()))
+    plain.load_model(weights(sharded))
+    plain.load_optimizer(others[0], copy.deepcopy(sharded.whole(others[1].state_dict())))
+    for strategy, own in ((trained, optimizer), (plain, others[0]), (sharded, others[1])):
+        step(strategy, own, 1)
+    for strategy in pair:
+        torch.testing.assert_close(weights(strategy), trained.bare_model.state_dict())
+
+
+def weights(strategy: Strategy) -> dict[str, torch.Tensor]:
+    return strategy.whole(strategy.bare_model.state_dict())
 
 
 def test_unsharded_any_method_runs_before_the_first_step_and_after_it(pair):
-    plain, sharded = pair
+    plain, sharded = (strategy.bare_model for strategy in pair)
     rows = torch.randn(2, 4)
-    optimizers = [adamw(model) for model in pair]
+    optimizers = [adamw(strategy) for strategy in pair]
     seen = []
     for seed in range(2):
-        with unsharded(sharded), torch.no_grad():
+        with pair[1].unsharded(), torch.no_grad():
             assert not any(isinstance(p, DTensor) for p in sharded.parameters())
             torch.testing.assert_close(sharded.embed(rows), plain.embed(rows))
             torch.testing.assert_close(sharded.layers[2](rows), plain.layers[2](rows))
             seen.append([(p.data_ptr(), p._version) for p in sharded.parameters() if p.requires_grad])
         assert any(isinstance(p, DTensor) for p in sharded.parameters())
-        for model, optimizer in zip(pair, optimizers, strict=True):
-            step(model, optimizer, seed)
+        for strategy, optimizer in zip(pair, optimizers, strict=True):
+            step(strategy, optimizer, seed)
     assert all(one != other for one, other in zip(*seen, strict=True))  # no two sessions' weights look the same
-    with unsharded(plain):
+    with pair[0].unsharded():
         pass
 
 
+def test_the_strategy_follows_from_its_name_and_the_processes():
+    two = Process(CPU, world_size=2)
+    assert [type(make_strategy(name, Model(), two)) for name in ("ddp", "fsdp")] == [DataParallel, FullyShard]
+
+
 def test_one_process_keeps_the_plain_model(caplog):
-    model = Model()
+    strategy = make_strategy("fsdp", Model(), Process(CPU))
     with caplog.at_level(logging.INFO, "lavis_dcd"):
-        assert wrap_for_training(model, Process(CPU), "fsdp") is model
+        strategy.wrap()
+    assert type(strategy) is Strategy and strategy.model is strategy.bare_model
     assert [record.getMessage() for record in caplog.records] == [
         "run.strategy: fsdp has nothing to share out with one process; the model stays whole"
     ]
-    assert not any(isinstance(p, DTensor) for p in model.parameters())
+    assert not any(isinstance(p, DTensor) for p in strategy.model.parameters())
 
 
 @pytest.mark.parametrize("make", [lambda keys: RunConfig(**keys), lambda keys: parse(RunConfig, keys, "run")])

@@ -1,0 +1,58 @@
+"""The hooks of a model that learns, as a training job calls them, each with its default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Learner:
+    """Mixin of ``nn.Module`` for models that train; a subclass overrides the hooks whose default does not fit."""
+
+    # Captions that the training set draws per picture (0: none)
+    random_captions_per_image: int = 0
+    # Whether the training set must bring candidates and scores out of a score bank
+    needs_score_bank: bool = False
+    # Whether some step leaves trainable parameters without a gradient, as distributed training must know
+    find_unused_parameters: bool = False
+
+    def matchers(self) -> dict[str, Any]:
+        """Return what can be evaluated, by name ("teacher", "student"); by default the model itself."""
+        return {"model": self}
+
+    def view_matchers(self) -> dict[str, Any]:
+        """Return the matchers that read pictures and captions of their own, by the name of their view."""
+        return {}
+
+    def views(self) -> dict[str, dict[str, Any]]:
+        """Return the ``model:`` sections of :meth:`view_matchers`, whose ``preprocess`` says what they read."""
+        return {}
+
+    def exported(self) -> nn.Module:
+        """Return the model that the final file holds."""
+        assert isinstance(self, nn.Module)
+        return self
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return what a file of this model holds: tensors and plain containers, with the weights under "model"."""
+        assert isinstance(self, nn.Module)
+        return {"model": self.state_dict()}
+
+    def use_score_bank(self, bank: Any) -> None:
+        """Take the score bank that the samples' scores come from."""
+
+    def teacher_fingerprint(self) -> str:
+        """Return a hash of the teacher's weights; "" without a teacher."""
+        return ""
+
+    def head_parameter_names(self) -> set[str]:
+        """Return the names, as in ``named_parameters()``, of what learns at ``run.head_lr_multiplier``."""
+        return set()
+
+    def sharding_units(self) -> list[nn.Module]:
+        """Return the layers that ``run.strategy: fsdp`` gathers one at a time, in the order in which they run.
+
+        Each must run by its ``forward`` alone, equally often in every process at each step.
+        """
+        return []

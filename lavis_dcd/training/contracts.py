@@ -1,0 +1,171 @@
+"""What the training loop calls of a task and of a model, and adapters for those that were written without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lavis_dcd.common.processes import ALONE, ProcessGroup
+from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.matching.learner import Learner
+
+T = TypeVar("T")
+
+
+class TrainTask:
+    """The task of a job: a step's loss, and the evaluation of a matcher on a data set."""
+
+    # Whether `evaluate_matcher` shares its work among `ranks`, so that every process must call it
+    evaluates_over_ranks: bool = False
+
+    def prepare(
+        self, model: nn.Module, datasets: Mapping[str, Any], run: RunConfig, device: torch.device
+    ) -> Mapping[str, Any]:
+        """Return the data sets by split as the job will read them; by default as they are."""
+        return datasets
+
+    def wrap_training_set(self, dataset: Any, model: nn.Module) -> Any:
+        """Return the training set with what the model's samples need; by default as it is."""
+        return dataset
+
+    def train_step(self, model: nn.Module, samples: Mapping[str, Any]) -> Mapping[str, Any] | Tensor:
+        """Return the model's output with "loss" (and scalars for the log), or the loss itself."""
+        return model(samples)
+
+    def evaluate_matcher(
+        self,
+        matcher: Any,
+        dataset: Any,
+        run: RunConfig,
+        device: torch.device | None = None,
+        shortlist: Any = None,
+        ranks: ProcessGroup = ALONE,
+        folder: Path | None = None,
+    ) -> Mapping[str, Any]:
+        """Return the metrics of a matcher; with "agg_metrics", by which the best step is chosen.
+
+        Args:
+            shortlist: the matcher whose joint space makes the shortlist.
+            ranks: the processes that share the work.
+            folder: the run folder.
+        """
+        raise NotImplementedError(f"{type(self).__name__} evaluates nothing")
+
+    def gallery(
+        self, matchers: Mapping[str, Any], dataset: Any, run: RunConfig, device: torch.device | None = None
+    ) -> list[dict[str, Any]]:
+        """Return queries with what each matcher finds, for the report; by default none."""
+        return []
+
+
+class ForeignTask(TrainTask):
+    """A task that does not inherit from `TrainTask`: the methods that it has, else the defaults.
+
+    Its `evaluate_matcher(matcher, dataset, run, device)` gets `ranks` where it sets `evaluates_over_ranks`.
+    """
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self.evaluates_over_ranks = bool(getattr(task, "evaluates_over_ranks", False))
+
+    @override
+    def prepare(
+        self, model: nn.Module, datasets: Mapping[str, Any], run: RunConfig, device: torch.device
+    ) -> Mapping[str, Any]:
+        prepare = getattr(self._task, "prepare", super().prepare)
+        return prepare(model, datasets, run, device) or datasets
+
+    @override
+    def wrap_training_set(self, dataset: Any, model: nn.Module) -> Any:
+        return getattr(self._task, "wrap_training_set", super().wrap_training_set)(dataset, model)
+
+    @override
+    def train_step(self, model: nn.Module, samples: Mapping[str, Any]) -> Mapping[str, Any] | Tensor:
+        return self._task.train_step(model, samples)
+
+    @override
+    def evaluate_matcher(
+        self,
+        matcher: Any,
+        dataset: Any,
+        run: RunConfig,
+        device: torch.device | None = None,
+        shortlist: Any = None,
+        ranks: ProcessGroup = ALONE,
+        folder: Path | None = None,
+    ) -> Mapping[str, Any]:
+        more = {"ranks": ranks} if self.evaluates_over_ranks else {}
+        return self._task.evaluate_matcher(matcher, dataset, run, device, **more)
+
+    @override
+    def gallery(
+        self, matchers: Mapping[str, Any], dataset: Any, run: RunConfig, device: torch.device | None = None
+    ) -> list[dict[str, Any]]:
+        return getattr(self._task, "gallery", super().gallery)(matchers, dataset, run, device)
+
+
+class ForeignLearner(Learner):
+    """A model that does not inherit from `Learner` (LAVIS's own, a plug-in's): the hooks that it has, else the
+    defaults, with the model in the place of the view.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        for name in ("random_captions_per_image", "needs_score_bank", "find_unused_parameters"):
+            setattr(self, name, getattr(model, name, getattr(Learner, name)))
+
+    @override
+    def matchers(self) -> dict[str, Any]:
+        return self._answer("matchers", {"model": self.model})
+
+    @override
+    def view_matchers(self) -> dict[str, Any]:
+        return self._answer("view_matchers", {})
+
+    @override
+    def views(self) -> dict[str, dict[str, Any]]:
+        return self._answer("views", {})
+
+    @override
+    def exported(self) -> nn.Module:
+        return self._answer("exported", self.model)
+
+    @override
+    def checkpoint(self) -> dict[str, Any]:
+        content = self._answer("checkpoint", None)
+        return {"model": self.model.state_dict()} if content is None else content
+
+    @override
+    def use_score_bank(self, bank: Any) -> None:
+        getattr(self.model, "use_score_bank", super().use_score_bank)(bank)
+
+    @override
+    def teacher_fingerprint(self) -> str:
+        return self._answer("teacher_fingerprint", "")
+
+    @override
+    def head_parameter_names(self) -> set[str]:
+        return self._answer("head_parameter_names", set())
+
+    @override
+    def sharding_units(self) -> list[nn.Module]:
+        return self._answer("sharding_units", [])
+
+    def _answer(self, hook: str, default: T) -> T:
+        method = getattr(self.model, hook, None)
+        return default if method is None else method()
+
+
+def as_learner(model: nn.Module) -> Learner:
+    """Return the model itself if it is a `Learner`, else a view of it that has every hook."""
+    return model if isinstance(model, Learner) else ForeignLearner(model)
+
+
+def as_task(task: Any) -> TrainTask:
+    """Return the task itself if it is a `TrainTask`, else a view of it that has every method."""
+    return task if isinstance(task, TrainTask) else ForeignTask(task)
