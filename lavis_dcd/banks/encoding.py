@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lavis_dcd.banks.row_store import RowsInMemory, Spill, SpilledRows, StreamedFeatures
+from lavis_dcd.banks.row_store import StreamedFeatures
+from lavis_dcd.banks.row_writers import RowsInMemory, Spill, SpilledRows
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.matching.contract import Matcher

@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_dcd.banks.encoding import encode_captions, encode_pictures, reported
-from lavis_dcd.banks.feature_store import (
+from lavis_dcd.banks.row_store import StreamedFeatures
+from lavis_dcd.banks.shards import (
     FORMAT,
-    RowStore,
     Shard,
+    ShardedRows,
     ShardWriter,
     finish,
     is_finished,
     one_writer,
     open_store,
-    stream,
 )
-from lavis_dcd.banks.row_store import StreamedFeatures
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import update_with_tensors
 from lavis_dcd.common.texts import size_in_words
@@ -165,8 +164,8 @@ class FeatureBank:
     """
 
     matcher: Matcher | None
-    image_store: RowStore
-    text_store: RowStore
+    image_store: ShardedRows
+    text_store: ShardedRows
     picture_rows: dict[str, list[int]]
     caption_rows: dict[str, int]
 
@@ -188,11 +187,11 @@ class FeatureBank:
 
     def image_rows(self, rows: Sequence[int]) -> StreamedFeatures[ImageFeatures]:
         """``images(rows)`` in float32, read when they are indexed."""
-        return stream(self.image_store, rows, ImageFeatures)
+        return self.image_store.streamed(rows, ImageFeatures)
 
     def text_rows(self, captions: Sequence[str]) -> StreamedFeatures[TextFeatures]:
         """``texts(captions)`` in float32, read when they are indexed; raises as that does."""
-        return stream(self.text_store, [self.caption_rows[c] for c in captions], TextFeatures, masked=True)
+        return self.text_store.streamed([self.caption_rows[c] for c in captions], TextFeatures, masked=True)
 
     def serves(self, matcher: Matcher) -> bool:
         """Whether ``matcher`` would make the same features."""
@@ -286,7 +285,7 @@ class _Build:
     num_workers: int
     amp: str
 
-    def run(self, folder: Path | None) -> tuple[RowStore, RowStore]:
+    def run(self, folder: Path | None) -> tuple[ShardedRows, ShardedRows]:
         """The stores of pictures and captions; on disk, from where an interrupted build was."""
         images, texts = ShardWriter(folder, "images"), ShardWriter(folder, "texts")
         if images.rows or texts.rows:

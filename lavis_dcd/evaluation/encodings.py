@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lavis_dcd.banks.encoding import Storage, encode_dataset
-from lavis_dcd.banks.row_store import Spill
+from lavis_dcd.banks.row_writers import Spill
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.common.texts import size_in_words
 from lavis_dcd.config.run_section import EvaluationProtocol

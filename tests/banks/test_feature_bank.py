@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from lavis_dcd.banks import feature_bank, feature_store
+from lavis_dcd.banks import feature_bank, shards
 from lavis_dcd.banks.encoding import encode_dataset
 from lavis_dcd.banks.feature_bank import FeatureBank, build_feature_bank, weights_fingerprint
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
@@ -259,7 +259,7 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize(("after_pictures", "after_texts"), [(5, 99), (99, 9)])
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch, after_pictures, after_texts) -> None:
-    monkeypatch.setattr(feature_store, "SHARD_BYTES", 1)  # every batch is a shard
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)  # every batch is a shard
     sets = {"train": Training("abcdefg"), "val": Evaluation()}
 
     class Stopping(Toy):
@@ -294,8 +294,8 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch, after_
 def test_processes_that_want_the_same_bank_build_it_once(tmp_path, monkeypatch) -> None:
     pytest.importorskip("fcntl")
     told, banks = threading.Event(), []
-    inform = feature_store.log.info
-    monkeypatch.setattr(feature_store.log, "info", lambda *words: (told.set(), inform(*words)))
+    inform = shards.log.info
+    monkeypatch.setattr(shards.log, "info", lambda *words: (told.set(), inform(*words)))
 
     class Slow(Toy):
         def encode_images(self, images: Tensor) -> ImageFeatures:
