@@ -30,6 +30,7 @@ from lavis_dcd.banks.shards import (
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import update_with_tensors
 from lavis_dcd.common.texts import size_in_words
+from lavis_dcd.datasets.tree import is_evaluation_set
 from lavis_dcd.datasets.views import alike
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
@@ -44,11 +45,6 @@ class Rows:
 
     pictures: list[str]
     captions: list[str]
-
-
-def is_evaluation_set(dataset: Any) -> bool:
-    """Whether the set has LAVIS's retrieval evaluation shape: captions apart from the pictures."""
-    return hasattr(dataset, "text") and hasattr(dataset, "img2txt")
 
 
 def read_rows(dataset: Any, name: str) -> Rows:

@@ -1,43 +1,65 @@
-"""`run.cache_features`: a job's data sets answer from a bank of features, or the reason why they cannot."""
+"""``run.cache_features``: a job's data sets answer from a bank of features, or the reason why they cannot."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from lavis_dcd.banks.feature_bank import build_feature_bank, is_evaluation_set, weights_fingerprint
+from lavis_dcd.banks.feature_bank import build_feature_bank, weights_fingerprint
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
 from lavis_dcd.common.processes import main_process_first
 from lavis_dcd.common.seeding import rng_state, seed_host, set_rng_state
 from lavis_dcd.config.run_section import EvaluationProtocol
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.datasets.tree import is_evaluation_set, plain_sets
 from lavis_dcd.matching.contract import Matcher
 
-T = TypeVar("T")
-
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# What draws rarely (a change with probability 0.1, say) shows in so many draws, but for one case in 10,000.
+# Draws that are compared. A processor that changes one picture in ten escapes 96 of them once in 25,000 times.
 _DRAWS = 96
 _QUIET_DRAWS = 4  # where nothing was taken from the common generators
 _ITEMS = 4  # a change may not show in every picture: a mirrored symmetrical one
 
 
+@dataclass(frozen=True)
+class FeatureCache:
+    """How a job's features are kept: keys of ``run:``.
+
+    Args:
+        on_disk: ``run.cache_features``: in files that later jobs read, or in this one's memory.
+        dtype: ``run.cache_dtype``, a key of ``DTYPES``.
+        evaluate_only: ``run.evaluate``: nothing will be trained on.
+    """
+
+    on_disk: bool = False
+    dtype: str = "float16"
+    evaluate_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"run.cache_dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+
+
 def with_kept_features(
-    datasets: Mapping[str, Any], matchers: Mapping[str, Matcher], views: Collection[str], run: Any
+    datasets: Mapping[str, Any],
+    matchers: Mapping[str, Matcher],
+    views: Collection[str],
+    protocol: EvaluationProtocol,
+    cache: FeatureCache = FeatureCache(),
 ) -> dict[str, Any]:
-    """``datasets`` by split, answering from a feature bank built as ``run`` says.
+    """``datasets`` by split, answering from a feature bank.
 
     Args:
         matchers: of the job, by name; all with the same encoders.
         views: names of those that read pictures in their own way.
-        run: ``cache_features`` is memory or disk; ``cache_dtype``, ``evaluate`` and the evaluation protocol count too.
+        protocol: how the encoders run (``batch_size``, ``num_workers``, ``amp``).
 
     Raises:
         UserError: the encoders learn, or the matchers do not share them, or read pictures differently; a training
@@ -49,25 +71,23 @@ def with_kept_features(
             f"run.cache_features: the {', '.join(views)} would read kept features of pictures that "
             "went through the data set's processors, not its own preprocess; take that out, or set it to off"
         )
-    if _option(run, "evaluate", False):  # nothing will be trained on
+    if cache.evaluate_only:
         datasets = {split: dataset for split, dataset in datasets.items() if is_evaluation_set(dataset)}
-    leaves = [plain_sets(dataset, split) for split, dataset in datasets.items()]
-    flat = {name: leaf for of_split in leaves for name, leaf in of_split.items()}
-    refuse_random_readings(flat)
-    protocol = EvaluationProtocol.of_run(run)
-    on_disk = _option(run, "cache_features", "off") == "disk"
+    of_splits = [plain_sets(dataset, split) for split, dataset in datasets.items()]
+    plain = {name: dataset for of_split in of_splits for name, dataset in of_split.items()}
+    refuse_random_readings(plain)
     build = partial(
         build_feature_bank,
         matcher,
-        flat,
+        plain,
         protocol.batch_size,
-        _dtype(_option(run, "cache_dtype", "float16")),
-        folder=cache_root() / "dcd_features" if on_disk else None,
-        fingerprint=weights_fingerprint(matcher.encoder_modules()) if on_disk else "",
+        DTYPES[cache.dtype],
+        folder=cache_root() / "dcd_features" if cache.on_disk else None,
+        fingerprint=weights_fingerprint(matcher.encoder_modules()) if cache.on_disk else "",
         num_workers=protocol.num_workers,
         amp=protocol.amp,
     )
-    bank = main_process_first(build) if on_disk else build()
+    bank = main_process_first(build) if cache.on_disk else build()
     return {
         split: BankedEvaluationSet(dataset, bank, split)
         if is_evaluation_set(dataset)
@@ -77,7 +97,7 @@ def with_kept_features(
 
 
 def one_with_shared_encoders(matchers: Mapping[str, Matcher]) -> Matcher:
-    """The learner, when its encoders are everybody's.
+    """The learner, whose encoders must be those of all matchers.
 
     Raises:
         UserError: some matcher has encoders of its own.
@@ -148,22 +168,11 @@ def _differs(read: Callable[[int], Any], row: int, seed: int) -> bool:
 
 
 def _host_state() -> tuple[Any, ...]:
-    _, keys, position, *_ = np.random.get_state()
-    return random.getstate(), keys.tobytes(), position, torch.get_rng_state().numpy().tobytes()
+    _, keys, position, *_ = np.random.get_state(legacy=True)
+    return random.getstate(), np.asarray(keys).tobytes(), position, torch.get_rng_state().numpy().tobytes()
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    return bool(one == other)
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UserError(f"run.cache_dtype: {name!r} is none of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _option(run: Any, name: str, default: Any) -> Any:
-    value = run.get(name) if hasattr(run, "get") else getattr(run, name, None)
-    return default if value is None else value
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.shape == second.shape and torch.equal(first, second)
+    return bool(first == second)

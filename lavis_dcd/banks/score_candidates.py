@@ -75,9 +75,9 @@ class BankCandidates(WithCandidates):
             sample[SCORES[direction]] = scores
         return sample
 
-    def _pictures(self, rows: list[int], index: int, own: Any) -> list[Any]:
+    def _pictures(self, rows: list[int], index: int, match: Any) -> list[Any]:
         # what only fills up is masked later, and is not worth a decoding
-        return [own if row == index else self.dataset[row]["image"] for row in rows]
+        return [match if row == index else self.dataset[row]["image"] for row in rows]
 
     def _chosen(self, direction: str, table: BankTable, index: int) -> tuple[Tensor, Tensor]:
         """Rows of the set, int64 ``[K]``, and scores, float32 ``[1+K]``."""
@@ -104,12 +104,12 @@ class BankCandidates(WithCandidates):
         return valid[None]
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The set's own batch with, flat and row-major, ``candidate_text`` (B * K strings) and ``candidate_image``
+        """The inner set's batch with, flat and row-major, ``candidate_text`` (B * K strings) and ``candidate_image``
         (``[B * K, 3, H, W]``, or int64 ``[B * K]`` where pictures are rows of a feature bank), each by view where there
         are several; ids int64 ``[B, K]`` and scores float32 ``[B, 1+K]``.
         """
         tensors = {"candidate_image_id", "candidate_picture_id", *SCORES.values()}
-        batch = self._own_batch(samples, tensors | {"candidate_text", "candidate_image"})
+        batch = self._inner_batch(samples, tensors | {"candidate_text", "candidate_image"})
         for key in sorted(tensors & set(samples[0])):
             batch[key] = torch.stack([sample[key] for sample in samples])
         if IMAGE_TO_TEXT in self._tables:

@@ -8,14 +8,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import one_line
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.datasets.tree import original, plain_sets
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
@@ -30,6 +30,14 @@ _TURNS = {
 _WIDE_FORMATS = ("PNG", "PPM")  # mode "I" of these holds 16 bits
 
 
+@runtime_checkable
+class MakesPictures(Protocol):
+    """A data set whose pictures are no files."""
+
+    def picture(self, index: int) -> Image.Image:
+        """The unprocessed RGB picture of item ``index``."""
+
+
 def load_picture(dataset: Any, index: int, side: int | None = None) -> Image.Image:
     """The unprocessed RGB picture of item `index`.
 
@@ -37,7 +45,7 @@ def load_picture(dataset: Any, index: int, side: int | None = None) -> Image.Ima
     grey scaled to 8, of an animation the first frame.
 
     Args:
-        dataset: one with a method `picture(index)`, or any LAVIS data set of files (`annotation`, `vis_root`).
+        dataset: one that ``MakesPictures``, or any LAVIS data set of files (`annotation`, `vis_root`).
         side: for thumbnails of so many pixels. A JPEG is then decoded at a scale that leaves twice as many, a third
             of the time for large photographs. After shrinking, pixels differ by 0.4 of 255 on average (5 at most);
             at 384 px, what a model would read differs by up to 11, so models never read such pictures.
@@ -45,7 +53,8 @@ def load_picture(dataset: Any, index: int, side: int | None = None) -> Image.Ima
     Raises:
         UserError: the file is missing, no picture, or cut short.
     """
-    if hasattr(dataset, "picture"):
+    dataset = original(dataset)
+    if isinstance(dataset, MakesPictures):
         return dataset.picture(index)
     path = os.path.join(dataset.vis_root, dataset.annotation[index]["image"])
     try:
@@ -160,7 +169,7 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
         raise UserError(f"run.verify: {mode!r} is none of {', '.join(MODES)}")
     if mode == "off":
         return
-    paths = list(dict.fromkeys(path for leaf in plain_sets(dataset, "").values() for path in _files(leaf)))
+    paths = list(dict.fromkeys(path for plain in plain_sets(dataset, "").values() for path in _files(plain)))
     with whole_files_only(), ThreadPoolExecutor() as pool:
         faults = [fault for fault in pool.map(lambda path: _fault(path, mode), paths) if fault]
     if not faults:
@@ -178,7 +187,7 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
 
 def _files(dataset: Any) -> list[str]:
     root = getattr(dataset, "vis_root", None)
-    if root is None or hasattr(dataset, "picture"):
+    if root is None or isinstance(dataset, MakesPictures):
         return []
     return [os.path.join(root, row["image"]) for row in dataset.annotation]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.config.job_file import model_defaults
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.datasets.tree import original, plain_sets, replace_plain_sets
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher
 
 Processor = Callable[[Any], Any]
@@ -136,7 +136,7 @@ def with_views(dataset: Any, views: Mapping[str, View]) -> Any:
             if processor is not None and not all(alike(mine, processor) for mine in own)
         }
         more[kind] = (several, main, others)
-    return _replaced(dataset, lambda leaf: _viewed(leaf, more))
+    return replace_plain_sets(dataset, "", lambda _, plain: _viewed(plain, more))
 
 
 def _viewed(leaf: Any, more: Mapping[str, tuple[type[_Several], Processor | None, dict[str, Processor]]]) -> Any:
@@ -145,17 +145,6 @@ def _viewed(leaf: Any, more: Mapping[str, tuple[type[_Several], Processor | None
         own = main or getattr(leaf, kind)
         setattr(twin, kind, several({MAIN_VIEW: own, **others}) if others else own)
     return twin
-
-
-def _replaced(dataset: Any, of_leaf: Callable[[Any], Any]) -> Any:
-    """A copy with other plain sets inside its wrappers and concatenations."""
-    if hasattr(dataset, "datasets"):
-        return type(dataset)([_replaced(part, of_leaf) for part in dataset.datasets])
-    if "dataset" in vars(dataset):
-        wrapper = copy.copy(dataset)
-        wrapper.dataset = _replaced(dataset.dataset, of_leaf)
-        return wrapper
-    return of_leaf(dataset)
 
 
 def evaluation_view(dataset: Any, view: View) -> Any:
@@ -169,8 +158,7 @@ def evaluation_view(dataset: Any, view: View) -> Any:
     Raises:
         UserError: the captions as written are not there.
     """
-    while "source" in vars(dataset):
-        dataset = dataset.source
+    dataset = original(dataset)
     twin = copy.copy(dataset)
     if view.vis_eval is not None:
         twin.vis_processor = view.vis_eval

@@ -16,11 +16,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lavis_dcd.banks.feature_bank import is_evaluation_set
 from lavis_dcd.banks.score_bank import META, BankIdentity, ScoreBank
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.config.run_section import EvaluationProtocol
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.datasets.tree import is_evaluation_set, plain_sets
 from lavis_dcd.datasets.views import View, build_view
 from lavis_dcd.distillation.candidates import DIRECTIONS
 from lavis_dcd.matching.contract import Matcher

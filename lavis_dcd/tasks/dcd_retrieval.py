@@ -13,8 +13,7 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
-from lavis_dcd.banks.feature_bank import is_evaluation_set
-from lavis_dcd.banks.feature_cache import with_kept_features
+from lavis_dcd.banks.feature_cache import FeatureCache, with_kept_features
 from lavis_dcd.banks.feature_sets import BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
@@ -22,6 +21,7 @@ from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
+from lavis_dcd.datasets.tree import is_evaluation_set
 from lavis_dcd.datasets.views import MatcherViews, with_views
 from lavis_dcd.evaluation.evaluator import Evaluation, evaluate
 from lavis_dcd.evaluation.gallery import PICTURE_SIDE, gallery_items
@@ -116,7 +116,9 @@ class DcdRetrievalTask(BaseTask):
                 split: dataset if is_evaluation_set(dataset) or not views else with_views(dataset, views)
                 for split, dataset in datasets.items()
             }
-        return with_kept_features(datasets, self._matchers, self._views.by_name, run)
+        cache = FeatureCache(mode == "disk", _option(run, "cache_dtype", "float16"), _option(run, "evaluate", False))
+        protocol = EvaluationProtocol.of_run(run)
+        return with_kept_features(datasets, self._matchers, self._views.by_name, protocol, cache)
 
     def _adopt(self, model: nn.Module, run: Any) -> None:
         self.run, self._matchers = run, matchers_of(model)
