@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lavis_dcd.banks.row_store import StreamedFeatures
-from lavis_dcd.banks.row_writers import RowsInMemory, Spill, SpilledRows
+from lavis_dcd.banks.row_store import RowsInMemory, Spill, SpilledRows, StreamedFeatures
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.matching.contract import Matcher
@@ -146,23 +145,6 @@ def encode_captions(
     return kept.all()
 
 
-@runtime_checkable
-class AnswersFromBank(Protocol):
-    """An evaluation set that may have its features without an encoder."""
-
-    def banked_rows(
-        self, matcher: Matcher
-    ) -> tuple[StreamedFeatures[ImageFeatures], StreamedFeatures[TextFeatures]] | None:
-        """Features of all pictures and captions as ``matcher`` makes them; ``None`` where it has no such features."""
-
-
-def banked_rows(
-    dataset: Any, matcher: Matcher
-) -> tuple[StreamedFeatures[ImageFeatures], StreamedFeatures[TextFeatures]] | None:
-    """The features that ``dataset`` has for ``matcher`` without an encoder, if any."""
-    return dataset.banked_rows(matcher) if isinstance(dataset, AnswersFromBank) else None
-
-
 def encode_dataset(
     matcher: Matcher,
     dataset: Any,
@@ -180,7 +162,7 @@ def encode_dataset(
 
     Args:
         dataset: LAVIS's retrieval evaluation shape: items ``{"image", "index"}``, and ``text``, the captions.
-            One that ``AnswersFromBank`` is not encoded where its bank serves the matcher.
+            A set with ``banked_rows(matcher)`` (see ``banks.feature_sets``) answers from its bank if it can.
         device: where the rows are kept unless ``storage`` says otherwise; the matcher's device by default.
         storage: where, and how precisely, the rows are kept.
         text_storage: the same of captions; as ``storage`` by default.
@@ -195,7 +177,7 @@ def encode_dataset(
         Storage(given.device or device, given.dtype, given.spill) for given in (storage, text_storage or storage)
     )
     own = ranks.share(len(dataset))
-    banked = banked_rows(dataset, matcher)
+    banked = dataset.banked_rows(matcher) if hasattr(dataset, "banked_rows") else None
     if banked is not None:
         return _from_bank(banked[0].only(own), storage), _from_bank(banked[1], text_storage)
     # without a picture of its own, a process encodes one all the same, for the features' shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
 from lavis_dcd.common.processes import main_process_first
 from lavis_dcd.common.seeding import rng_state, seed_host, set_rng_state
-from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
 from lavis_dcd.datasets.tree import is_evaluation_set, plain_sets
 from lavis_dcd.matching.contract import Matcher
 
@@ -28,38 +27,15 @@ _QUIET_DRAWS = 4  # where nothing was taken from the common generators
 _ITEMS = 4  # a change may not show in every picture: a mirrored symmetrical one
 
 
-@dataclass(frozen=True)
-class FeatureCache:
-    """How a job's features are kept: keys of ``run:``.
-
-    Args:
-        on_disk: ``run.cache_features``: in files that later jobs read, or in this one's memory.
-        dtype: ``run.cache_dtype``, a key of ``DTYPES``.
-        evaluate_only: ``run.evaluate``: nothing will be trained on.
-    """
-
-    on_disk: bool = False
-    dtype: str = "float16"
-    evaluate_only: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"run.cache_dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
-
-
 def with_kept_features(
-    datasets: Mapping[str, Any],
-    matchers: Mapping[str, Matcher],
-    views: Collection[str],
-    protocol: EvaluationProtocol,
-    cache: FeatureCache = FeatureCache(),
+    datasets: Mapping[str, Any], matchers: Mapping[str, Matcher], views: Collection[str], run: RunConfig
 ) -> dict[str, Any]:
-    """``datasets`` by split, answering from a feature bank.
+    """``datasets`` by split, answering from a feature bank built as ``run`` says.
 
     Args:
         matchers: of the job, by name; all with the same encoders.
         views: names of those that read pictures in their own way.
-        protocol: how the encoders run (``batch_size``, ``num_workers``, ``amp``).
+        run: ``cache_features`` is memory or disk; ``cache_dtype``, ``evaluate`` and the evaluation protocol count too.
 
     Raises:
         UserError: the encoders learn, or the matchers do not share them, or read pictures differently; a training
@@ -71,23 +47,24 @@ def with_kept_features(
             f"run.cache_features: the {', '.join(views)} would read kept features of pictures that "
             "went through the data set's processors, not its own preprocess; take that out, or set it to off"
         )
-    if cache.evaluate_only:
+    if run.evaluate:  # nothing will be trained on
         datasets = {split: dataset for split, dataset in datasets.items() if is_evaluation_set(dataset)}
     of_splits = [plain_sets(dataset, split) for split, dataset in datasets.items()]
     plain = {name: dataset for of_split in of_splits for name, dataset in of_split.items()}
     refuse_random_readings(plain)
+    protocol, on_disk = EvaluationProtocol.of_run(run), run.cache_features == "disk"
     build = partial(
         build_feature_bank,
         matcher,
         plain,
         protocol.batch_size,
-        DTYPES[cache.dtype],
-        folder=cache_root() / "dcd_features" if cache.on_disk else None,
-        fingerprint=weights_fingerprint(matcher.encoder_modules()) if cache.on_disk else "",
+        _dtype(run.cache_dtype),
+        folder=cache_root() / "dcd_features" if on_disk else None,
+        fingerprint=weights_fingerprint(matcher.encoder_modules()) if on_disk else "",
         num_workers=protocol.num_workers,
         amp=protocol.amp,
     )
-    bank = main_process_first(build) if cache.on_disk else build()
+    bank = main_process_first(build) if on_disk else build()
     return {
         split: BankedEvaluationSet(dataset, bank, split)
         if is_evaluation_set(dataset)
@@ -122,7 +99,7 @@ def refuse_random_readings(datasets: Mapping[str, Any]) -> None:
     Raises:
         UserError: one line per training set and processor that gives several readings of an item.
     """
-    found = []
+    faults = []
     for name, dataset in datasets.items():
         if is_evaluation_set(dataset) or not getattr(dataset, "annotation", None):
             continue
@@ -133,13 +110,13 @@ def refuse_random_readings(datasets: Mapping[str, Any]) -> None:
         for kind, read in readings.items():
             if draws_at_random(read, len(dataset)):
                 processor = type(getattr(dataset, kind, None)).__name__
-                found.append(
+                faults.append(
                     f"run.cache_features: the {kind} of {name} ({processor}) draws at random, and kept features are of "
                     f"one reading; take the augmentation out of datasets.*.{kind}.train (the evaluation's processor "
                     "has none), or set run.cache_features=off"
                 )
-    if found:
-        raise UserError(found)
+    if faults:
+        raise UserError(faults)
 
 
 def draws_at_random(read: Callable[[int], Any], count: int) -> bool:
@@ -176,3 +153,9 @@ def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return first.shape == second.shape and torch.equal(first, second)
     return bool(first == second)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"run.cache_dtype: {name!r} is none of {', '.join(DTYPES)}")
+    return DTYPES[name]

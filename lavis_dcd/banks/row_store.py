@@ -1,126 +1,32 @@
-"""Rows of encoded features, each with its own number of tokens, read by number.
-
-Rows lie in pieces: tensors in memory, memory-mapped files, or stretches of a file that are read plainly. Reading them
-plainly matters where memory is bounded: the pages of a mapped file count as this process's memory.
-"""
+"""Rows of encoded features, each with its own number of tokens: written in any order, read by number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import errno
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import groupby
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 from typing_extensions import override
 
+from lavis_dcd.banks.columns import Column, FilePiece, bytes_of, empty, words_of
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.texts import size_in_words
 from lavis_dcd.matching.features import Features
 
 F = TypeVar("F", bound=Features)
 
 BLOCK_BYTES = 512 * 2**20
-# Tensors are copied as plain words of their size, since NumPy has no bfloat16.
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Piece(Protocol):
-    """Vectors of one width, one behind the other."""
-
-    def opened(self) -> AbstractContextManager[Callable[[int, np.ndarray], None]]:
-        """A function that fills words ``[n, D]`` with the n vectors from a given one on."""
-
-
-class TensorPiece(Piece):
-    """Vectors ``[S, D]`` in memory, or memory-mapped."""
-
-    def __init__(self, vectors: Tensor) -> None:
-        self._words = words_of(vectors)
-
-    @override
-    def opened(self) -> AbstractContextManager[Callable[[int, np.ndarray], None]]:
-        return nullcontext(self._read)
-
-    def _read(self, start: int, words: np.ndarray) -> None:
-        words[:] = self._words[start : start + len(words)]
-
-
-class FilePiece(Piece):
-    """Vectors in a file.
-
-    Args:
-        file: opens it, for as long as the ``with`` block lasts.
-        begin: where its first vector stands, in bytes.
-    """
-
-    def __init__(self, file: Callable[[], AbstractContextManager[Any]], begin: int) -> None:
-        self._file, self._begin = file, begin
-
-    @override
-    @contextmanager
-    def opened(self) -> Iterator[Callable[[int, np.ndarray], None]]:
-        with self._file() as handle:
-            yield partial(self._read, handle)
-
-    def _read(self, handle: Any, start: int, words: np.ndarray) -> None:
-        view = bytes_of(words)
-        handle.seek(self._begin + start * words.itemsize * words.shape[1])
-        while view:
-            count = handle.readinto(view)
-            if not count:
-                raise UserError(f"{getattr(handle, 'name', '')}: a file of features has become shorter; start again")
-            view = view[count:]
-
-
-class Column:
-    """The vectors of many rows, some for each row, in pieces.
-
-    Args:
-        count: of the rows.
-        shape: of what a row holds, beside the number of its vectors: the last side of tokens, all sides of embeds.
-
-    ``lengths`` int64 ``[count]``: vectors of each row, 0 for one that has not come.
-    """
-
-    def __init__(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = tuple(shape), dtype
-        self.lengths = np.zeros(count, np.int64)
-        self._starts, self._piece_of = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        self._pieces: list[Piece] = []
-
-    def add(self, rows: np.ndarray, lengths: int | np.ndarray, piece: Piece) -> None:
-        """Take the vectors of ``rows``, int64 ``[b]``, which lie in their order in ``piece``."""
-        self.lengths[rows] = lengths
-        lengths = self.lengths[rows]
-        self._starts[rows], self._piece_of[rows] = lengths.cumsum() - lengths, len(self._pieces)
-        self._pieces.append(piece)
-
-    def with_pieces(self, pieces: Sequence[Piece]) -> Column:
-        """The same rows, read from other pieces."""
-        twin = Column(0, self.shape, self.dtype)
-        twin.lengths, twin._starts, twin._piece_of = self.lengths, self._starts, self._piece_of
-        twin._pieces = list(pieces)
-        return twin
-
-    def read(self, rows: np.ndarray, out: Tensor) -> None:
-        """Fill ``out [B, N, D]``, of any floating point type, with the vectors of rows int64 ``[B]``, zeros behind."""
-        starts, lengths = self._starts[rows].tolist(), self.lengths[rows].tolist()
-        piece_of = self._piece_of[rows]
-        places = np.argsort(piece_of, kind="stable").tolist()
-        as_kept = out if out.dtype == self.dtype else torch.empty(1, *out.shape[1:], dtype=self.dtype)
-        words = words_of(as_kept)
-        for piece, places_in_piece in groupby(places, key=piece_of.tolist().__getitem__):
-            with self._pieces[piece].opened() as read:
-                for place in places_in_piece:
-                    row = place if as_kept is out else 0
-                    read(starts[place], words[row, : lengths[place]])
-                    words[row, lengths[place] :] = 0
-                    if as_kept is not out:
-                        out[place] = as_kept[0]
 
 
 class RowStore:
@@ -143,7 +49,7 @@ class RowStore:
         return self.tokens.lengths
 
     def read(self, rows: Tensor, tokens: Tensor, embeds: Tensor | None) -> None:
-        """See ``RowSource``."""
+        """Fill ``tokens`` and ``embeds``, see ``RowSource``."""
         self.tokens.read(rows.numpy(), tokens)
         if embeds is not None and self.embeds is not None:
             self.embeds.read(rows.numpy(), embeds.flatten(1)[:, None])
@@ -156,8 +62,8 @@ class RowStore:
         picked = torch.as_tensor(rows, dtype=torch.long)
         lengths = self.lengths[picked.numpy()]
         longest = max(1, int(lengths.max()))
-        tokens = _empty((len(picked), longest, *self.tokens.shape), self.tokens.dtype)
-        embeds = None if self.embeds is None else _empty((len(picked), *self.embeds.shape), self.embeds.dtype)
+        tokens = empty((len(picked), longest, *self.tokens.shape), self.tokens.dtype)
+        embeds = None if self.embeds is None else empty((len(picked), *self.embeds.shape), self.embeds.dtype)
         self.read(picked, tokens, embeds)
         mask = torch.from_numpy(np.arange(longest) < lengths[:, None]) if self.masked else None
         return kind(tokens, mask, embeds)
@@ -175,21 +81,6 @@ class RowStore:
         like = kind(torch.empty(0, longest, *self.tokens.shape), embeds=embeds)
         mask = torch.arange(longest) < lengths[:, None] if masked or self.masked else None
         return StreamedFeatures(like, self, picked, mask)
-
-
-def words_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor on the CPU as integers of its elements' size, of the same shape."""
-    return tensor.detach().view(_WORDS[tensor.element_size()]).numpy()
-
-
-def bytes_of(words: np.ndarray) -> memoryview:
-    """The memory of a contiguous array."""
-    return memoryview(words.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  NumPy's stubs hide that it is a buffer
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    # NumPy's memory comes in huge pages: half the time of torch.empty for batches of many megabytes
-    return torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
 
 
 class RowSource(Protocol):
@@ -211,7 +102,7 @@ class StreamedFeatures(Generic[F]):
         like: such features without a row, ``tokens [0, N, D]`` on the CPU: N counts the padding of every row.
         rows: int64 ``[B]``, the numbers in ``source`` of these rows.
         mask: bool ``[B, N]`` (it stays in memory), or ``None``.
-        block_bytes: what a reader of all rows should take at a time.
+        block_bytes: bytes that a reader of all rows should take at a time.
     """
 
     like: F
@@ -248,16 +139,241 @@ class StreamedFeatures(Generic[F]):
 
     @property
     def row_bytes(self) -> int:
-        """What one row takes in memory, without its mask."""
+        """The bytes of one row in memory, without its mask."""
         tensors = [t for t in (self.like.tokens, self.like.embeds) if t is not None]
         return sum(t.shape[1:].numel() * t.element_size() for t in tensors)
 
     @property
     def nbytes(self) -> int:
-        """What all rows would take in memory."""
+        """The bytes of all rows in memory."""
         return len(self) * self.row_bytes + (0 if self.mask is None else self.mask.nbytes)
 
     @property
     def device(self) -> torch.device:
         """The device on which rows arrive: the host."""
         return torch.device("cpu")
+
+
+class RowWriter(ABC, Generic[F]):
+    """Room for a set's features, whose rows come in any order, each once.
+
+    Args:
+        count: rows of the set.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._here = torch.zeros(count, dtype=torch.bool)
+        self._like: F | None = None  # without a row
+        self._mask, self._masked = torch.zeros(count, 0, dtype=torch.bool), False
+
+    def put(self, rows: Tensor, features: F) -> None:
+        """Keep the features of ``rows``, int64 ``[b]`` on the CPU.
+
+        Raises:
+            ValueError: some parts have embeds and some have none.
+            UserError: the disk is full.
+        """
+        if self._like is None:
+            self._like = _without_rows(features, 0)
+            self._begin(features)
+        if (features.embeds is None) != (self._like.embeds is None):
+            raise ValueError("some parts have embeds and some have none")
+        self._put_mask(rows, features)
+        self._write(rows, features)
+        self._here[rows] = True
+
+    def all(self) -> F | StreamedFeatures[F]:
+        """The features of all rows.
+
+        Raises:
+            ValueError: a row has not come.
+        """
+        if self._like is None or not self._here.all():
+            raise ValueError(f"{int((~self._here).sum())} of {len(self._here)} rows have not come")
+        return self._all(self._like, self._mask if self._masked else None)
+
+    def _put_mask(self, rows: Tensor, features: F) -> None:
+        length, longest = features.tokens.shape[1], self._mask.shape[1]
+        # parts of other lengths are padded, and padding has to be masked
+        self._masked |= features.mask is not None or longest not in (0, length)
+        if length > longest:
+            self._mask = nnf.pad(self._mask, (0, length - longest))
+        self._mask[rows, :length] = features.full_mask().cpu()
+
+    @abstractmethod
+    def _begin(self, features: F) -> None:
+        """Make room for rows like these."""
+
+    @abstractmethod
+    def _write(self, rows: Tensor, features: F) -> None:
+        """Keep tokens and embeds."""
+
+    @abstractmethod
+    def _all(self, like: F, mask: Tensor | None) -> F | StreamedFeatures[F]:
+        """All rows, with their mask bool ``[count, N]``, ``None`` where every token of every row is real."""
+
+
+def _without_rows(features: F, length: int) -> F:
+    """New tensors of no row, and ``length`` tokens: a slice would keep all of ``features`` in memory."""
+    embeds = None if features.embeds is None else features.embeds.new_empty(0, *features.embeds.shape[1:])
+    return type(features)(features.tokens.new_empty(0, length, features.tokens.shape[2]), embeds=embeds)
+
+
+class RowsInMemory(RowWriter[F]):
+    """A set's features in one piece, without a second copy: what ``Features.cat`` makes of the parts, re-ordered.
+
+    Rows take the length of the first part. A longer part that comes later has what is there copied; whoever brings
+    the longest part first avoids that.
+    """
+
+    @override
+    def _begin(self, features: F) -> None:
+        count = len(self._here)
+        self._tokens = features.tokens.new_empty((count, *features.tokens.shape[1:]))
+        self._embeds = (
+            None if features.embeds is None else features.embeds.new_empty((count, *features.embeds.shape[1:]))
+        )
+
+    @override
+    def _write(self, rows: Tensor, features: F) -> None:
+        length = features.tokens.shape[1]
+        if length > self._tokens.shape[1]:
+            self._grow(length)
+        places = rows.to(self._tokens.device)
+        self._tokens[:, :length][places] = features.tokens
+        self._tokens[:, length:][places] = 0
+        if self._embeds is not None and features.embeds is not None:
+            self._embeds[rows.to(self._embeds.device)] = features.embeds
+
+    @override
+    def _all(self, like: F, mask: Tensor | None) -> F:
+        return type(like)(self._tokens, None if mask is None else mask.to(self._tokens.device), self._embeds)
+
+    def _grow(self, length: int) -> None:
+        old, there = self._tokens, self._here.to(self._tokens.device)
+        self._tokens = old.new_empty((len(old), length, old.shape[2]))
+        for row in there.nonzero()[:, 0].tolist():
+            self._tokens[row, : old.shape[1]] = old[row]
+            self._tokens[row, old.shape[1] :] = 0
+
+
+class SpilledRows(RowWriter[F]):
+    """A set's features in a temporary file, read when they are indexed; there, rows keep their own lengths.
+
+    Args:
+        file: empty.
+    """
+
+    def __init__(self, file: _TemporaryFile, count: int, block_bytes: int) -> None:
+        super().__init__(count)
+        self._file, self._block_bytes = file, block_bytes
+
+    @override
+    def put(self, rows: Tensor, features: F) -> None:
+        super().put(rows, features.to("cpu"))
+
+    @override
+    def _begin(self, features: F) -> None:
+        count, embeds = len(self._here), features.embeds
+        self._tokens = Column(count, features.tokens.shape[2:], features.tokens.dtype)
+        self._embeds = None if embeds is None else Column(count, embeds.shape[1:], embeds.dtype)
+
+    @override
+    def _write(self, rows: Tensor, features: F) -> None:
+        self._tokens.add(rows.numpy(), features.tokens.shape[1], self._file.append(features.tokens))
+        if self._embeds is not None and features.embeds is not None:
+            self._embeds.add(rows.numpy(), 1, self._file.append(features.embeds))
+
+    @override
+    def _all(self, like: F, mask: Tensor | None) -> StreamedFeatures[F]:
+        store, rows = RowStore(self._tokens, self._embeds), torch.arange(len(self._here))
+        return StreamedFeatures(_without_rows(like, self._mask.shape[1]), store, rows, mask, self._block_bytes)
+
+
+class Spill:
+    """A folder in which features may wait; leaving the ``with`` block frees the room of all of them.
+
+    A file has no name: the system takes it away with its last handle, so that not even a killed process leaves one
+    behind.
+
+    Args:
+        folder: on a disk with room; the system's temporary folder by default.
+        block_bytes: bytes that a reader of all rows takes at a time.
+    """
+
+    def __init__(self, folder: Path | str | None = None, block_bytes: int = BLOCK_BYTES) -> None:
+        self.folder, self.block_bytes = Path(folder or tempfile.gettempdir()), block_bytes
+        self._files: WeakSet[_TemporaryFile] = WeakSet()
+
+    def __enter__(self) -> Spill:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the room; what was kept here cannot be read any more."""
+        for file in list(self._files):
+            file.close()
+
+    def require(self, size: float) -> None:
+        """Raise a ``UserError``, before any work, where the disk has no room for so many bytes."""
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        if size > free:
+            raise cannot_write(self.folder, f"they need {size_in_words(size)}, {size_in_words(free)} are free")
+
+    def rows(self, count: int) -> SpilledRows[Any]:
+        """An empty file for that many rows.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        try:
+            # unbuffered: what cannot be written fails here and now, not when the file is closed
+            handle = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  closed with its _TemporaryFile
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        file = _TemporaryFile(handle, self.folder)
+        self._files.add(file)
+        return SpilledRows(file, count, self.block_bytes)
+
+
+class _TemporaryFile:
+    """A file without a name, one piece behind the other."""
+
+    def __init__(self, handle: Any, folder: Path) -> None:
+        self.handle, self._folder, self._end = handle, folder, 0
+
+    def append(self, vectors: Tensor) -> FilePiece:
+        """Write ``vectors``, contiguous ones or a copy of them."""
+        begin, view = self._end, bytes_of(words_of(vectors.contiguous()))
+        self._end += len(view)
+        self.handle.seek(begin)
+        try:
+            while view:
+                view = view[self.handle.write(view) :]
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+        return FilePiece(self._still_open, begin)
+
+    def _still_open(self) -> AbstractContextManager[Any]:
+        return nullcontext(self.handle)
+
+    def close(self) -> None:
+        """Free the room."""
+        self.handle.close()
+
+
+def cannot_write(folder: Path, error: OSError | str) -> UserError:
+    """The error for features that do not fit into ``folder``, with the ways out."""
+    why: object = error
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full" if full else error.strerror or str(error)
+    return UserError(
+        f"run.eval_memory_mb: the features of an evaluation that take more cannot be kept in {folder}: {why}; make "
+        "room, choose another disk with run.output_dir, or raise run.eval_memory_mb to keep them in memory"
+    )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import BoolTensor, Tensor
+from torch import BoolTensor, FloatTensor, LongTensor, Tensor
 from torch.utils.data import default_collate
 
 from lavis_dcd.banks.score_bank import BankTable, ScoreBank
@@ -86,22 +86,22 @@ class BankCandidates(WithCandidates):
         selection = self._select(direction, rows, table.scores[index][None], index)
         columns = selection.text_rows[0]
         # a masked column points at the match
-        return rows[columns[1:]], selection.teacher_scores[0].clone()
+        return rows[columns[1:]], cast(Tensor, selection.teacher_scores)[0].clone()
 
     def _select(self, direction: str, rows: Tensor, scores: Tensor, index: int) -> Selection:
-        choice, columns = self.choice, torch.arange(len(rows))[None]
+        choice, columns = self.choice, cast(LongTensor, torch.arange(len(rows))[None])
         pool = CandidatePool(columns, columns, self._valid(rows), direction)
         generator = None
         if choice.strategy == "random":
             seeds = np.random.SeedSequence([self.seed, self.epoch, index, DIRECTIONS.index(direction)])
             generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
-        return select(pool, scores, choice.hard_negatives, choice.strategy, choice.margin, generator)
+        return select(pool, cast(FloatTensor, scores), choice.hard_negatives, choice.strategy, choice.margin, generator)
 
     def _valid(self, rows: Tensor) -> BoolTensor:
         """Bool ``[1, 1+C]``: the match, and rows of other pictures."""
         valid = self._ids[rows] != self._ids[rows[0]]
         valid[0] = True
-        return valid[None]
+        return cast(BoolTensor, valid[None])
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The inner set's batch with, flat and row-major, ``candidate_text`` (B * K strings) and ``candidate_image``

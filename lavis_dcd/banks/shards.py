@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from lavis_dcd.banks.row_store import Column, FilePiece, RowStore, StreamedFeatures, TensorPiece
+from lavis_dcd.banks.columns import Column, FilePiece, TensorPiece
+from lavis_dcd.banks.row_store import RowStore, StreamedFeatures
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_path, atomic_write, clear_leftovers
 from lavis_dcd.matching.features import Features
@@ -86,7 +87,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """What its tensors take."""
+        """The bytes of its tensors."""
         return sum(tensor.nbytes for tensor in self.named().values())
 
 
@@ -117,7 +118,7 @@ class ShardedRows(RowStore):
 
     @property
     def nbytes(self) -> int:
-        """What all shards take, with the rows' lengths."""
+        """The bytes of all shards, with the rows' lengths."""
         return sum(shard.nbytes for shard in self.shards)
 
     @override
@@ -142,7 +143,7 @@ def _opened_again(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _tokens_at(path: Path) -> int:
-    """Where the tokens begin in a safetensors file: the length of its header, the header, the tensors."""
+    """The byte at which the tokens begin in a safetensors file: the length of its header, the header, the tensors."""
     with path.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         return 8 + length + json.loads(handle.read(length))["tokens"]["data_offsets"][0]
@@ -221,7 +222,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Keep what is waiting.
+        """Write what is waiting.
 
         Raises:
             UserError: the disk is full.

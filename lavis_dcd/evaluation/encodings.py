@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lavis_dcd.banks.encoding import Storage, banked_rows, encode_dataset
-from lavis_dcd.banks.row_writers import Spill
+from lavis_dcd.banks.encoding import Storage, encode_dataset
+from lavis_dcd.banks.row_store import Spill
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.common.texts import size_in_words
 from lavis_dcd.config.run_section import EvaluationProtocol
@@ -127,7 +127,7 @@ def feature_sizes(matcher: Matcher, dataset: Any, amp: str, ranks: ProcessGroup)
     Those of a bank are exact; else a picture and the longest captions are encoded to see how big they are.
     """
     share = len(ProcessGroup(size=ranks.size).share(len(dataset)))  # the first process has the most
-    banked = banked_rows(dataset, matcher)
+    banked = dataset.banked_rows(matcher) if hasattr(dataset, "banked_rows") else None
     if banked is not None:
         return (banked[0].row_bytes * share, banked[1].nbytes), True
     sample = _First(dataset)

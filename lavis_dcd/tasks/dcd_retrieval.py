@@ -13,11 +13,12 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
-from lavis_dcd.banks.feature_cache import FeatureCache, with_kept_features
+from lavis_dcd.banks.feature_cache import with_kept_features
 from lavis_dcd.banks.feature_sets import BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
-from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.common.schema import parse
+from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
@@ -116,9 +117,7 @@ class DcdRetrievalTask(BaseTask):
                 split: dataset if is_evaluation_set(dataset) or not views else with_views(dataset, views)
                 for split, dataset in datasets.items()
             }
-        cache = FeatureCache(mode == "disk", _option(run, "cache_dtype", "float16"), _option(run, "evaluate", False))
-        protocol = EvaluationProtocol.of_run(run)
-        return with_kept_features(datasets, self._matchers, self._views.by_name, protocol, cache)
+        return with_kept_features(datasets, self._matchers, self._views.by_name, _run_config(run))
 
     def _adopt(self, model: nn.Module, run: Any) -> None:
         self.run, self._matchers = run, matchers_of(model)
@@ -268,6 +267,13 @@ def _run_folder() -> Path | None:
     """Where the runner that is at work puts its outputs: LAVIS keeps it under this name."""
     folder = registry.get_path("output_dir")
     return Path(folder) if folder and Path(folder).is_dir() else None
+
+
+def _run_config(run: Any) -> RunConfig:
+    if isinstance(run, RunConfig):
+        return run
+    values = {name: _option(run, name, None) for name in RunConfig.__dataclass_fields__}
+    return parse(RunConfig, {name: value for name, value in values.items() if value is not None}, "run")
 
 
 def _option(run: Any, name: str, default: Any) -> Any:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_dcd.banks.encoding import Storage, encode_captions, encode_pictures
-from lavis_dcd.banks.row_store import StreamedFeatures
-from lavis_dcd.banks.row_writers import Spill
+from lavis_dcd.banks.row_store import Spill, StreamedFeatures
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
 

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
-from lavis_dcd.banks.feature_cache import FeatureCache, draws_at_random, with_kept_features
+from lavis_dcd.banks.feature_cache import draws_at_random, with_kept_features
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import main_process_first
 from lavis_dcd.common.seeding import rng_state
-from lavis_dcd.config.run_section import EvaluationProtocol
+from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
@@ -76,9 +76,8 @@ EVAL = DcdImageEvalProcessor.from_config({"image_size": 16})
 MODES = ("memory", "disk")
 
 
-def kept(datasets: dict[str, Any], mode: str = "memory", matcher: Reader | None = None, **cache: Any) -> dict[str, Any]:
-    matchers = {"student": matcher or Reader()}
-    return with_kept_features(datasets, matchers, (), EvaluationProtocol(), FeatureCache(mode == "disk", **cache))
+def kept(datasets: dict[str, Any], mode: str = "memory", matcher: Reader | None = None, **run: Any) -> dict[str, Any]:
+    return with_kept_features(datasets, {"student": matcher or Reader()}, (), RunConfig(cache_features=mode, **run))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -86,7 +85,7 @@ def test_training_and_evaluation_read_their_own_processors(photos, monkeypatch, 
     monkeypatch.setenv("LAVIS_CACHE", str(photos / "cache"))
     cropped = train_processor(resize="crop")
     matcher, plain = Reader(), {"train": training(photos, cropped), "val": evaluation(photos, EVAL)}
-    sets = kept(plain, mode, matcher=matcher, dtype="float32")
+    sets = kept(plain, mode, matcher=matcher, cache_dtype="float32")
     assert isinstance(sets["train"], BankedTrainingSet) and isinstance(sets["val"], BankedEvaluationSet)
     assert matcher.pictures == 3 + 3  # picture 2 is read in two ways
     batch = sets["train"].collater([sets["train"][row] for row in range(4)])
@@ -100,7 +99,7 @@ def test_training_and_evaluation_read_their_own_processors(photos, monkeypatch, 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
 def test_precision_is_as_asked(photos, name):
-    sets = kept({"train": training(photos, EVAL)}, dtype=name)
+    sets = kept({"train": training(photos, EVAL)}, cache_dtype=name)
     batch = sets["train"].collater([sets["train"][0]])
     assert batch["image"].tokens.dtype == getattr(torch, name)
     default = kept({"train": training(photos, EVAL)})["train"]
@@ -109,7 +108,7 @@ def test_precision_is_as_asked(photos, name):
 
 def test_an_unknown_precision_is_told(photos):
     with pytest.raises(UserError, match=r"run\.cache_dtype: 'int8' is none of float16, bfloat16, float32"):
-        kept({"train": training(photos, EVAL)}, dtype="int8")
+        kept({"train": training(photos, EVAL)}, cache_dtype="int8")
 
 
 def test_the_processor_of_evaluation_is_shared_when_it_is_the_same(photos):
@@ -143,7 +142,7 @@ def test_random_augmentation_is_refused(photos, augment):
     assert "datasets.*.vis_processor.train" in pictures and "run.cache_features=off" in pictures
     assert captions.startswith("run.cache_features: the text_processor of train (Shuffling) draws at random")
     assert matcher.pictures == 0
-    assert set(kept(sets, evaluate_only=True)) == {"val"}  # nothing is trained on, so nothing is drawn
+    assert set(kept(sets, evaluate=True)) == {"val"}  # nothing is trained on, so nothing is drawn
 
 
 def test_a_training_processor_that_augments_nothing_passes(photos):
@@ -220,8 +219,8 @@ def test_alone_there_is_nobody_to_wait_for():
 
 def test_other_encoders_and_other_readings_are_refused(photos):
     sets = {"train": training(photos, EVAL)}
-    protocol = EvaluationProtocol()
+    run = RunConfig(cache_features="memory")
     with pytest.raises(UserError, match="the teacher has encoders of its own"):
-        with_kept_features(sets, {"teacher": Reader(), "student": Reader()}, (), protocol)
+        with_kept_features(sets, {"teacher": Reader(), "student": Reader()}, (), run)
     with pytest.raises(UserError, match="the teacher would read kept features of pictures that went through"):
-        with_kept_features(sets, {"student": Reader()}, ["teacher"], protocol)
+        with_kept_features(sets, {"student": Reader()}, ["teacher"], run)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_dcd.banks.encoding import Storage, device_of, encode_captions, encode_dataset, scoring_mode
-from lavis_dcd.banks.row_store import RowSource, StreamedFeatures
-from lavis_dcd.banks.row_writers import Spill
+from lavis_dcd.banks.row_store import RowSource, Spill, StreamedFeatures
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.evaluation.shortlist import Shortlist, score_dataset, score_exhaustive, score_joint, score_shortlist
 from lavis_dcd.matching.contract import Matcher
