@@ -16,40 +16,43 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_dcd.banks.encoding import encode_captions, encode_pictures, reported
-from lavis_dcd.banks.feature_store import (
+from lavis_dcd.banks.row_store import StreamedFeatures
+from lavis_dcd.banks.shards import (
     FORMAT,
-    RowStore,
     Shard,
+    ShardedRows,
     ShardWriter,
     finish,
     is_finished,
     one_writer,
     open_store,
-    stream,
 )
-from lavis_dcd.banks.row_store import StreamedFeatures
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import update_with_tensors
 from lavis_dcd.common.texts import size_in_words
+from lavis_dcd.datasets.tree import is_evaluation_set
 from lavis_dcd.datasets.views import alike
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures
 
-# ----------------------------------------------------------------------------------------------------
-# What stands in each row of a retrieval set, without decoding a picture.
+log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Features)
+
+_SHOWN = 4  # pictures per set that show a changed processor
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Keys of the pictures, one per row of the set, and its captions (one per row in training sets)."""
+    """The content of a retrieval set, read without decoding a picture.
+
+    Args:
+        pictures: a key for each row's picture.
+        captions: one per row in training sets.
+    """
 
     pictures: list[str]
     captions: list[str]
-
-
-def is_evaluation_set(dataset: Any) -> bool:
-    """Whether the set has LAVIS's retrieval evaluation shape: captions apart from the pictures."""
-    return hasattr(dataset, "text") and hasattr(dataset, "img2txt")
 
 
 def read_rows(dataset: Any, name: str) -> Rows:
@@ -75,15 +78,9 @@ def read_rows(dataset: Any, name: str) -> Rows:
     return Rows(pictures, [dataset.text_processor(row["caption"]) for row in annotation])
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a feature bank of a job's data sets holds, and the name under which it is kept.
-
-_SHOWN = 4  # pictures per set that show a changed processor
-
-
 @dataclass
 class BankContents:
-    """What a feature bank of some sets holds.
+    """The pictures and captions of some sets, of which a feature bank holds the features.
 
     Args:
         places: set and index of each picture to encode.
@@ -134,23 +131,18 @@ class BankContents:
         return f"{len(self.places):,} pictures and {len(self.captions):,} captions"
 
 
-def _readers(datasets: Mapping[str, Dataset]) -> dict[str, str]:
+def _readers(datasets: Mapping[str, Any]) -> dict[str, str]:
     """By set, the first set whose pictures surely go through the same processor."""
-    found: dict[str, str] = {}
+    readers: dict[str, str] = {}
     for name, dataset in datasets.items():
-        mine = getattr(dataset, "vis_processor", None)
-        twins = (n for n in found.values() if mine is not None and alike(mine, datasets[n].vis_processor))
-        found[name] = next((n for n in twins), name)
-    return found
+        processor = getattr(dataset, "vis_processor", None)
+        twins = (n for n in readers.values() if processor is not None and alike(processor, datasets[n].vis_processor))
+        readers[name] = next(twins, name)
+    return readers
 
 
 def _shuffled(caption: str) -> tuple[bytes, str]:
     return hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).digest(), caption
-
-
-log = logging.getLogger(__name__)
-
-F = TypeVar("F", bound=Features)
 
 
 @dataclass
@@ -165,8 +157,8 @@ class FeatureBank:
     """
 
     matcher: Matcher | None
-    image_store: RowStore
-    text_store: RowStore
+    image_store: ShardedRows
+    text_store: ShardedRows
     picture_rows: dict[str, list[int]]
     caption_rows: dict[str, int]
 
@@ -183,16 +175,16 @@ class FeatureBank:
         Raises:
             KeyError: a caption that was in none of the sets the bank was built from.
         """
-        found = self.text_store.gather([self.caption_rows[caption] for caption in captions], TextFeatures)
-        return TextFeatures(found.tokens, found.full_mask(), found.embeds)
+        features = self.text_store.gather([self.caption_rows[caption] for caption in captions], TextFeatures)
+        return TextFeatures(features.tokens, features.full_mask(), features.embeds)
 
     def image_rows(self, rows: Sequence[int]) -> StreamedFeatures[ImageFeatures]:
         """``images(rows)`` in float32, read when they are indexed."""
-        return stream(self.image_store, rows, ImageFeatures)
+        return self.image_store.streamed(rows, ImageFeatures)
 
     def text_rows(self, captions: Sequence[str]) -> StreamedFeatures[TextFeatures]:
         """``texts(captions)`` in float32, read when they are indexed; raises as that does."""
-        return stream(self.text_store, [self.caption_rows[c] for c in captions], TextFeatures, masked=True)
+        return self.text_store.streamed([self.caption_rows[c] for c in captions], TextFeatures, masked=True)
 
     def serves(self, matcher: Matcher) -> bool:
         """Whether ``matcher`` would make the same features."""
@@ -200,6 +192,7 @@ class FeatureBank:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of the features."""
         return self.image_store.nbytes + self.text_store.nbytes
 
 
@@ -260,7 +253,7 @@ def weights_fingerprint(modules: Iterable[nn.Module]) -> str:
     return digest.hexdigest()
 
 
-class _Pictures(Dataset):
+class _PicturesAt(Dataset):
     """The pictures at (set name, index), through their sets' processors."""
 
     def __init__(self, datasets: Mapping[str, Dataset], places: Sequence[tuple[str, int]]) -> None:
@@ -286,7 +279,7 @@ class _Build:
     num_workers: int
     amp: str
 
-    def run(self, folder: Path | None) -> tuple[RowStore, RowStore]:
+    def run(self, folder: Path | None) -> tuple[ShardedRows, ShardedRows]:
         """The stores of pictures and captions; on disk, from where an interrupted build was."""
         images, texts = ShardWriter(folder, "images"), ShardWriter(folder, "texts")
         if images.rows or texts.rows:
@@ -295,9 +288,10 @@ class _Build:
         first_images, all_images = _peeked(self._images(images.rows))
         rest = len(self.wanted.places) - images.rows, len(self.wanted.captions) - texts.rows
         self._announce(folder, _size(first_images, rest[0]), _size(first_texts, rest[1]))
-        for writer, parts in ((images, all_images), (texts, all_texts)):
-            for part in parts:
-                writer.add(part)
+        for image_features in all_images:
+            images.add(image_features)
+        for text_features in all_texts:
+            texts.add(text_features)
         stores = images.store(), texts.store()
         if folder is not None:
             facts = {"pictures": len(stores[0]), "captions": len(stores[1]), "dtype": str(self.dtype)}
@@ -305,16 +299,16 @@ class _Build:
         return stores
 
     def _announce(self, folder: Path | None, images: float, texts: float) -> None:
-        """Tells what will be written.
+        """Log what will be written.
 
         Raises:
             UserError: the disk has no room for it.
         """
         kind, need = str(self.dtype).removeprefix("torch."), images + texts
-        parts = f"pictures {size_in_words(images)}, captions {size_in_words(texts)}"
-        said = f"features of {self.wanted}: {size_in_words(need)} as {kind} ({parts})"
+        sizes = f"pictures {size_in_words(images)}, captions {size_in_words(texts)}"
+        announcement = f"features of {self.wanted}: {size_in_words(need)} as {kind} ({sizes})"
         if folder is None:
-            log.info("%s in memory", said)
+            log.info("%s in memory", announcement)
             return
         there = next(parent for parent in folder.absolute().parents if parent.is_dir())
         free = shutil.disk_usage(there).free
@@ -325,30 +319,31 @@ class _Build:
                 f"{there} has {size_in_words(free)} free; make room, choose another place with LAVIS_CACHE, "
                 f"{smaller}or set run.cache_features=off"
             )
-        log.info("%s to be written to %s (%s free)", said, folder, size_in_words(free))
+        log.info("%s to be written to %s (%s free)", announcement, folder, size_in_words(free))
 
     def _images(self, start: int) -> Iterator[ImageFeatures]:
-        source = _Pictures(self.datasets, self.wanted.places[start:])
+        source = _PicturesAt(self.datasets, self.wanted.places[start:])
         loader = DataLoader(source, batch_size=self.batch_size, num_workers=self.num_workers)
         for batch in reported(loader, len(loader), "batches of pictures encoded"):
-            yield self._kept(encode_pictures(self.matcher, [batch], amp=self.amp))
+            yield self._converted(encode_pictures(self.matcher, [batch], amp=self.amp))
 
     def _texts(self, start: int) -> Iterator[TextFeatures]:
         captions, size = self.wanted.captions, 4 * self.batch_size
         starts = range(start, len(captions), size)
         for first in reported(starts, len(starts), "batches of captions encoded"):
-            yield self._kept(encode_captions(self.matcher, captions[first : first + size], size, amp=self.amp))
+            yield self._converted(encode_captions(self.matcher, captions[first : first + size], size, amp=self.amp))
 
-    def _kept(self, features: F) -> F:
-        kept = features.to("cpu", self.dtype)
-        real = kept.tokens if kept.mask is None else kept.tokens[kept.mask]
-        for tensor in (real, kept.embeds):
+    def _converted(self, features: F | StreamedFeatures[F]) -> F:
+        """In memory, as precise as they will be kept."""
+        converted = features[:].to("cpu", self.dtype)
+        real = converted.tokens if converted.mask is None else converted.tokens[converted.mask]
+        for tensor in (real, converted.embeds):
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise UserError(
-                    f"run.cache_features: {type(features).__name__} do not fit {self.dtype}; set run.cache_dtype="
+                    f"run.cache_features: {type(converted).__name__} do not fit {self.dtype}; set run.cache_dtype="
                     "bfloat16 or float32, or run.cache_features=off"
                 )
-        return kept
+        return converted
 
 
 def _peeked(items: Iterable[F]) -> tuple[F | None, Iterator[F]]:

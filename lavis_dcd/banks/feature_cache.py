@@ -1,36 +1,34 @@
-"""`run.cache_features`: a job's data sets answer from a bank of features, or the reason why they cannot."""
+"""``run.cache_features``: a job's data sets answer from a bank of features, or the reason why they cannot."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from lavis_dcd.banks.feature_bank import build_feature_bank, is_evaluation_set, weights_fingerprint
+from lavis_dcd.banks.feature_bank import build_feature_bank, weights_fingerprint
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
 from lavis_dcd.common.processes import main_process_first
 from lavis_dcd.common.seeding import rng_state, seed_host, set_rng_state
-from lavis_dcd.config.run_section import EvaluationProtocol
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
+from lavis_dcd.datasets.tree import is_evaluation_set, plain_sets
 from lavis_dcd.matching.contract import Matcher
 
-T = TypeVar("T")
-
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# What draws rarely (a change with probability 0.1, say) shows in so many draws, but for one case in 10,000.
+# Draws that are compared. A processor that changes one picture in ten escapes 96 of them once in 25,000 times.
 _DRAWS = 96
 _QUIET_DRAWS = 4  # where nothing was taken from the common generators
 _ITEMS = 4  # a change may not show in every picture: a mirrored symmetrical one
 
 
 def with_kept_features(
-    datasets: Mapping[str, Any], matchers: Mapping[str, Matcher], views: Collection[str], run: Any
+    datasets: Mapping[str, Any], matchers: Mapping[str, Matcher], views: Collection[str], run: RunConfig
 ) -> dict[str, Any]:
     """``datasets`` by split, answering from a feature bank built as ``run`` says.
 
@@ -49,19 +47,18 @@ def with_kept_features(
             f"run.cache_features: the {', '.join(views)} would read kept features of pictures that "
             "went through the data set's processors, not its own preprocess; take that out, or set it to off"
         )
-    if _option(run, "evaluate", False):  # nothing will be trained on
+    if run.evaluate:  # nothing will be trained on
         datasets = {split: dataset for split, dataset in datasets.items() if is_evaluation_set(dataset)}
-    leaves = [plain_sets(dataset, split) for split, dataset in datasets.items()]
-    flat = {name: leaf for of_split in leaves for name, leaf in of_split.items()}
-    refuse_random_readings(flat)
-    protocol = EvaluationProtocol.of_run(run)
-    on_disk = _option(run, "cache_features", "off") == "disk"
+    of_splits = [plain_sets(dataset, split) for split, dataset in datasets.items()]
+    plain = {name: dataset for of_split in of_splits for name, dataset in of_split.items()}
+    refuse_random_readings(plain)
+    protocol, on_disk = EvaluationProtocol.of_run(run), run.cache_features == "disk"
     build = partial(
         build_feature_bank,
         matcher,
-        flat,
+        plain,
         protocol.batch_size,
-        _dtype(_option(run, "cache_dtype", "float16")),
+        _dtype(run.cache_dtype),
         folder=cache_root() / "dcd_features" if on_disk else None,
         fingerprint=weights_fingerprint(matcher.encoder_modules()) if on_disk else "",
         num_workers=protocol.num_workers,
@@ -77,7 +74,7 @@ def with_kept_features(
 
 
 def one_with_shared_encoders(matchers: Mapping[str, Matcher]) -> Matcher:
-    """The learner, when its encoders are everybody's.
+    """The learner, whose encoders must be those of all matchers.
 
     Raises:
         UserError: some matcher has encoders of its own.
@@ -102,7 +99,7 @@ def refuse_random_readings(datasets: Mapping[str, Any]) -> None:
     Raises:
         UserError: one line per training set and processor that gives several readings of an item.
     """
-    found = []
+    faults = []
     for name, dataset in datasets.items():
         if is_evaluation_set(dataset) or not getattr(dataset, "annotation", None):
             continue
@@ -113,13 +110,13 @@ def refuse_random_readings(datasets: Mapping[str, Any]) -> None:
         for kind, read in readings.items():
             if draws_at_random(read, len(dataset)):
                 processor = type(getattr(dataset, kind, None)).__name__
-                found.append(
+                faults.append(
                     f"run.cache_features: the {kind} of {name} ({processor}) draws at random, and kept features are of "
                     f"one reading; take the augmentation out of datasets.*.{kind}.train (the evaluation's processor "
                     "has none), or set run.cache_features=off"
                 )
-    if found:
-        raise UserError(found)
+    if faults:
+        raise UserError(faults)
 
 
 def draws_at_random(read: Callable[[int], Any], count: int) -> bool:
@@ -148,22 +145,17 @@ def _differs(read: Callable[[int], Any], row: int, seed: int) -> bool:
 
 
 def _host_state() -> tuple[Any, ...]:
-    _, keys, position, *_ = np.random.get_state()
-    return random.getstate(), keys.tobytes(), position, torch.get_rng_state().numpy().tobytes()
+    _, keys, position, *_ = np.random.get_state(legacy=True)
+    return random.getstate(), np.asarray(keys).tobytes(), position, torch.get_rng_state().numpy().tobytes()
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    return bool(one == other)
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.shape == second.shape and torch.equal(first, second)
+    return bool(first == second)
 
 
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"run.cache_dtype: {name!r} is none of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _option(run: Any, name: str, default: Any) -> Any:
-    value = run.get(name) if hasattr(run, "get") else getattr(run, name, None)
-    return default if value is None else value

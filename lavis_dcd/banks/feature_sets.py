@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from typing_extensions import override
 
 from lavis_dcd.banks.feature_bank import FeatureBank, read_rows
 from lavis_dcd.banks.row_store import StreamedFeatures
+from lavis_dcd.datasets.tree import StandInSet, WrappedSet, collater_of, replace_plain_sets
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
-class _Delegating(Dataset):
-    """A set around ``source`` that has all its other attributes (captions, mappings, processors)."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getattr__(self, name: str) -> Any:
-        # Absent while a copy is being unpickled.
-        if name.startswith("__") or name == "source":
-            raise AttributeError(name)
-        return getattr(self.source, name)
-
-
-class PictureRows(_Delegating):
+class PictureRows(StandInSet):
     """A training set whose ``image`` is the picture's row in the bank; ``rows`` has those of all items."""
 
     def __init__(self, source: Any, captions: list[str], rows: list[int]) -> None:
@@ -48,7 +33,7 @@ class PictureRows(_Delegating):
         return item | ({"instance_id": row["instance_id"]} if "instance_id" in row else {})
 
 
-class BankedTrainingSet(Dataset):
+class BankedTrainingSet(WrappedSet):
     """A training set, perhaps in wrappers that draw captions, whose batches carry features, not pictures.
 
     A batch is the set's own, with ``image`` an ``ImageFeatures`` (one row per sample, as precise as it is kept) and
@@ -64,27 +49,21 @@ class BankedTrainingSet(Dataset):
     """
 
     def __init__(self, dataset: Any, bank: FeatureBank, name: str = "train") -> None:
-        self.bank, self.dataset = bank, _as_rows(dataset, bank, name)
+        def of_rows(plain_name: str, plain: Any) -> PictureRows:
+            return PictureRows(plain, read_rows(plain, plain_name).captions, bank.picture_rows[plain_name])
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(replace_plain_sets(dataset, name, of_rows))
+        self.bank = bank
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.dataset[index]
-
-    def collater(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = getattr(self.dataset, "collater", default_collate)(items)
+    @override
+    def collater(self, samples: list[Any]) -> dict[str, Any]:
+        batch = collater_of(self.dataset)(samples)
         captions = [*batch["text_input"], *batch.get("candidate_text", ())]
         rows = torch.as_tensor(batch["image"])
         more = batch.pop("candidate_image", None)
         if more is not None:
             rows = torch.cat([rows, torch.as_tensor(more).flatten()])
         return {**batch, "image": self.bank.images(rows), "text_features": self.bank.texts(captions)}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Passed on to wrappers that draw anew each epoch."""
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
 
     def wrapped(self, wrap: Callable[[Any], Any]) -> BankedTrainingSet:
         """The same with ``wrap`` around the rows, below the features."""
@@ -93,7 +72,7 @@ class BankedTrainingSet(Dataset):
         return outer
 
 
-class BankedEvaluationSet(_Delegating):
+class BankedEvaluationSet(StandInSet):
     """An evaluation set whose features come from the bank for every matcher that the bank serves."""
 
     def __init__(self, source: Any, bank: FeatureBank, name: str) -> None:
@@ -111,13 +90,3 @@ class BankedEvaluationSet(_Delegating):
         if not self.bank.serves(matcher):
             return None
         return self.bank.image_rows(self.bank.picture_rows[self.name_in_bank]), self.bank.text_rows(self.source.text)
-
-
-def _as_rows(dataset: Any, bank: FeatureBank, name: str) -> Any:
-    if hasattr(dataset, "datasets"):
-        return type(dataset)([_as_rows(part, bank, f"{name}.{i}") for i, part in enumerate(dataset.datasets)])
-    if "dataset" in vars(dataset):
-        wrapper = copy.copy(dataset)
-        wrapper.dataset = _as_rows(dataset.dataset, bank, name)
-        return wrapper
-    return PictureRows(dataset, read_rows(dataset, name).captions, bank.picture_rows[name])

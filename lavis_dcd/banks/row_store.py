@@ -1,133 +1,93 @@
-"""Rows of features in temporary files, for sets that shall not stay in memory.
-
-A file has no name: the system takes it away with its last handle, so that not even a killed process leaves one
-behind. It is read plainly, row by row; the pages of a memory-mapped one would count as this process's memory.
-"""
+"""Rows of encoded features, each with its own number of tokens: written in any order, read by number."""
 
 from __future__ import annotations
 
 import errno
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
+from typing_extensions import override
 
+from lavis_dcd.banks.columns import Column, FilePiece, bytes_of, empty, words_of
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import size_in_words
 from lavis_dcd.matching.features import Features
 
-# ----------------------------------------------------------------------------------------------------
-# Rows of features written straight into their places as the encoders bring them, in any order.
-
 F = TypeVar("F", bound=Features)
-
-
-class RowsInMemory(Generic[F]):
-    """A set's features in one piece, without a second copy: the same as ``Features.cat`` of the parts, re-ordered.
-
-    Rows take the length of the first part. A longer part that comes later has what is there copied; whoever brings
-    the longest part first avoids that.
-
-    Args:
-        count: rows of the set; each must come once.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._kind: type[F] | None = None
-        self._masks = MaskRows(count)
-        self._tokens = torch.empty(0)
-        self._embeds: Tensor | None = None
-        self._here = torch.zeros(count, dtype=torch.bool)
-
-    def put(self, rows: Tensor, part: F) -> None:
-        """The features of ``rows``, int64 ``[b]`` on the CPU.
-
-        Raises:
-            ValueError: some parts have embeds and some have none.
-        """
-        self._masks.put(rows, part)
-        if self._kind is None:
-            self._begin(part)
-        if (part.embeds is None) != (self._embeds is None):
-            raise ValueError("some parts have embeds and some have none")
-        length = part.tokens.shape[1]
-        if length > self._tokens.shape[1]:
-            self._grow(length)
-        for tensor, own in ((self._tokens[:, :length], part.tokens), (self._embeds, part.embeds)):
-            if tensor is not None:
-                tensor[rows.to(tensor.device)] = own
-        if length < self._tokens.shape[1]:
-            self._tokens[:, length:][rows.to(self._tokens.device)] = 0
-        self._here[rows] = True
-
-    def all(self) -> F:
-        """The features of all rows.
-
-        Raises:
-            ValueError: a row has not come.
-        """
-        if self._kind is None or not self._here.all():
-            raise ValueError(f"{int((~self._here).sum())} of {self._count} rows have not come")
-        mask = self._masks.all()
-        return self._kind(self._tokens, None if mask is None else mask.to(self._tokens.device), self._embeds)
-
-    def _begin(self, part: F) -> None:
-        self._kind = type(part)
-        self._tokens = part.tokens.new_empty((self._count, *part.tokens.shape[1:]))
-        if part.embeds is not None:
-            self._embeds = part.embeds.new_empty((self._count, *part.embeds.shape[1:]))
-
-    def _grow(self, length: int) -> None:
-        old, there = self._tokens, self._here.to(self._tokens.device)
-        self._tokens = old.new_empty((self._count, length, old.shape[2]))
-        for row in there.nonzero()[:, 0].tolist():
-            self._tokens[row, : old.shape[1]] = old[row]
-            self._tokens[row, old.shape[1] :] = 0
-
-
-class MaskRows:
-    """The masks of parts of any length, each in its rows; in memory, for they are small."""
-
-    def __init__(self, count: int) -> None:
-        self._mask = torch.zeros(count, 0, dtype=torch.bool)
-        self._masked = False
-
-    def put(self, rows: Tensor, part: Features) -> None:
-        length, longest = part.tokens.shape[1], self._mask.shape[1]
-        # parts of other lengths are padded, and padding has to be masked
-        self._masked |= part.mask is not None or longest not in (0, length)
-        if length > longest:
-            self._mask = torch.nn.functional.pad(self._mask, (0, length - longest))
-        self._mask[rows, :length] = part.full_mask().cpu()
-
-    def all(self) -> Tensor | None:
-        """bool ``[count, N]``, ``None`` where every token of every row is real."""
-        return self._mask if self._masked else None
-
-    @property
-    def longest(self) -> int:
-        return self._mask.shape[1]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Features that are read when they are needed: rows on disk, or in a bank, that stand in memory block by block.
 
 BLOCK_BYTES = 512 * 2**20
 
 
-class RowSource(Protocol):
-    """Where the rows come from."""
+class RowStore:
+    """Rows of features, read by number.
+
+    Args:
+        embeds: one vector a row; ``None`` where rows have none.
+        masked: the features come with a mask, though every token of them may be real.
+    """
+
+    def __init__(self, tokens: Column, embeds: Column | None = None, masked: bool = False) -> None:
+        self.tokens, self.embeds, self.masked = tokens, embeds, masked
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 ``[rows]``."""
+        return self.tokens.lengths
 
     def read(self, rows: Tensor, tokens: Tensor, embeds: Tensor | None) -> None:
-        """Fills ``tokens [B, N, D]``, with zeros behind a row's own tokens, and ``embeds [B, ...]``.
+        """Fill ``tokens`` and ``embeds``, see ``RowSource``."""
+        self.tokens.read(rows.numpy(), tokens)
+        if embeds is not None and self.embeds is not None:
+            self.embeds.read(rows.numpy(), embeds.flatten(1)[:, None])
+
+    def gather(self, rows: Tensor | Sequence[int], kind: type[F]) -> F:
+        """Features of ``rows`` int64 ``[B]`` as precise as they are kept, padded with zeros to the longest of them.
+
+        Each row is copied once, and no other row is read.
+        """
+        picked = torch.as_tensor(rows, dtype=torch.long)
+        lengths = self.lengths[picked.numpy()]
+        longest = max(1, int(lengths.max()))
+        tokens = empty((len(picked), longest, *self.tokens.shape), self.tokens.dtype)
+        embeds = None if self.embeds is None else empty((len(picked), *self.embeds.shape), self.embeds.dtype)
+        self.read(picked, tokens, embeds)
+        mask = torch.from_numpy(np.arange(longest) < lengths[:, None]) if self.masked else None
+        return kind(tokens, mask, embeds)
+
+    def streamed(self, rows: Sequence[int], kind: type[F], masked: bool = False) -> StreamedFeatures[F]:
+        """``gather(rows, kind).float()``, of which nothing is read before it is indexed.
+
+        Args:
+            masked: with a mask even where every token of every row is real.
+        """
+        picked = torch.tensor(rows, dtype=torch.long)
+        lengths = torch.from_numpy(self.lengths)[picked]
+        longest = max(1, int(lengths.max()))
+        embeds = None if self.embeds is None else torch.empty(0, *self.embeds.shape)
+        like = kind(torch.empty(0, longest, *self.tokens.shape), embeds=embeds)
+        mask = torch.arange(longest) < lengths[:, None] if masked or self.masked else None
+        return StreamedFeatures(like, self, picked, mask)
+
+
+class RowSource(Protocol):
+    """Where the rows of streamed features come from."""
+
+    def read(self, rows: Tensor, tokens: Tensor, embeds: Tensor | None) -> None:
+        """Fill ``tokens [B, N, D]``, with zeros behind a row's tokens, and ``embeds [B, ...]``.
 
         Args:
             rows: int64 ``[B]``, numbers in the source.
@@ -142,7 +102,7 @@ class StreamedFeatures(Generic[F]):
         like: such features without a row, ``tokens [0, N, D]`` on the CPU: N counts the padding of every row.
         rows: int64 ``[B]``, the numbers in ``source`` of these rows.
         mask: bool ``[B, N]`` (it stays in memory), or ``None``.
-        block_bytes: what a reader of all rows should take at a time.
+        block_bytes: bytes that a reader of all rows should take at a time.
     """
 
     like: F
@@ -158,14 +118,13 @@ class StreamedFeatures(Generic[F]):
         """Rows by slice, list or LongTensor, read into host memory; a row index may repeat."""
         index = torch.as_tensor(index, dtype=torch.long) if isinstance(index, (list, tuple)) else index
         rows, like = self.rows[index], self.like
-        tokens, embeds = (
-            None if t is None else t.new_empty(len(rows), *t.shape[1:]) for t in (like.tokens, like.embeds)
-        )
+        tokens = like.tokens.new_empty(len(rows), *like.tokens.shape[1:])
+        embeds = None if like.embeds is None else like.embeds.new_empty(len(rows), *like.embeds.shape[1:])
         self.source.read(rows, tokens, embeds)
         return type(like)(tokens, None if self.mask is None else self.mask[index], embeds)
 
     def only(self, rows: Sequence[int]) -> StreamedFeatures[F]:
-        """A part of the rows; nothing is read."""
+        """Some of the rows; nothing is read."""
         index = torch.tensor(rows, dtype=torch.long)
         return replace(self, rows=self.rows[index], mask=None if self.mask is None else self.mask[index])
 
@@ -180,32 +139,171 @@ class StreamedFeatures(Generic[F]):
 
     @property
     def row_bytes(self) -> int:
-        """What one row takes in memory, without its mask."""
+        """The bytes of one row in memory, without its mask."""
         tensors = [t for t in (self.like.tokens, self.like.embeds) if t is not None]
         return sum(t.shape[1:].numel() * t.element_size() for t in tensors)
 
     @property
     def nbytes(self) -> int:
-        """What all rows would take in memory."""
+        """The bytes of all rows in memory."""
         return len(self) * self.row_bytes + (0 if self.mask is None else self.mask.nbytes)
 
     @property
     def device(self) -> torch.device:
-        """Where rows arrive: the host."""
+        """The device on which rows arrive: the host."""
         return torch.device("cpu")
+
+
+class RowWriter(ABC, Generic[F]):
+    """Room for a set's features, whose rows come in any order, each once.
+
+    Args:
+        count: rows of the set.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._here = torch.zeros(count, dtype=torch.bool)
+        self._like: F | None = None  # without a row
+        self._mask, self._masked = torch.zeros(count, 0, dtype=torch.bool), False
+
+    def put(self, rows: Tensor, features: F) -> None:
+        """Keep the features of ``rows``, int64 ``[b]`` on the CPU.
+
+        Raises:
+            ValueError: some parts have embeds and some have none.
+            UserError: the disk is full.
+        """
+        if self._like is None:
+            self._like = _without_rows(features, 0)
+            self._begin(features)
+        if (features.embeds is None) != (self._like.embeds is None):
+            raise ValueError("some parts have embeds and some have none")
+        self._put_mask(rows, features)
+        self._write(rows, features)
+        self._here[rows] = True
+
+    def all(self) -> F | StreamedFeatures[F]:
+        """The features of all rows.
+
+        Raises:
+            ValueError: a row has not come.
+        """
+        if self._like is None or not self._here.all():
+            raise ValueError(f"{int((~self._here).sum())} of {len(self._here)} rows have not come")
+        return self._all(self._like, self._mask if self._masked else None)
+
+    def _put_mask(self, rows: Tensor, features: F) -> None:
+        length, longest = features.tokens.shape[1], self._mask.shape[1]
+        # parts of other lengths are padded, and padding has to be masked
+        self._masked |= features.mask is not None or longest not in (0, length)
+        if length > longest:
+            self._mask = nnf.pad(self._mask, (0, length - longest))
+        self._mask[rows, :length] = features.full_mask().cpu()
+
+    @abstractmethod
+    def _begin(self, features: F) -> None:
+        """Make room for rows like these."""
+
+    @abstractmethod
+    def _write(self, rows: Tensor, features: F) -> None:
+        """Keep tokens and embeds."""
+
+    @abstractmethod
+    def _all(self, like: F, mask: Tensor | None) -> F | StreamedFeatures[F]:
+        """All rows, with their mask bool ``[count, N]``, ``None`` where every token of every row is real."""
+
+
+def _without_rows(features: F, length: int) -> F:
+    """New tensors of no row, and ``length`` tokens: a slice would keep all of ``features`` in memory."""
+    embeds = None if features.embeds is None else features.embeds.new_empty(0, *features.embeds.shape[1:])
+    return type(features)(features.tokens.new_empty(0, length, features.tokens.shape[2]), embeds=embeds)
+
+
+class RowsInMemory(RowWriter[F]):
+    """A set's features in one piece, without a second copy: what ``Features.cat`` makes of the parts, re-ordered.
+
+    Rows take the length of the first part. A longer part that comes later has what is there copied; whoever brings
+    the longest part first avoids that.
+    """
+
+    @override
+    def _begin(self, features: F) -> None:
+        count = len(self._here)
+        self._tokens = features.tokens.new_empty((count, *features.tokens.shape[1:]))
+        self._embeds = (
+            None if features.embeds is None else features.embeds.new_empty((count, *features.embeds.shape[1:]))
+        )
+
+    @override
+    def _write(self, rows: Tensor, features: F) -> None:
+        length = features.tokens.shape[1]
+        if length > self._tokens.shape[1]:
+            self._grow(length)
+        places = rows.to(self._tokens.device)
+        self._tokens[:, :length][places] = features.tokens
+        self._tokens[:, length:][places] = 0
+        if self._embeds is not None and features.embeds is not None:
+            self._embeds[rows.to(self._embeds.device)] = features.embeds
+
+    @override
+    def _all(self, like: F, mask: Tensor | None) -> F:
+        return type(like)(self._tokens, None if mask is None else mask.to(self._tokens.device), self._embeds)
+
+    def _grow(self, length: int) -> None:
+        old, there = self._tokens, self._here.to(self._tokens.device)
+        self._tokens = old.new_empty((len(old), length, old.shape[2]))
+        for row in there.nonzero()[:, 0].tolist():
+            self._tokens[row, : old.shape[1]] = old[row]
+            self._tokens[row, old.shape[1] :] = 0
+
+
+class SpilledRows(RowWriter[F]):
+    """A set's features in a temporary file, read when they are indexed; there, rows keep their own lengths.
+
+    Args:
+        file: empty.
+    """
+
+    def __init__(self, file: _TemporaryFile, count: int, block_bytes: int) -> None:
+        super().__init__(count)
+        self._file, self._block_bytes = file, block_bytes
+
+    @override
+    def put(self, rows: Tensor, features: F) -> None:
+        super().put(rows, features.to("cpu"))
+
+    @override
+    def _begin(self, features: F) -> None:
+        count, embeds = len(self._here), features.embeds
+        self._tokens = Column(count, features.tokens.shape[2:], features.tokens.dtype)
+        self._embeds = None if embeds is None else Column(count, embeds.shape[1:], embeds.dtype)
+
+    @override
+    def _write(self, rows: Tensor, features: F) -> None:
+        self._tokens.add(rows.numpy(), features.tokens.shape[1], self._file.append(features.tokens))
+        if self._embeds is not None and features.embeds is not None:
+            self._embeds.add(rows.numpy(), 1, self._file.append(features.embeds))
+
+    @override
+    def _all(self, like: F, mask: Tensor | None) -> StreamedFeatures[F]:
+        store, rows = RowStore(self._tokens, self._embeds), torch.arange(len(self._here))
+        return StreamedFeatures(_without_rows(like, self._mask.shape[1]), store, rows, mask, self._block_bytes)
 
 
 class Spill:
     """A folder in which features may wait; leaving the ``with`` block frees the room of all of them.
 
+    A file has no name: the system takes it away with its last handle, so that not even a killed process leaves one
+    behind.
+
     Args:
         folder: on a disk with room; the system's temporary folder by default.
-        block_bytes: what a reader of all rows takes at a time.
+        block_bytes: bytes that a reader of all rows takes at a time.
     """
 
     def __init__(self, folder: Path | str | None = None, block_bytes: int = BLOCK_BYTES) -> None:
         self.folder, self.block_bytes = Path(folder or tempfile.gettempdir()), block_bytes
-        self._files: WeakSet[_RowFile] = WeakSet()
+        self._files: WeakSet[_TemporaryFile] = WeakSet()
 
     def __enter__(self) -> Spill:
         return self
@@ -214,12 +312,12 @@ class Spill:
         self.close()
 
     def close(self) -> None:
-        """Frees the room; what was kept here cannot be read any more."""
+        """Free the room; what was kept here cannot be read any more."""
         for file in list(self._files):
             file.close()
 
     def require(self, size: float) -> None:
-        """Before any work: raises a ``UserError`` where the disk has no room for so many bytes."""
+        """Raise a ``UserError``, before any work, where the disk has no room for so many bytes."""
         try:
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
@@ -235,124 +333,43 @@ class Spill:
         """
         try:
             # unbuffered: what cannot be written fails here and now, not when the file is closed
-            handle = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  closed with its _RowFile
+            handle = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  closed with its _TemporaryFile
         except OSError as error:
             raise cannot_write(self.folder, error) from error
-        file = _RowFile(handle, self.folder, count)
+        file = _TemporaryFile(handle, self.folder)
         self._files.add(file)
         return SpilledRows(file, count, self.block_bytes)
 
 
-class SpilledRows(Generic[F]):
-    """What ``rows.RowsInMemory`` is, on disk; rows keep their own lengths there, so none is ever copied.
+class _TemporaryFile:
+    """A file without a name, one piece behind the other."""
 
-    Args:
-        file: empty.
-        count: rows of the set; each must come once.
-    """
+    def __init__(self, handle: Any, folder: Path) -> None:
+        self.handle, self._folder, self._end = handle, folder, 0
 
-    def __init__(self, file: _RowFile, count: int, block_bytes: int) -> None:
-        self._file, self._count, self._block_bytes = file, count, block_bytes
-        self._masks = MaskRows(count)
-        self._like: F | None = None
-
-    def put(self, rows: Tensor, part: F) -> None:
-        """The features of ``rows``, int64 ``[b]``.
-
-        Raises:
-            ValueError: some parts have embeds and some have none.
-            UserError: the disk is full.
-        """
-        part = part.to("cpu")
-        if self._like is None:
-            self._like = _without_rows(part, 0)
-        if (part.embeds is None) != (self._like.embeds is None):
-            raise ValueError("some parts have embeds and some have none")
-        self._masks.put(rows, part)
-        self._file.append(rows.numpy(), part)
-
-    def all(self) -> StreamedFeatures[F]:
-        """The features of all rows; nothing is read.
-
-        Raises:
-            ValueError: a row has not come.
-        """
-        missing = int((self._file.lengths == 0).sum())
-        if self._like is None or missing:
-            raise ValueError(f"{missing} of {self._count} rows have not come")
-        like = _without_rows(self._like, self._masks.longest)
-        return StreamedFeatures(like, self._file, torch.arange(self._count), self._masks.all(), self._block_bytes)
-
-
-def _without_rows(part: F, length: int) -> F:
-    """New tensors of no row, and ``length`` tokens: a slice would keep all of ``part`` in memory."""
-    embeds = None if part.embeds is None else part.embeds.new_empty(0, *part.embeds.shape[1:])
-    return type(part)(part.tokens.new_empty(0, length, part.tokens.shape[2]), embeds=embeds)
-
-
-class _RowFile:
-    """Rows one behind the other: a part's tokens, then its embeds."""
-
-    def __init__(self, handle: IO[bytes], folder: Path, count: int) -> None:
-        self._handle, self._folder, self._end = handle, folder, 0
-        self.lengths = np.zeros(count, np.int64)
-        self._tokens_at, self._embeds_at = np.zeros(count, np.int64), np.zeros(count, np.int64)
-
-    def append(self, rows: np.ndarray, part: Features) -> None:
-        self.lengths[rows] = part.tokens.shape[1]
-        for places, tensor in ((self._tokens_at, part.tokens), (self._embeds_at, part.embeds)):
-            if tensor is None or not len(tensor):
-                continue
-            places[rows] = self._end + np.arange(len(rows)) * (tensor.nbytes // len(rows))
-            self._write(tensor)
-
-    def _write(self, tensor: Tensor) -> None:
-        view = memoryview(as_bytes(tensor.contiguous()))
-        self._handle.seek(self._end)
+    def append(self, vectors: Tensor) -> FilePiece:
+        """Write ``vectors``, contiguous ones or a copy of them."""
+        begin, view = self._end, bytes_of(words_of(vectors.contiguous()))
         self._end += len(view)
+        self.handle.seek(begin)
         try:
             while view:
-                view = view[self._handle.write(view) :]
+                view = view[self.handle.write(view) :]
         except OSError as error:
             raise cannot_write(self._folder, error) from error
+        return FilePiece(self._still_open, begin)
 
-    def read(self, rows: Tensor, tokens: Tensor, embeds: Tensor | None) -> None:
-        picked = rows.numpy()
-        lengths = self.lengths[picked].tolist()
-        for row, at, length in zip(tokens, self._tokens_at[picked].tolist(), lengths, strict=True):
-            read_at(self._handle, at, row[:length])
-            row[length:] = 0
-        if embeds is not None:
-            for row, at in zip(embeds, self._embeds_at[picked].tolist(), strict=True):
-                read_at(self._handle, at, row)
+    def _still_open(self) -> AbstractContextManager[Any]:
+        return nullcontext(self.handle)
 
     def close(self) -> None:
-        self._handle.close()
-
-
-def read_at(handle: IO[bytes], place: int, tensor: Tensor) -> None:
-    """Fills a contiguous ``tensor`` from the bytes at ``place``.
-
-    Raises:
-        UserError: the file ends before that, or cannot be read.
-    """
-    view = memoryview(as_bytes(tensor))
-    handle.seek(place)
-    while view:
-        count = handle.readinto(view)  # type: ignore[attr-defined]
-        if not count:
-            raise UserError(f"{getattr(handle, 'name', 'a file of features')} has become shorter; start again")
-        view = view[count:]
-
-
-def as_bytes(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor on the CPU, uint8 ``[bytes]``."""
-    return tensor.detach().flatten().view(torch.uint8).numpy()
+        """Free the room."""
+        self.handle.close()
 
 
 def cannot_write(folder: Path, error: OSError | str) -> UserError:
-    """Why features do not fit into ``folder``, and the ways out."""
-    why = error
+    """The error for features that do not fit into ``folder``, with the ways out."""
+    why: object = error
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full" if full else error.strerror or str(error)

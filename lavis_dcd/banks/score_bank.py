@@ -62,7 +62,7 @@ class BankTable:
 
 @dataclass(frozen=True)
 class BankIdentity:
-    """What a bank must agree with, SHA-256 each; :func:`lavis_dcd.mining.identity.bank_identity` makes it.
+    """The state of a job that a bank is of, SHA-256 each; see :func:`lavis_dcd.mining.identity.bank_identity`.
 
     Args:
         teacher: the resolved section(s), the contents of the files that they name, the weights of several teachers.
@@ -77,7 +77,7 @@ class BankIdentity:
 
 @dataclass(frozen=True)
 class ScoreBank:
-    """What ``python -m lavis_dcd mine`` leaves.
+    """The scores that ``python -m lavis_dcd mine`` writes.
 
     Args:
         settings: how it was mined.
@@ -101,7 +101,7 @@ class ScoreBank:
         return len(next(iter(self.tables.values())))
 
     def save(self, folder: Path) -> None:
-        """Writes ``scores.safetensors`` and, last, ``meta.json``: a bank cut short on the way is none."""
+        """Write ``scores.safetensors`` and, last, ``meta.json``: a bank cut short on the way is none."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # the former bank's meta must not vouch for the new scores
@@ -156,11 +156,11 @@ class ScoreBank:
             ) from error
 
     def differences(self, expected: BankIdentity) -> list[str]:
-        """What this bank was mined from and ``expected`` is not, in words."""
+        """The parts of the job that have changed since this bank was mined, in words."""
         return [words for name, words in _PARTS.items() if getattr(self.identity, name) != getattr(expected, name)]
 
     def refuse_stale(self, expected: BankIdentity, folder: Path) -> None:
-        """Nothing for a bank of this job.
+        """Check that the bank is one of this job.
 
         Raises:
             UserError: teacher, data or transforms are not those that it was mined with; one line that names them.
@@ -174,7 +174,7 @@ class ScoreBank:
 
 
 def bank_folder(model_section: Mapping[str, Any], datasets_section: Mapping[str, Any]) -> Path:
-    """Where a job's bank lies: ``candidates.bank.path``, else a folder of the cache, by a hash over the job.
+    """The folder of a job's bank: ``candidates.bank.path``, else a folder of the cache, by a hash over the job.
 
     The hash covers the teachers' sections and the data sets' as they are written, so that jobs which differ in their
     student alone share a bank.

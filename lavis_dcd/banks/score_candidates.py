@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import BoolTensor, Tensor
+from torch import BoolTensor, FloatTensor, LongTensor, Tensor
 from torch.utils.data import default_collate
 
 from lavis_dcd.banks.score_bank import BankTable, ScoreBank
@@ -75,9 +75,9 @@ class BankCandidates(WithCandidates):
             sample[SCORES[direction]] = scores
         return sample
 
-    def _pictures(self, rows: list[int], index: int, own: Any) -> list[Any]:
+    def _pictures(self, rows: list[int], index: int, match: Any) -> list[Any]:
         # what only fills up is masked later, and is not worth a decoding
-        return [own if row == index else self.dataset[row]["image"] for row in rows]
+        return [match if row == index else self.dataset[row]["image"] for row in rows]
 
     def _chosen(self, direction: str, table: BankTable, index: int) -> tuple[Tensor, Tensor]:
         """Rows of the set, int64 ``[K]``, and scores, float32 ``[1+K]``."""
@@ -86,30 +86,30 @@ class BankCandidates(WithCandidates):
         selection = self._select(direction, rows, table.scores[index][None], index)
         columns = selection.text_rows[0]
         # a masked column points at the match
-        return rows[columns[1:]], selection.teacher_scores[0].clone()
+        return rows[columns[1:]], cast(Tensor, selection.teacher_scores)[0].clone()
 
     def _select(self, direction: str, rows: Tensor, scores: Tensor, index: int) -> Selection:
-        choice, columns = self.choice, torch.arange(len(rows))[None]
+        choice, columns = self.choice, cast(LongTensor, torch.arange(len(rows))[None])
         pool = CandidatePool(columns, columns, self._valid(rows), direction)
         generator = None
         if choice.strategy == "random":
             seeds = np.random.SeedSequence([self.seed, self.epoch, index, DIRECTIONS.index(direction)])
             generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
-        return select(pool, scores, choice.hard_negatives, choice.strategy, choice.margin, generator)
+        return select(pool, cast(FloatTensor, scores), choice.hard_negatives, choice.strategy, choice.margin, generator)
 
     def _valid(self, rows: Tensor) -> BoolTensor:
         """Bool ``[1, 1+C]``: the match, and rows of other pictures."""
         valid = self._ids[rows] != self._ids[rows[0]]
         valid[0] = True
-        return valid[None]
+        return cast(BoolTensor, valid[None])
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The set's own batch with, flat and row-major, ``candidate_text`` (B * K strings) and ``candidate_image``
+        """The inner set's batch with, flat and row-major, ``candidate_text`` (B * K strings) and ``candidate_image``
         (``[B * K, 3, H, W]``, or int64 ``[B * K]`` where pictures are rows of a feature bank), each by view where there
         are several; ids int64 ``[B, K]`` and scores float32 ``[B, 1+K]``.
         """
         tensors = {"candidate_image_id", "candidate_picture_id", *SCORES.values()}
-        batch = self._own_batch(samples, tensors | {"candidate_text", "candidate_image"})
+        batch = self._inner_batch(samples, tensors | {"candidate_text", "candidate_image"})
         for key in sorted(tensors & set(samples[0])):
             batch[key] = torch.stack([sample[key] for sample in samples])
         if IMAGE_TO_TEXT in self._tables:

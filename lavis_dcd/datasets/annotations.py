@@ -1,4 +1,4 @@
-"""Read one's own captions from JSON or CSV, collecting every fault with its file and row."""
+"""Read a user's captions from JSON or CSV, collecting every fault with its file and row."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import half_character, one_line, shown, visible
 
-# ----------------------------------------------------------------------------------------------------
-# Text and JSON files that others wrote, with a user's words for what is wrong with them.
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+_SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+_NAMED = 20  # faults of one file named one by one; the rest is counted
 
 
 def load_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
         UserError: the file cannot be read, is no UTF-8 text (a byte order mark may stand before it), or no JSON.
@@ -67,19 +71,12 @@ def text_of(path: Path, kind: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a JSON file is, in a user's words."""
+    """The kind of a JSON file's value, in a user's words."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"nan": "NaN", "inf": "Infinity"}.get(str(value), "-Infinity")
     names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false",
              type(None): "null"}  # fmt: skip
     return names.get(type(value), type(value).__name__)
-
-
-log = logging.getLogger(__name__)
-
-SPLITS = ("train", "val", "test")
-_SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
-_NAMED = 20  # faults of one file named one by one; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,8 @@ class Faults:
     """The faults of one file: the first twenty in words, the others as a number."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self._lines, self._more = file, [], 0
+        self.file, self._more = file, 0
+        self._lines: list[str] = []
 
     def add(self, where: str, what: str) -> None:
         """One fault at a row."""
@@ -115,15 +113,13 @@ class Faults:
         return [*self._lines, f"{self.file}: {self._more} more faults"] if self._more else list(self._lines)
 
     def raise_any(self) -> None:
-        """Raises:
-        UserError: when there is a fault.
-        """
+        """Raise a `UserError` when there is a fault."""
         if self._lines:
             raise UserError(self.lines())
 
 
 def place(path: str, root: str | None) -> Path:
-    """Where a relative path of the configuration points: below `root` if it is there, else in the current folder."""
+    """The absolute path for one of the configuration: below `root` if it is there, else in the current folder."""
     given = home_expanded(path)
     if root is not None and not given.is_absolute() and os.path.exists(inside := home_expanded(root) / given):
         return inside.absolute()
@@ -181,7 +177,7 @@ def _json_rows(item: Any, where: str, root: Path, faults: Faults) -> Iterator[Ro
 
 
 def caption_fault(caption: Any) -> str | None:
-    """What is wrong with a caption; None for one that can be read."""
+    """The fault of a caption; None for one that can be read."""
     if not isinstance(caption, str):
         return f"{kind_of(caption)}, expected text or a list of texts"
     if not visible(caption).strip():
@@ -190,7 +186,7 @@ def caption_fault(caption: Any) -> str | None:
 
 
 def half_fault(text: str) -> str | None:
-    """What is wrong with a text that holds a lone surrogate; None for all others."""
+    """The fault of a text that holds a lone surrogate; None for all others."""
     half = half_character(text)
     return None if half is None else f"holds {half!r}, half of a character; write it again from its source"
 
@@ -326,8 +322,8 @@ def training_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 def evaluation_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One dictionary per picture with all its captions, as `RetrievalEvalRows` takes them, in order of appearance."""
-    found: dict[str, dict[str, Any]] = {}
+    of_picture: dict[str, dict[str, Any]] = {}
     for row in rows:
-        entry = found.setdefault(row.image, {"image": row.image, "caption": [], "image_id": row.image_id})
+        entry = of_picture.setdefault(row.image, {"image": row.image, "caption": [], "image_id": row.image_id})
         entry["caption"].append(row.caption)
-    return list(found.values())
+    return list(of_picture.values())

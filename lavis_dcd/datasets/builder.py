@@ -1,4 +1,4 @@
-"""What the builders of this package share: a checked `build_info`, processors, nothing to download."""
+"""The base of this package's data set builders: a checked `build_info`, processors, nothing to download."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class RetrievalBuilder(BaseDatasetBuilder):
     Subclasses state `name`, `info_class` and `DATASET_CONFIG_DICT`, and write `read`.
     """
 
-    train_dataset_cls = RetrievalRows
-    eval_dataset_cls = RetrievalEvalRows
+    train_dataset_cls: type[RetrievalRows] = RetrievalRows
+    eval_dataset_cls: type[RetrievalEvalRows] = RetrievalEvalRows
     name: ClassVar[str]
-    info_class: ClassVar[type]
+    info_class: ClassVar[type[Any]]
 
     @classmethod
     def config_faults(cls, config: Mapping[str, Any], path: str) -> list[str]:
@@ -44,13 +44,13 @@ class RetrievalBuilder(BaseDatasetBuilder):
         return self.build()
 
     def build(self) -> dict[str, RetrievalRows | RetrievalEvalRows]:
-        """See `build_datasets`."""
+        """The data sets by split, see `build_datasets`."""
         info = parse(self.info_class, self.config.get("build_info"), f"datasets.{self.name}.build_info")
         self.build_processors()
         return {split: self._dataset(split, *content) for split, content in self.read(info).items()}
 
     def read(self, info: Any) -> dict[str, tuple[Any, ...]]:
-        """What the data-set class of each split takes after its two processors."""
+        """The arguments of each split's data-set class after its two processors."""
         raise NotImplementedError
 
     def _dataset(self, split: str, *content: Any) -> RetrievalRows | RetrievalEvalRows:

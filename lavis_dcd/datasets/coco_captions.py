@@ -8,9 +8,10 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lavis.common.registry import registry
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
@@ -19,6 +20,7 @@ from lavis_dcd.datasets.annotations import (
     SPLITS,
     Faults,
     Row,
+    Split,
     evaluation_rows,
     half_fault,
     kind_of,
@@ -44,8 +46,8 @@ class CocoCaptionsInfo:
             them, and the check at the start (run.verify) lists them.
     """
 
-    annotations: dict[Literal["train", "val", "test"], str | None]
-    images: dict[Literal["train", "val", "test"], str | None]
+    annotations: dict[Split, str | None]
+    images: dict[Split, str | None]
     root: str | None = None
     only_existing: bool = False
 
@@ -56,9 +58,16 @@ class CocoCaptionsInfo:
         if missing := [split for split in files if split not in folders]:
             raise ValueError(f"images: no folder for {', '.join(missing)}")
 
-    def splits(self) -> list[str]:
+    def splits(self) -> list[Split]:
         """The splits that have a caption file."""
         return [split for split in SPLITS if self.annotations.get(split)]
+
+    def paths(self, split: Split) -> tuple[Path, Path]:
+        """The caption file of a split that has one, and the folder of its pictures."""
+        file, folder = self.annotations[split], self.images[split]
+        if file is None or folder is None:
+            raise ValueError(f"{split}: no caption file, or no folder")
+        return place(file, self.root), place(folder, self.root)
 
 
 @registry.register_builder("coco_captions")
@@ -72,10 +81,11 @@ class CocoCaptionsBuilder(RetrievalBuilder):
     }
 
     @classmethod
+    @override
     def file_faults(cls, info: CocoCaptionsInfo, path: str) -> list[str]:
         found = []
         for split in info.splits():
-            file, folder = place(info.annotations[split], info.root), place(info.images[split], info.root)
+            file, folder = info.paths(split)
             if not os.path.isfile(file):
                 found.append(f"{path}.annotations.{split}: {file} does not exist; COCO's caption files come from "
                              "https://cocodataset.org/#download")  # fmt: skip
@@ -83,20 +93,22 @@ class CocoCaptionsBuilder(RetrievalBuilder):
                 found.append(f"{path}.images.{split}: {folder} is not a folder")
         return found
 
+    @override
     def read(self, info: CocoCaptionsInfo) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-        found, faults = {}, []
+        contents: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+        faults: list[str] = []
         for split in info.splits():
-            folder = place(info.images[split], info.root)
+            file, folder = info.paths(split)
             try:
-                rows = read_coco(place(info.annotations[split], info.root), folder)
+                rows = read_coco(file, folder)
                 rows = _existing(rows, folder) if info.only_existing else rows
             except UserError as error:
                 faults += error.faults
                 continue
-            found[split] = (str(folder), (training_rows if split == "train" else evaluation_rows)(rows))
+            contents[split] = (str(folder), (training_rows if split == "train" else evaluation_rows)(rows))
         if faults:
             raise UserError(faults)
-        return found
+        return contents
 
 
 def read_coco(file: Path, folder: Path | None = None) -> list[Row]:
@@ -110,17 +122,17 @@ def read_coco(file: Path, folder: Path | None = None) -> list[Row]:
     """
     content = _content(file)
     faults = Faults(file)
-    names = _names(content["images"], (folder or file.parent).absolute(), faults)
-    _check_captions(content["annotations"], names, faults)
+    paths = _names(content["images"], (folder or file.parent).absolute(), faults)
+    _check_captions(content["annotations"], paths, faults)
     faults.raise_any()
+    names = {image_id: path for image_id, path in paths.items() if path is not None}
     captions = _indexed(content).imgToAnns
     rows, empty, without = [], 0, 0
     for image_id in sorted(names, key=_by_number):
-        found = sorted(captions.get(image_id, []), key=lambda caption: _by_number(caption["id"]))
-        of_image = [caption["caption"] for caption in found]
-        told = [text for text in of_image if visible(text).strip()]
-        rows += [Row(names[image_id], text, image_id) for text in told]
-        empty += len(of_image) - len(told)
+        of_image = sorted(captions.get(image_id, []), key=lambda caption: _by_number(caption["id"]))
+        texts = [caption["caption"] for caption in of_image if visible(caption["caption"]).strip()]
+        rows += [Row(names[image_id], text, image_id) for text in texts]
+        empty += len(of_image) - len(texts)
         without += not of_image
     if empty:
         log.warning("%s: %d empty captions are left out", file, empty)
@@ -136,7 +148,7 @@ def _by_number(key: str | int) -> tuple[bool, str | int]:
 
 
 def _indexed(content: dict[str, Any]) -> Any:
-    from pycocotools.coco import COCO
+    from pycocotools.coco import COCO  # noqa: PLC0415  slow, and needed by these files only
 
     coco = COCO()
     coco.dataset = content
@@ -150,13 +162,13 @@ def _content(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: not in COCO's format: it holds {kind_of(content)}, expected an object with images "
                         "and annotations")  # fmt: skip
-    wrong = [part for part in ("images", "annotations") if not isinstance(content.get(part), list)]
+    wrong = [section for section in ("images", "annotations") if not isinstance(content.get(section), list)]
     if wrong:
         raise UserError(f"{file}: not in COCO's format: no list of {' and '.join(wrong)}")
     keys = {"images": "file_name", "annotations": "caption"}
-    rows = {part: [row for row in content[part] if isinstance(row, dict)] for part in keys}
-    lacking = [f"{part}.{key}" for part, key in keys.items()
-               if rows[part] and not any(key in row for row in rows[part])]  # fmt: skip
+    rows = {section: [row for row in content[section] if isinstance(row, dict)] for section in keys}
+    lacking = [f"{section}.{key}" for section, key in keys.items()
+               if rows[section] and not any(key in row for row in rows[section])]  # fmt: skip
     if lacking:
         raise UserError(f"{file}: is no caption file of COCO's ({', '.join(lacking)} missing); "
                         "expected one such as captions_val2017.json")  # fmt: skip
@@ -220,11 +232,11 @@ def _existing(rows: list[Row], folder: Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"{folder}: not readable as a folder: {error.strerror}") from error
     there |= {row.image for row in rows if "/" in row.image and os.path.isfile(folder / row.image)}
-    kept = [row for row in rows if row.image in there]
-    if not kept:
+    existing = [row for row in rows if row.image in there]
+    if not existing:
         raise UserError(f"{folder}: holds none of the {len({row.image for row in rows})} pictures of the captions")
     absent = {row.image for row in rows} - there
     if absent:
         log.warning("%s: %d pictures are not there and are left out (only_existing), %d are kept",
-                    folder, len(absent), len({row.image for row in kept}))  # fmt: skip
-    return kept
+                    folder, len(absent), len({row.image for row in existing}))  # fmt: skip
+    return existing

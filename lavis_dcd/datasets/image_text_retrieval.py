@@ -1,13 +1,14 @@
-"""`image_text_retrieval`: one's own pictures with captions in JSON files, one per split, or in one CSV file."""
+"""`image_text_retrieval`: a user's pictures with captions in JSON files, one per split, or in one CSV file."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lavis.common.registry import registry
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
@@ -17,6 +18,7 @@ from lavis_dcd.datasets.annotations import (
     Columns,
     Faults,
     Row,
+    Split,
     csv_header,
     evaluation_rows,
     home_expanded,
@@ -46,7 +48,7 @@ class OwnDataInfo:
     """
 
     root: str | None = None
-    annotations: dict[Literal["train", "val", "test"], str | list[str] | None] | None = None
+    annotations: dict[Split, str | list[str] | None] | None = None
     csv: str | None = None
     image_column: str = "image"
     caption_column: str = "caption"
@@ -72,7 +74,7 @@ class OwnDataInfo:
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} is negative")
 
-    def files(self) -> dict[str, list[str]]:
+    def files(self) -> dict[Split, list[str]]:
         """The JSON files per split."""
         listed = {split: [f] if isinstance(f, str) else list(f or []) for split, f in (self.annotations or {}).items()}
         return {split: listed[split] for split in SPLITS if listed.get(split)}
@@ -94,10 +96,11 @@ class ImageTextRetrievalBuilder(RetrievalBuilder):
     }
 
     @classmethod
+    @override
     def file_faults(cls, info: OwnDataInfo, path: str) -> list[str]:
         found = [] if os.path.isdir(info.folder) else [f"{path}.root: {info.folder} is not a folder"]
         named = {f"annotations.{split}": files for split, files in info.files().items()}
-        for key, files in (named or {"csv": [info.csv]}).items():
+        for key, files in (named or {"csv": [info.csv or ""]}).items():
             found += [
                 f"{path}.{key}: {file} is neither in {info.folder} nor in {Path.cwd()}"
                 for file in files
@@ -105,6 +108,7 @@ class ImageTextRetrievalBuilder(RetrievalBuilder):
             ]
         return found
 
+    @override
     def read(self, info: OwnDataInfo) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         rows = _read_jsons(info) if info.files() else _read_csv(info)
         return {
@@ -114,8 +118,8 @@ class ImageTextRetrievalBuilder(RetrievalBuilder):
         }
 
 
-def _read_jsons(info: OwnDataInfo) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+def _read_jsons(info: OwnDataInfo) -> dict[Split, list[Row]]:
+    rows_of: dict[Split, list[Row]] = {}
     faults: list[str] = []
     for split, files in info.files().items():
         known: dict[str, tuple[str | int, Path]] = {}
@@ -123,12 +127,12 @@ def _read_jsons(info: OwnDataInfo) -> dict[str, list[Row]]:
             try:
                 rows = read_json(file, info.folder)
                 _check_ids_against(known, rows, file)
-                found.setdefault(split, []).extend(rows)
+                rows_of.setdefault(split, []).extend(rows)
             except UserError as error:
                 faults += error.faults
     if faults:
         raise UserError(faults)
-    return found
+    return rows_of
 
 
 def _check_ids_against(known: dict[str, tuple[str | int, Path]], rows: list[Row], file: Path) -> None:
@@ -143,8 +147,8 @@ def _check_ids_against(known: dict[str, tuple[str | int, Path]], rows: list[Row]
     faults.raise_any()
 
 
-def _read_csv(info: OwnDataInfo) -> dict[str, list[Row]]:
-    file = place(info.csv, info.root)
+def _read_csv(info: OwnDataInfo) -> dict[Split, list[Row]]:
+    file = place(info.csv or "", info.root)
     column = info.split_column
     if column == _DEFAULT_SPLIT_COLUMN and column not in csv_header(file):
         column = None

@@ -8,14 +8,19 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import one_line
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.datasets.tree import original, plain_sets
+
+log = logging.getLogger(__name__)
+
+MODES = ("fast", "full", "off")  # of the check at the start
+NAMED = 20  # its faults named one by one; the rest is counted
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
@@ -30,6 +35,14 @@ _TURNS = {
 _WIDE_FORMATS = ("PNG", "PPM")  # mode "I" of these holds 16 bits
 
 
+@runtime_checkable
+class MakesPictures(Protocol):
+    """A data set whose pictures are no files."""
+
+    def picture(self, index: int) -> Image.Image:
+        """The unprocessed RGB picture of item ``index``."""
+
+
 def load_picture(dataset: Any, index: int, side: int | None = None) -> Image.Image:
     """The unprocessed RGB picture of item `index`.
 
@@ -37,7 +50,7 @@ def load_picture(dataset: Any, index: int, side: int | None = None) -> Image.Ima
     grey scaled to 8, of an animation the first frame.
 
     Args:
-        dataset: one with a method `picture(index)`, or any LAVIS data set of files (`annotation`, `vis_root`).
+        dataset: one that ``MakesPictures``, or any LAVIS data set of files (`annotation`, `vis_root`).
         side: for thumbnails of so many pixels. A JPEG is then decoded at a scale that leaves twice as many, a third
             of the time for large photographs. After shrinking, pixels differ by 0.4 of 255 on average (5 at most);
             at 384 px, what a model would read differs by up to 11, so models never read such pictures.
@@ -45,7 +58,8 @@ def load_picture(dataset: Any, index: int, side: int | None = None) -> Image.Ima
     Raises:
         UserError: the file is missing, no picture, or cut short.
     """
-    if hasattr(dataset, "picture"):
+    dataset = original(dataset)
+    if isinstance(dataset, MakesPictures):
         return dataset.picture(index)
     path = os.path.join(dataset.vis_root, dataset.annotation[index]["image"])
     try:
@@ -79,8 +93,10 @@ def as_seen(picture: Image.Image) -> Image.Image:
 
 
 def check_mode(picture: Image.Image) -> None:
-    """Raises:
-    ValueError: the values of an opened picture have no fixed range.
+    """Check that the values of an opened picture have a fixed range.
+
+    Raises:
+        ValueError: they have none.
     """
     if picture.mode == "F" or (picture.mode == "I" and picture.format not in _WIDE_FORMATS):
         raise ValueError("32 bits a value, whose range nothing tells; save it with 8 or 16 bits")
@@ -94,7 +110,7 @@ def _orientation(picture: Image.Image) -> Any:
 
 
 def reason_of(error: Exception, path: str) -> str:
-    """Why a picture could not be read, in a user's words."""
+    """The reason why a picture could not be read, in a user's words."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "missing"
     if isinstance(error, IsADirectoryError):
@@ -102,14 +118,15 @@ def reason_of(error: Exception, path: str) -> str:
     if isinstance(error, PermissionError):
         return "no permission to read it"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {2 * Image.MAX_IMAGE_PIXELS} pixels, which may be an attack on memory; make it smaller"
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"more than {most} pixels, which may be an attack on memory; make it smaller"
     if isinstance(error, UnidentifiedImageError):
         return "the file is empty" if os.path.getsize(path) == 0 else "no picture, or of an unknown format"
     return one_line(str(getattr(error, "strerror", None) or error or type(error).__name__))
 
 
 class _Strictness:
-    """How many are reading strictly now, and what PIL's switch was before the first of them."""
+    """The number of strict readers at work, and PIL's switch as it was before the first of them."""
 
     def __init__(self) -> None:
         self.lock, self.inside, self.before = threading.Lock(), 0, False
@@ -120,9 +137,9 @@ _strictness = _Strictness()
 
 @contextmanager
 def whole_files_only() -> Iterator[None]:
-    """While open, PIL refuses pictures that are cut short. May be entered by several threads.
+    """Have PIL refuse pictures that are cut short. Several threads may be inside.
 
-    `import lavis` allows them for the whole process: their rest would be grey, and nobody would know.
+    `import lavis` allows them for the whole process: their rest would be grey, unnoticed.
     """
     with _strictness.lock:
         if not _strictness.inside:
@@ -135,15 +152,6 @@ def whole_files_only() -> Iterator[None]:
             _strictness.inside -= 1
             if not _strictness.inside:
                 ImageFile.LOAD_TRUNCATED_IMAGES = _strictness.before
-
-
-# ----------------------------------------------------------------------------------------------------
-# Whether every picture of a data set is there and readable, told at the start and all at once.
-
-log = logging.getLogger(__name__)
-
-MODES = ("fast", "full", "off")
-NAMED = 20  # faults named one by one; the rest is counted
 
 
 def verify_pictures(dataset: Any, mode: str = "fast") -> None:
@@ -160,7 +168,7 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
         raise UserError(f"run.verify: {mode!r} is none of {', '.join(MODES)}")
     if mode == "off":
         return
-    paths = list(dict.fromkeys(path for leaf in plain_sets(dataset, "").values() for path in _files(leaf)))
+    paths = list(dict.fromkeys(path for plain in plain_sets(dataset, "").values() for path in _files(plain)))
     with whole_files_only(), ThreadPoolExecutor() as pool:
         faults = [fault for fault in pool.map(lambda path: _fault(path, mode), paths) if fault]
     if not faults:
@@ -178,7 +186,7 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
 
 def _files(dataset: Any) -> list[str]:
     root = getattr(dataset, "vis_root", None)
-    if root is None or hasattr(dataset, "picture"):
+    if root is None or isinstance(dataset, MakesPictures):
         return []
     return [os.path.join(root, row["image"]) for row in dataset.annotation]
 

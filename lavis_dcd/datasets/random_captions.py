@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.datasets.tree import WrappedSet, annotation_rows, collater_of
 
 
-class WithCandidates(Dataset):
+class WithCandidates(WrappedSet):
     """A training set around ``dataset`` whose samples carry candidates, drawn from its rows by (seed, epoch, index).
 
     Args:
@@ -22,29 +22,26 @@ class WithCandidates(Dataset):
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
-        self._rows = [(leaf, row) for leaf in plain_sets(dataset, "").values() for row in leaf.annotation]
+        super().__init__(dataset)
+        self.seed, self.epoch = seed, 0
+        self._rows = annotation_rows(dataset)
 
     def _image_ids(self) -> list[int]:
-        """Of every row: one picture must carry one id in samples, whatever its set calls it."""
-        return [leaf.img_ids[row["image_id"]] for leaf, row in self._rows]
+        """The id that every row's picture has in samples, whatever its set calls it."""
+        return [plain.img_ids[row["image_id"]] for plain, row in self._rows]
 
     def _captions(self, rows: Iterable[int]) -> Any:
         """The captions of these rows through their sets' text processors, by view where that makes several."""
-        return _by_view([leaf.text_processor(row["caption"]) for leaf, row in (self._rows[i] for i in rows)])
+        return _by_view([plain.text_processor(row["caption"]) for plain, row in (self._rows[i] for i in rows)])
 
+    @override
     def set_epoch(self, epoch: int) -> None:
-        """The draws of another epoch."""
         self.epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        super().set_epoch(epoch)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def _own_batch(self, samples: list[dict[str, Any]], added: Collection[str]) -> dict[str, Any]:
-        """The set's own batch, without the keys ``added``."""
-        collate = getattr(self.dataset, "collater", default_collate)
+    def _inner_batch(self, samples: list[dict[str, Any]], added: Collection[str]) -> dict[str, Any]:
+        """The inner set's batch, without the keys ``added``."""
+        collate = collater_of(self.dataset)
         return collate([{k: v for k, v in sample.items() if k not in added} for sample in samples])
 
 
@@ -85,18 +82,18 @@ class RandomCaptions(WithCandidates):
 
     def _draw(self, index: int) -> np.ndarray:
         random = np.random.default_rng([self.seed, self.epoch, index])
-        own, drawn = self._ids[index], np.empty(0, np.int64)
+        image_id, drawn = self._ids[index], np.empty(0, np.int64)
         while len(drawn) < self.count:  # rejection: few rows share the picture, so one round nearly always does
             more = random.integers(len(self._rows), size=2 * self.count)
-            more = more[self._ids[more] != own]
+            more = more[self._ids[more] != image_id]
             drawn = np.concatenate([drawn, more])
             drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
         return drawn[: self.count]
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The set's own batch, with ``candidate_text`` a flat row-major list of B * count strings (per view, where
+        """The inner set's batch, with ``candidate_text`` a flat row-major list of B * count strings (per view, where
         there are several) and ``candidate_image_id`` int64 ``[B, count]``."""
-        batch = self._own_batch(samples, ("candidate_text", "candidate_image_id"))
+        batch = self._inner_batch(samples, ("candidate_text", "candidate_image_id"))
         batch["candidate_text"] = flat_texts(samples)
         batch["candidate_image_id"] = torch.stack([s["candidate_image_id"] for s in samples])
         return batch

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.datasets.tree import annotation_rows, plain_sets
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,11 @@ def check_annotations(datasets: Mapping[str, Any]) -> list[str]:
 
 
 def _pictures(dataset: Any) -> set[str]:
-    return {_file(leaf, row) for leaf in plain_sets(dataset, "").values() for row in leaf.annotation}
+    return {_file(plain, row) for plain, row in annotation_rows(dataset)}
 
 
-def _file(leaf: Any, row: Mapping[str, Any]) -> str:
-    return os.path.normpath(os.path.join(getattr(leaf, "vis_root", None) or "", str(row["image"])))
+def _file(plain: Any, row: Mapping[str, Any]) -> str:
+    return os.path.normpath(os.path.join(getattr(plain, "vis_root", None) or "", str(row["image"])))
 
 
 def distinct_image_ids(datasets: Sequence[Any]) -> None:
@@ -82,12 +82,12 @@ def distinct_image_ids(datasets: Sequence[Any]) -> None:
         datasets: sets with `annotation`, `vis_root` and `img_ids`, or wrappers of such; others are left alone.
     """
     numbers: dict[str, int] = {}
-    for leaf in (leaf for dataset in datasets for leaf in plain_sets(dataset, "").values()):
-        if not hasattr(leaf, "img_ids"):
+    for plain in (plain for dataset in datasets for plain in plain_sets(dataset, "").values()):
+        if not hasattr(plain, "img_ids"):
             continue
-        found: dict[Any, int] = {}
-        for row in leaf.annotation:
-            number = numbers.setdefault(_file(leaf, row), len(numbers))
-            # One image_id may stand for several files (crops of one picture): the first one's number serves all.
-            found.setdefault(row["image_id"], number)
-        leaf.img_ids.update(found)
+        number_of: dict[Any, int] = {}
+        for row in plain.annotation:
+            number = numbers.setdefault(_file(plain, row), len(numbers))
+            # one image_id may stand for several files (crops of one picture): the first one's number serves all
+            number_of.setdefault(row["image_id"], number)
+        plain.img_ids.update(number_of)

@@ -7,7 +7,7 @@ import logging
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
@@ -16,8 +16,12 @@ from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.config.job_file import model_defaults
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.datasets.tree import original, plain_sets, replace_plain_sets
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher
+
+log = logging.getLogger(__name__)
+
+KINDS = ("vis_processor", "text_processor")
 
 Processor = Callable[[Any], Any]
 
@@ -50,7 +54,7 @@ class View:
 
 
 class _Several(BaseProcessor):
-    """What every view makes of an item; the main view first.
+    """The processors of all views; the main view first.
 
     Args:
         processors: by view; those that are alike run once and share what they made.
@@ -96,8 +100,9 @@ def alike(one: Processor, other: Processor) -> bool:
 def _held(processor: Processor) -> bytes:
     # LAVIS's base class leaves a function that does nothing behind, which cannot be pickled
     if getattr(getattr(processor, "transform", None), "__qualname__", "").startswith("BaseProcessor.__init__."):
-        processor = copy.copy(processor)
-        del processor.transform
+        twin = copy.copy(cast(BaseProcessor, processor))
+        del twin.transform
+        return pickle.dumps(twin)
     return pickle.dumps(processor)
 
 
@@ -114,11 +119,11 @@ def with_views(dataset: Any, views: Mapping[str, View]) -> Any:
     Raises:
         UserError: a set that has no processors to put others beside.
     """
-    leaves = list(plain_sets(dataset, "").values())
-    for leaf in leaves:
-        if not (hasattr(leaf, "vis_processor") and hasattr(leaf, "text_processor")):
+    sets = list(plain_sets(dataset, "").values())
+    for plain in sets:
+        if not (hasattr(plain, "vis_processor") and hasattr(plain, "text_processor")):
             raise UserError(
-                f"the data set {type(leaf).__name__} has no vis_processor and text_processor, so that matchers with "
+                f"the data set {type(plain).__name__} has no vis_processor and text_processor, so that matchers with "
                 f"processors of their own ({', '.join(views)}) cannot read it; give all of them the same processors"
             )
     kinds = {
@@ -128,34 +133,23 @@ def with_views(dataset: Any, views: Mapping[str, View]) -> Any:
     more = {}
     for kind, (several, of_view) in kinds.items():
         main = of_view.pop(MAIN_VIEW, None)
-        own = [main or getattr(leaf, kind) for leaf in leaves]
+        mains = [main or getattr(plain, kind) for plain in sets]
         # all sets of a concatenation need the same views, or their samples would not make one batch
         others = {
             name: processor
             for name, processor in of_view.items()
-            if processor is not None and not all(alike(mine, processor) for mine in own)
+            if processor is not None and not all(alike(of_set, processor) for of_set in mains)
         }
         more[kind] = (several, main, others)
-    return _replaced(dataset, lambda leaf: _viewed(leaf, more))
+    return replace_plain_sets(dataset, "", lambda _, plain: _viewed(plain, more))
 
 
-def _viewed(leaf: Any, more: Mapping[str, tuple[type[_Several], Processor | None, dict[str, Processor]]]) -> Any:
-    twin = copy.copy(leaf)
+def _viewed(plain: Any, more: Mapping[str, tuple[type[_Several], Processor | None, dict[str, Processor]]]) -> Any:
+    twin = copy.copy(plain)
     for kind, (several, main, others) in more.items():
-        own = main or getattr(leaf, kind)
-        setattr(twin, kind, several({MAIN_VIEW: own, **others}) if others else own)
+        processor = main or getattr(plain, kind)
+        setattr(twin, kind, several({MAIN_VIEW: processor, **others}) if others else processor)
     return twin
-
-
-def _replaced(dataset: Any, of_leaf: Callable[[Any], Any]) -> Any:
-    """A copy with other plain sets inside its wrappers and concatenations."""
-    if hasattr(dataset, "datasets"):
-        return type(dataset)([_replaced(part, of_leaf) for part in dataset.datasets])
-    if "dataset" in vars(dataset):
-        wrapper = copy.copy(dataset)
-        wrapper.dataset = _replaced(dataset.dataset, of_leaf)
-        return wrapper
-    return of_leaf(dataset)
 
 
 def evaluation_view(dataset: Any, view: View) -> Any:
@@ -169,8 +163,7 @@ def evaluation_view(dataset: Any, view: View) -> Any:
     Raises:
         UserError: the captions as written are not there.
     """
-    while "source" in vars(dataset):
-        dataset = dataset.source
+    dataset = original(dataset)
     twin = copy.copy(dataset)
     if view.vis_eval is not None:
         twin.vis_processor = view.vis_eval
@@ -183,23 +176,14 @@ def evaluation_view(dataset: Any, view: View) -> Any:
 
 def _written(dataset: Any) -> list[str]:
     rows = getattr(dataset, "annotation", [])
-    found = [caption for row in rows for caption in row.get("caption", ())]
-    if len(found) != len(dataset.text):
+    captions = [caption for row in rows for caption in row.get("caption", ())]
+    if len(captions) != len(dataset.text):
         raise UserError(
-            f"the evaluation set {type(dataset).__name__} has {len(dataset.text)} captions, but {len(found)} as "
+            f"the evaluation set {type(dataset).__name__} has {len(dataset.text)} captions, but {len(captions)} as "
             "written (annotation[i]['caption']), so that no matcher can read them through its own text processor; give "
             "all matchers the data set's (preprocess.text_processor: null)"
         )
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------
-# The processors that a ``model:`` section wants its pictures and captions to go through.
-
-log = logging.getLogger(__name__)
-
-KINDS = ("vis_processor", "text_processor")
-STAGES = ("train", "eval")
+    return captions
 
 
 def preprocess_of(section: Mapping[str, Any], explicit_only: bool = False) -> dict[str, Any] | None:
@@ -210,13 +194,13 @@ def preprocess_of(section: Mapping[str, Any], explicit_only: bool = False) -> di
             YAML's pictures have the size that the section gives its model, where it gives one.
         explicit_only: leave the YAML out.
     """
-    own = _plain(section.get("preprocess"))
+    written = _plain(section.get("preprocess"))
     if explicit_only:
-        return own
+        return written
     default = _resized(_plain(model_defaults(section).get("preprocess")), section)
-    if own is None or default is None:
-        return default if own is None else own
-    return {**default, **own}
+    if written is None or default is None:
+        return default if written is None else written
+    return {**default, **written}
 
 
 def build_view(section: Mapping[str, Any], path: str, learner: bool = False) -> View:
@@ -249,6 +233,17 @@ def build_view(section: Mapping[str, Any], path: str, learner: bool = False) -> 
     return View(**built, words=words)
 
 
+@runtime_checkable
+class HasViews(Protocol):
+    """A model some of whose matchers read pictures and captions in their own way."""
+
+    def views(self) -> Mapping[str, Mapping[str, Any]]:
+        """The ``model:`` sections that say how, by view."""
+
+    def view_matchers(self) -> Mapping[str, Matcher]:
+        """The matchers by view."""
+
+
 class MatcherViews:
     """How the matchers of a model read, and the evaluation sets as they do, each made once.
 
@@ -266,22 +261,23 @@ class MatcherViews:
     @classmethod
     def of_model(cls, model: nn.Module) -> MatcherViews:
         """Those that ``model.views()`` and ``model.view_matchers()`` name; none for other models."""
-        sections = model.views() if hasattr(model, "views") else {}
-        found = {}
-        for name, section in sections.items():
+        if not isinstance(model, HasViews):
+            return cls()
+        by_name = {}
+        for name, section in model.views().items():
             view = build_view(section, _place(name), learner=name == MAIN_VIEW)
             if view != View():
-                found[name] = view
+                by_name[name] = view
                 log.info("%s reads %s", name, view)
-        return cls(found, model.view_matchers() if found else {})
+        return cls(by_name, model.view_matchers() if by_name else {})
 
     def dataset_for(self, matcher: Matcher, dataset: Any) -> Any:
         """The set as this matcher reads it; the set itself for a matcher without a view."""
-        name = next((name for name, own in self._matchers.items() if own is matcher), None)
-        if name not in self.by_name:
+        name = next((name for name, other in self._matchers.items() if other is matcher), None)
+        if name is None or name not in self.by_name:
             return dataset
-        for kept_name, source, made in self._made:
-            if kept_name == name and source is dataset:
+        for made_for, source, made in self._made:
+            if made_for == name and source is dataset:
                 return made
         made = evaluation_view(dataset, self.by_name[name])
         self._made.append((name, dataset, made))
@@ -289,7 +285,7 @@ class MatcherViews:
 
 
 def _place(view: str) -> str:
-    """Where the section of a view's matcher stands."""
+    """The path of the section of a view's matcher."""
     return f"model.{view.replace('teacher.', 'teachers.')}"
 
 
@@ -318,7 +314,7 @@ def _build(config: Any, path: str) -> Processor:
     try:
         return processor.from_config(OmegaConf.create(config))
     except UserError as error:
-        # our own processors know only their kind
+        # processors of this package name only their kind
         kind = path.split(".")[-2]
         faults = [line.replace(kind, path, 1) if line.startswith(kind) else line for line in error.faults]
         raise UserError(faults) from error

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from timm.models import hub as timm_hub
 
-from lavis_dcd.banks.feature_bank import is_evaluation_set
 from lavis_dcd.banks.score_bank import BankIdentity
 from lavis_dcd.common.download import cached_path, is_url
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import ASSET_PREFIX, asset_path, sha256_of
 from lavis_dcd.common.schema import plain
 from lavis_dcd.datasets.pictures import load_picture
-from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.datasets.tree import is_evaluation_set, plain_sets
 from lavis_dcd.datasets.views import View, build_view
 from lavis_dcd.models.building import full_section
 from lavis_dcd.models.dcd.config import DISTILLER_KEYS, DcdConfig

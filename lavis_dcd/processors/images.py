@@ -16,8 +16,8 @@ from typing_extensions import Self
 
 from lavis_dcd.common.schema import parse
 
-# ----------------------------------------------------------------------------------------------------
-# What picture processors for training share: random changes before the resizing, and their keys.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class AugmentationConfig:
     randaugment_magnitude: int = 9
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]  of the evaluation's keys
+        super().__post_init__()  # type: ignore[misc]  # the evaluation's keys, a base beside this one, have it
         if self.randaugment_ops < 1:
             raise ValueError(f"randaugment_ops: {self.randaugment_ops} is not positive")
         if not 0 <= self.randaugment_magnitude <= 30:
@@ -75,10 +75,6 @@ class PictureProcessor(BaseProcessor):
             UserError: one line per unknown key or wrong value.
         """
         return cls(parse(cls.config_class, cfg, "vis_processor"))
-
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ _LONGEST = 1333 / 800  # ViLT's limit of the longer side, in shorter sides
 
 
 @dataclass(frozen=True)
-class ViltImageConfig:
+class ViltImageKeys:
     """Keys of `vilt_image_eval`.
 
     Args:
@@ -58,7 +58,7 @@ class ViltImageConfig:
 
 
 @dataclass(frozen=True)
-class TrainViltImageConfig(AugmentationConfig, ViltImageConfig):
+class ViltTrainImageKeys(AugmentationConfig, ViltImageKeys):
     """Keys of `vilt_image_train`: those of `vilt_image_eval` and the augmentation's."""
 
 
@@ -82,7 +82,7 @@ def fitted_size(width: int, height: int, shorter: int, longer: int, multiple: in
 
 
 class _ViltImageProcessor(PictureProcessor):
-    def __init__(self, config: ViltImageConfig) -> None:
+    def __init__(self, config: ViltImageKeys) -> None:
         super().__init__(config)
         self.config = config
         augmentation = config.transforms() if isinstance(config, AugmentationConfig) else []
@@ -101,13 +101,13 @@ class _ViltImageProcessor(PictureProcessor):
 
 @registry.register_processor("vilt_image_eval")
 class ViltImageEvalProcessor(_ViltImageProcessor):
-    """Resize, to tensor, normalise, pad. Keys: `ViltImageConfig`."""
+    """Resize, to tensor, normalise, pad. Keys: `ViltImageKeys`."""
 
-    config_class = ViltImageConfig
+    config_class = ViltImageKeys
 
 
 @registry.register_processor("vilt_image_train")
 class ViltImageTrainProcessor(_ViltImageProcessor):
-    """Augment, resize, to tensor, normalise, pad. Keys: `TrainViltImageConfig`."""
+    """Augment, resize, to tensor, normalise, pad. Keys: `ViltTrainImageKeys`."""
 
-    config_class = TrainViltImageConfig
+    config_class = ViltTrainImageKeys

@@ -13,7 +13,6 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
-from lavis_dcd.banks.feature_bank import is_evaluation_set
 from lavis_dcd.banks.feature_cache import with_kept_features
 from lavis_dcd.banks.feature_sets import BankedTrainingSet
 from lavis_dcd.common.errors import UserError
@@ -23,6 +22,7 @@ from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
+from lavis_dcd.datasets.tree import is_evaluation_set
 from lavis_dcd.datasets.views import MatcherViews, with_views
 from lavis_dcd.evaluation.evaluator import Evaluation, EvaluationCache, Evaluator
 from lavis_dcd.evaluation.gallery import PICTURE_SIDE, GalleryItem, gallery_items

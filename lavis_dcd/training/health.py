@@ -170,8 +170,6 @@ class Health:
 def picture_names(dataset: Any) -> dict[Any, str]:
     """Return the file of every "image_id" that samples of a LAVIS training set, or a wrapper of some, come with."""
     names: dict[Any, str] = {}
-    if not hasattr(dataset, "__dict__"):  # a plain list of samples
-        return names
     for leaf in plain_sets(dataset, "").values():
         numbers: Mapping[Any, Any] = getattr(leaf, "img_ids", None) or {}
         for row in getattr(leaf, "annotation", []) if numbers else []:

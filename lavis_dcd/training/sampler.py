@@ -7,10 +7,11 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.seeding import seed_for, seed_host
+from lavis_dcd.datasets.tree import collater_of, set_epoch
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
@@ -107,9 +108,7 @@ class SeededDataset(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, here and in the data sets inside that draw by it."""
         self.epoch = epoch
-        for dataset in (self.dataset, *getattr(self.dataset, "datasets", ())):
-            if hasattr(dataset, "set_epoch"):
-                dataset.set_epoch(epoch)
+        set_epoch(self.dataset, epoch)
 
 
 class TrainLoader:
@@ -144,7 +143,7 @@ class TrainLoader:
             self._dataset,
             batch_sampler=self._sampler,
             num_workers=num_workers,
-            collate_fn=getattr(dataset, "collater", None) or default_collate,
+            collate_fn=collater_of(dataset),
             pin_memory=pin_memory,
             worker_init_fn=_leave_interrupts_to_the_parent,
             # The loader draws a base seed at each start: keep that away from the global generator.

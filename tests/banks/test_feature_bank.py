@@ -14,12 +14,12 @@ from stubs import LetterMatcher
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from lavis_dcd.banks import feature_bank, feature_store
+from lavis_dcd.banks import feature_bank, shards
 from lavis_dcd.banks.encoding import encode_dataset
 from lavis_dcd.banks.feature_bank import FeatureBank, build_feature_bank, weights_fingerprint
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.datasets.tree import batch_groups, plain_sets
+from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
@@ -235,7 +235,7 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize(("after_pictures", "after_texts"), [(5, 99), (99, 9)])
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch, after_pictures, after_texts) -> None:
-    monkeypatch.setattr(feature_store, "SHARD_BYTES", 1)  # every batch is a shard
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)  # every batch is a shard
     sets = {"train": Training("abcdefg"), "val": Evaluation()}
 
     class Stopping(Toy):
@@ -270,8 +270,8 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch, after_
 def test_processes_that_want_the_same_bank_build_it_once(tmp_path, monkeypatch) -> None:
     pytest.importorskip("fcntl")
     told, banks = threading.Event(), []
-    inform = feature_store.log.info
-    monkeypatch.setattr(feature_store.log, "info", lambda *words: (told.set(), inform(*words)))
+    inform = shards.log.info
+    monkeypatch.setattr(shards.log, "info", lambda *words: (told.set(), inform(*words)))
 
     class Slow(Toy):
         def encode_images(self, images: Tensor) -> ImageFeatures:
@@ -412,12 +412,9 @@ def test_same_names_in_two_sets_without_files_are_different_pictures() -> None:
     assert bank.picture_rows == {"train": [0, 0, 1], "other": [2, 2, 3]}
 
 
-def test_leaves_of_wrapped_and_concatenated_sets() -> None:
-    one, two = Training(), Training("cd")
-    both = torch.utils.data.ConcatDataset([one, Drawing(two)])
-    leaves = plain_sets(both, "train")
-    assert leaves == {"train.0": one, "train.1": two}
-    banked = BankedTrainingSet(torch.utils.data.ConcatDataset([one, two]), build_feature_bank(Toy(), leaves))
+def test_a_concatenation_answers_from_the_bank_of_its_sets() -> None:
+    both = torch.utils.data.ConcatDataset([Training(), Training("cd")])
+    banked = BankedTrainingSet(both, build_feature_bank(Toy(), plain_sets(both, "train")))
     assert len(banked) == 5 and banked[3]["text_input"] == "c no 0"
 
 
@@ -439,16 +436,6 @@ def test_features_too_large_for_half_precision_are_refused() -> None:
     kept = build_feature_bank(matcher, {"train": Training()}, dtype=torch.bfloat16).images([0])
     assert kept.tokens.dtype == torch.bfloat16
     assert torch.allclose(kept.tokens.float(), matcher.encode_images(picture("a")[None]).tokens, rtol=2**-8)
-
-
-def test_groups_of_a_batch_are_read_from_the_rows():
-    rows = [{"image_id": 7, "family": 1}, {"image_id": 8, "family": 1}]
-    leaf = SimpleNamespace(annotation=rows)
-    both = SimpleNamespace(datasets=[leaf, leaf])
-    assert batch_groups(both, "family")[1] == ((".0", 1), (".0", 8))
-    assert len(set(batch_groups(both, "family"))) == 4
-    with pytest.raises(UserError, match=r"run\.batch_by: the rows have no 'colour'; they have image_id, family"):
-        batch_groups(leaf, "colour")
 
 
 class Sized(Toy):

@@ -20,6 +20,7 @@ from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import main_process_first
 from lavis_dcd.common.seeding import rng_state
+from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.processors.captions import DcdCaptionProcessor
@@ -68,9 +69,8 @@ EVAL = DcdImageEvalProcessor.from_config({"image_size": 16})
 MODES = ("memory", "disk")
 
 
-def kept(datasets: dict[str, Any], mode: str = "memory", **run: Any) -> dict[str, Any]:
-    matcher = run.pop("matcher", None) or Reader()
-    return with_kept_features(datasets, {"student": matcher}, (), {"cache_features": mode, **run})
+def kept(datasets: dict[str, Any], mode: str = "memory", matcher: Reader | None = None, **run: Any) -> dict[str, Any]:
+    return with_kept_features(datasets, {"student": matcher or Reader()}, (), RunConfig(cache_features=mode, **run))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -212,7 +212,7 @@ def test_alone_there_is_nobody_to_wait_for():
 
 def test_other_encoders_and_other_readings_are_refused(photos):
     sets = {"train": training(photos, EVAL)}
-    run = {"cache_features": "memory"}
+    run = RunConfig(cache_features="memory")
     with pytest.raises(UserError, match="the teacher has encoders of its own"):
         with_kept_features(sets, {"teacher": Reader(), "student": Reader()}, (), run)
     with pytest.raises(UserError, match="the teacher would read kept features of pictures that went through"):

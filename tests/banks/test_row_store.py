@@ -1,4 +1,4 @@
-"""Features in temporary files: what is left of them, and what is told when there is no room."""
+"""Rows in memory, in temporary files and in shards: what is read, what is left behind, what is told without room."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lavis_dcd.banks import shards
 from lavis_dcd.banks.row_store import RowsInMemory, Spill
+from lavis_dcd.banks.shards import ShardedRows, ShardWriter
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.matching.features import ImageFeatures
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
 def open_files() -> list[str]:
@@ -121,6 +123,54 @@ def test_a_file_that_became_shorter_is_told(tmp_path: Path) -> None:
         rows = spill.rows(3)
         rows.put(torch.arange(3), images())
         found = rows.all()
-        rows._file._handle.truncate(20)
+        rows._file.handle.truncate(20)
         with pytest.raises(UserError, match="has become shorter"):
             found[:]
+
+
+def store_of(folder: Path | None, dtype: torch.dtype, embeds: bool, monkeypatch: pytest.MonkeyPatch) -> ShardedRows:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200)  # several files
+    writer = ShardWriter(folder, "texts")
+    generator = torch.Generator().manual_seed(0)
+    for length in (5, 2, 3, 7):
+        lengths = torch.tensor([length, 1 + length // 2])
+        mask = torch.arange(length) < lengths[:, None]
+        tokens = torch.randn(2, length, 4, generator=generator).to(dtype)
+        vectors = torch.randn(2, 3, generator=generator).to(dtype) if embeds else None
+        writer.add(TextFeatures(tokens, mask, vectors))
+    return writer.store()
+
+
+@pytest.mark.parametrize("embeds", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_rows_are_those_that_the_bank_gathers(place, dtype, embeds, tmp_path, monkeypatch) -> None:
+    store = store_of(tmp_path if place == "disk" else None, dtype, embeds, monkeypatch)
+    assert len(store.shards) > 1
+    rows = [6, 0, 3, 3, 7, 1]
+    expected = store.gather(rows, TextFeatures).float()
+    found = store.streamed(rows, TextFeatures)
+    assert found.nbytes == expected.nbytes
+    for index in (slice(None), [4, 1, 1], torch.tensor([5]), slice(2, 4)):
+        got, wanted = found[index], expected[index]
+        assert got.tokens.dtype == torch.float32 and torch.equal(got.tokens, wanted.tokens)
+        assert torch.equal(got.mask, wanted.mask)
+        assert (got.embeds is None) == (not embeds)
+        if embeds:
+            assert torch.equal(got.embeds, wanted.embeds)
+
+
+def test_a_mask_where_it_is_asked_for() -> None:
+    writer = ShardWriter(None, "texts")
+    writer.add(TextFeatures(torch.randn(3, 2, 4)))
+    store = writer.store()
+    assert store.streamed([0, 2], TextFeatures)[:].mask is None
+    assert torch.equal(store.streamed([0, 2], TextFeatures, masked=True)[:].mask, torch.ones(2, 2, dtype=torch.bool))
+
+
+def test_a_bank_that_went_away_is_told(tmp_path, monkeypatch) -> None:
+    found = store_of(tmp_path, torch.float16, False, monkeypatch).streamed([0, 5], TextFeatures)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"run\.cache_features: .*texts-0000.*cannot be read any more"):
+        found[:]

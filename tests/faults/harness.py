@@ -62,7 +62,7 @@ def sites() -> dict[str, tuple[Any, str, bool]]:
 
     "sample" is reached in the loader's worker, which is where the fault then happens.
     """
-    from lavis_dcd.banks import feature_store
+    from lavis_dcd.banks import shards
     from lavis_dcd.mining.plan import WorkFolder
     from lavis_dcd.training import best_checkpoint as evaluations
     from lavis_dcd.training import checkpoint, trainer
@@ -72,7 +72,7 @@ def sites() -> dict[str, tuple[Any, str, bool]]:
     return {
         "step": (Stepper, "step", False),
         "checkpoint": (checkpoint, "save", True),
-        "features": (feature_store, "_save", True),
+        "features": (shards, "_save", True),
         "evaluation": (evaluations.Evaluations, "_measure", False),
         "report": (trainer, "write_report", True),
         "sample": (SeededDataset, "__getitem__", False),

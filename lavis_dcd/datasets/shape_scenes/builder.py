@@ -9,6 +9,7 @@ import numpy as np
 from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 from PIL import Image
+from typing_extensions import override
 
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.datasets.builder import RetrievalBuilder
@@ -86,7 +87,7 @@ def _draw_split(split: SplitScenes, info: ShapeScenesInfo) -> DrawnSplit:
     return DrawnSplit(pictures, captions, split.names, split.families)
 
 
-class _Pictures:
+class _DrawnPictures:
     """Items whose picture comes from memory; `annotation[index]["scene"]` is its row in `pictures`."""
 
     pictures: np.ndarray
@@ -97,7 +98,7 @@ class _Pictures:
         return Image.fromarray(self.pictures[self.annotation[index]["scene"]])
 
 
-class ShapeScenesDataset(_Pictures, RetrievalRows):
+class ShapeScenesDataset(_DrawnPictures, RetrievalRows):
     """The training scenes: one row per caption; items as in `RetrievalRows`. Rows also hold "family" (int)."""
 
     def __init__(self, vis_processor: BaseProcessor, text_processor: BaseProcessor, drawn: DrawnSplit) -> None:
@@ -106,7 +107,7 @@ class ShapeScenesDataset(_Pictures, RetrievalRows):
         self.pictures = drawn.pictures
 
 
-class ShapeScenesEvalDataset(_Pictures, RetrievalEvalRows):
+class ShapeScenesEvalDataset(_DrawnPictures, RetrievalEvalRows):
     """The validation or test scenes: one row per scene; items and tables as in `RetrievalEvalRows`."""
 
     def __init__(self, vis_processor: BaseProcessor, text_processor: BaseProcessor, drawn: DrawnSplit) -> None:
@@ -132,5 +133,6 @@ class ShapeScenesBuilder(RetrievalBuilder):
     eval_dataset_cls = ShapeScenesEvalDataset
     DATASET_CONFIG_DICT = {"default": str(packaged_folder("configs") / "datasets/shape_scenes/defaults.yaml")}  # noqa: RUF012
 
+    @override
     def read(self, info: ShapeScenesInfo) -> dict[str, tuple[DrawnSplit]]:
         return {split: (drawn,) for split, drawn in draw_splits(info).items()}

@@ -1,11 +1,11 @@
 """Scenes of one to three coloured shapes: what is in them, and the families that make them hard to tell apart.
 
-A scene is pure data here; `scene_captions` words it and `scene_drawing` draws it.
+A scene is pure data here; `captions` words it and `drawing` draws it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -80,7 +80,7 @@ class SplitScenes:
         return [f"scene_{self.first + i:06d}" for i in range(len(self.scenes))]
 
 
-def make_splits(counts: dict[str, int], seed: int) -> dict[str, SplitScenes]:
+def make_splits(counts: Mapping[str, int], seed: int) -> dict[str, SplitScenes]:
     """Draw up the scenes of every split: families whole in one split, no scene twice in the data set.
 
     The evaluation splits are made first, so that they stay the same whatever the number of training scenes.
@@ -96,7 +96,8 @@ def make_splits(counts: dict[str, int], seed: int) -> dict[str, SplitScenes]:
         raise UserError(f"shape_scenes: {sum(counts.values())} scenes asked for, at most {MOST_SCENES} can be drawn")
     order = [split for split in ("test", "val", "train") if split in counts]
     taken: set[Scene] = set()
-    result, first, family = {}, 0, 0
+    result: dict[str, SplitScenes] = {}
+    first, family = 0, 0
     for code, split in enumerate(order):
         rng = np.random.default_rng([seed, 11, code])
         scenes, families = [], []

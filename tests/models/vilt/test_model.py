@@ -448,8 +448,8 @@ def test_types_are_sound(kind):
     config = parse(ViltConfig, defaults.model, "model")
     assert config.fusion.layers == {"coco": 12, "flickr": 12, "tiny": 4}.get(kind, 6)
     stages = defaults.preprocess.vis_processor
-    train = parse(vilt_images.TrainViltImageConfig, stages.train, "vis_processor")
-    evaluation = parse(vilt_images.ViltImageConfig, stages.eval, "vis_processor")
+    train = parse(vilt_images.ViltTrainImageKeys, stages.train, "vis_processor")
+    evaluation = parse(vilt_images.ViltImageKeys, stages.eval, "vis_processor")
     assert train.shorter == evaluation.shorter == config.image.image_size
     assert train.multiple == evaluation.multiple == config.image.patch_size
 

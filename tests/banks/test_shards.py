@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavis_dcd.banks import feature_store
-from lavis_dcd.banks.feature_store import (
-    RowStore,
+from lavis_dcd.banks import shards
+from lavis_dcd.banks.shards import (
     Shard,
+    ShardedRows,
     ShardWriter,
     finish,
     is_finished,
@@ -35,7 +35,7 @@ def ragged(lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float32
     return ImageFeatures(tokens, mask, torch.randn(len(lengths), 2, 5, generator=generator).to(dtype))
 
 
-def written(folder: Path | None, *batches: ImageFeatures) -> RowStore:
+def written(folder: Path | None, *batches: ImageFeatures) -> ShardedRows:
     writer = ShardWriter(folder, "images")
     for batch in batches:
         writer.add(batch)
@@ -80,7 +80,7 @@ def test_padding_in_front_or_between_is_refused(mask):
 
 def test_shards_are_cut_by_size(tmp_path, monkeypatch):
     one = Shard.of(ragged([4])).nbytes
-    monkeypatch.setattr(feature_store, "SHARD_BYTES", 3 * one)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 3 * one)
     writer = ShardWriter(tmp_path, "images")
     for seed in range(8):
         writer.add(ragged([4], seed))
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_what_was_whole(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(feature_store, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     writer.add(ragged([4]))
     with pytest.raises(UserError, match=r"images-00001.safetensors cannot be written to .*No space left.*LAVIS_CACHE"):
         writer.flush()
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_what_was_whole(tmp_path, monkeypatch):
 def test_one_process_writes_and_the_others_wait(tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
     told, inside, order = threading.Event(), threading.Event(), []
-    monkeypatch.setattr(feature_store.log, "info", lambda *words: told.set())
+    monkeypatch.setattr(shards.log, "info", lambda *words: told.set())
 
     def second() -> None:
         with one_writer(tmp_path / "bank"):
