@@ -262,6 +262,7 @@ def test_other_settings_start_anew(job, tmp_path, monkeypatch, caplog):
     assert bank.settings["random"] == 1
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_bank(job, tmp_path, repo_root):
     job()
     assert run_mine("--options", "model.candidates.bank.path=alone") == 0

@@ -162,6 +162,7 @@ def test_the_index_finds_what_a_search_of_all_scenes_finds(splits, captions):
 # -- captions ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", list(COUNTS))
 def test_every_caption_is_true_of_its_own_scene_and_of_no_other_of_the_split(splits, captions, split):
     index = SceneIndex(splits[split].scenes)
