@@ -87,7 +87,7 @@ def test_exhaustive_equals_one_pair_at_a_time(memory_mb: float) -> None:
 def test_exhaustive_takes_texts_without_a_mask_and_half_precision_rows() -> None:
     matcher, (images, texts) = Toy(), features()
     full = TextFeatures(texts.tokens, torch.ones_like(texts.mask))
-    halved = score_exhaustive(matcher, images.half(), full.half())
+    halved = score_exhaustive(matcher, images.to(dtype=torch.float16), full.to(dtype=torch.float16))
     assert halved.dtype == torch.float32
     assert torch.allclose(halved, score_exhaustive(matcher, images, full), atol=2e-2)
 

@@ -31,7 +31,7 @@ class Counting(nn.Module, Matcher):
 def test_match_is_called_once_untimed_and_then_for_every_repeat_on_the_same_pairs() -> None:
     matcher = Counting().train()
     images, texts = matcher.encode_images(torch.randn(7, 3, 2, 2)), matcher.encode_texts(["a"] * 5)
-    assert milliseconds_per_pair(matcher, images.half(), texts, pairs=16, repeats=3) > 0
+    assert milliseconds_per_pair(matcher, images.to(dtype=torch.float16), texts, pairs=16, repeats=3) > 0
     assert len(matcher.calls) == 4 and matcher.calls[0].shape == (16, 2)
     assert all(torch.equal(call, matcher.calls[0]) for call in matcher.calls)
     assert matcher.training
