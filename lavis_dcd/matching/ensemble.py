@@ -8,7 +8,6 @@ from typing import cast
 
 from torch import nn
 
-from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.contract import Matcher
 
 
@@ -23,7 +22,7 @@ class Ensemble(nn.Module):
         weights: one per member, not negative, not all 0; only their ratios matter. ``None``: all alike.
 
     Raises:
-        UserError: on no member or weights that do not fit.
+        ValueError: on no member or weights that do not fit.
     """
 
     def __init__(self, members: Sequence[Matcher], weights: Sequence[float] | None = None) -> None:
@@ -68,11 +67,11 @@ def weights_of(matcher: Matcher | Ensemble) -> list[float]:
 
 def _check(members: int, weights: Sequence[float]) -> None:
     if not members:
-        raise UserError("model.teachers: the list is empty; name at least one teacher")
+        raise ValueError("the list is empty; name at least one teacher")
     if len(weights) != members:
-        raise UserError(f"model.teachers: {len(weights)} weights for {members} teachers; give one per teacher")
+        raise ValueError(f"{len(weights)} weights for {members} teachers; give one per teacher")
     bad = next((weight for weight in weights if weight < 0 or not math.isfinite(weight)), None)
     if bad is not None:
-        raise UserError(f"model.teachers: weight {bad} is no number of 0 or more; give finite weights, none negative")
+        raise ValueError(f"weight {bad} is no number of 0 or more; give finite weights, none negative")
     if not sum(weights):
-        raise UserError("model.teachers: all weights are 0; give at least one teacher a weight above 0")
+        raise ValueError("all weights are 0; give at least one teacher a weight above 0")

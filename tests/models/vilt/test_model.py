@@ -21,7 +21,7 @@ from lavis_dcd.models.vilt import weights as vilt_weights
 from lavis_dcd.models.vilt.config import ViltConfig, transformers_config
 from lavis_dcd.models.weights import SavedWeights
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 STATE = GOLDEN / "vilt_tiny_state_dict.safetensors"
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs", "red", "cat", "sleeps", "on", "grass"]
