@@ -41,7 +41,7 @@ class Shortcuts:
 
     @classmethod
     def none(cls) -> Shortcuts:
-        """The plain path: every layer in full for every pair."""
+        """Return the plain path: every layer in full for every pair."""
         return cls(sdpa=False, first_layer=False, last_layer=False, low_rank=False)
 
     @property
@@ -61,7 +61,7 @@ class BertSelfAttention(Protocol):
 
 
 class BertSelfOutput(Protocol):
-    """What follows BERT's attention: the output projection, and the norm of its sum with the residual."""
+    """The output projection of BERT's attention, and the norm of its sum with the residual."""
 
     dense: nn.Linear
     dropout: nn.Dropout

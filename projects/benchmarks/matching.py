@@ -127,7 +127,7 @@ def _enlarge(matcher: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def _features(matcher: Matcher, side: int, count: int, seed: int) -> tuple[ImageFeatures, TextFeatures]:
-    """Of random pictures and ``count`` captions of Flickr30K's lengths."""
+    """Return features of random pictures and ``count`` captions of Flickr30K's lengths."""
     generator = torch.Generator().manual_seed(seed)
     pictures = torch.randn(_PICTURES, 3, side, side, generator=generator)
     images = ImageFeatures.cat([matcher.encode_images(part) for part in pictures.split(2)])

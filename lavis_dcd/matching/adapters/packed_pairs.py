@@ -367,7 +367,7 @@ class PackedMatch:
         return torch.cat(scores)[torch.cat(order).argsort()]
 
     def _captions(self, used: Tensor) -> Captions:
-        """The texts that pairs use, after the first layer's self-attention where that is taken per text."""
+        """Return the texts that pairs use, after the first layer's self-attention where that is taken per text."""
         captions = Captions.of(self.texts.tokens, self.texts.full_mask(), used)
         captions = replace(captions, tokens=captions.tokens.to(self.dtype))
         if not self.shortcuts.first_layer:
