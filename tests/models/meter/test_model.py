@@ -11,7 +11,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.models.meter import MeterRetrieval
 from lavis_dcd.models.meter import weights as meter_weights
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
