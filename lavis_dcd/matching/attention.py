@@ -8,19 +8,20 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-# ----------------------------------------------------------------------------------------------------
-# Which exact shortcuts a fusion takes: the same scores and gradients for less work.
+KeysValues: TypeAlias = tuple[Tensor, Tensor]  # [B, heads, N, D / heads] each
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Ways to save work in ``match`` that change no score beyond rounding; a model takes those that fit it.
+    """Ways to save work in ``match`` that change no score or gradient beyond rounding; a model takes those that fit it.
 
     With dropout on, what is computed once per item draws its dropout once per item, too.
 
@@ -40,27 +41,68 @@ class Shortcuts:
 
     @classmethod
     def none(cls) -> Shortcuts:
-        """The plain path: every layer in full for every pair."""
+        """Return the plain path: every layer in full for every pair."""
         return cls(sdpa=False, first_layer=False, last_layer=False, low_rank=False)
 
     @property
     def any(self) -> bool:
+        """Whether any shortcut is taken."""
         return self != Shortcuts.none()
 
 
-KeysValues = tuple[Tensor, Tensor]  # [B, heads, N, D / heads] each
+class BertSelfAttention(Protocol):
+    """The projections of BERT's attention, as ``transformers`` and LAVIS's ``med.py`` name them."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    num_attention_heads: int
+    dropout: nn.Dropout
+
+
+class BertSelfOutput(Protocol):
+    """The output projection of BERT's attention, and the norm of its sum with the residual."""
+
+    dense: nn.Linear
+    dropout: nn.Dropout
+    LayerNorm: nn.LayerNorm
+
+
+class BertAttention(Protocol):
+    """An attention of BERT's kind and its output."""
+
+    self: BertSelfAttention
+    output: BertSelfOutput
+
+
+class BertLayer(Protocol):
+    """A layer that reads a second sequence: ``BertLayer`` of ``transformers`` or of LAVIS's ``med.py``."""
+
+    attention: BertAttention
+    crossattention: BertAttention
+    intermediate: Callable[[Tensor], Tensor]
+    output: Callable[[Tensor, Tensor], Tensor]
+
+
+def bert_layers(modules: Iterable[nn.Module]) -> list[BertLayer]:
+    """Return ``modules`` under their type: neither ``transformers`` nor LAVIS declares it to a type checker."""
+    return [cast(BertLayer, module) for module in modules]
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool ``[B, N]`` -> ``[B, 1, 1, N]``: 0 where real, the most negative finite number where padding."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
-        :, None, None
-    ]
+    """Return a mask to add to attention scores: 0 where real, the most negative finite number where padding.
+
+    Args:
+        mask: bool ``[B, N]``, True where a token is real.
+        dtype: floating point type of the result, ``[B, 1, 1, N]``.
+    """
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """The projections of one multi-head attention, under one set of names.
+    """The projections of one multi-head attention, whatever its model calls them.
 
     Args:
         query, key, value: linear layers to ``heads * channels``; key and value may read another width.
@@ -77,70 +119,88 @@ class AttentionBlock:
     dropout: nn.Dropout
 
     @classmethod
-    def of_bert(cls, attention: nn.Module) -> AttentionBlock:
-        """From a ``BertAttention``, of ``transformers`` or of LAVIS (``self`` and ``output``)."""
+    def of_bert(cls, attention: BertAttention) -> AttentionBlock:
+        """Return the block of a BERT layer's ``attention`` or ``crossattention``."""
         inner = attention.self
-        projections = (inner.query, inner.key, inner.value, attention.output.dense)
-        return cls(*projections, inner.num_attention_heads, inner.dropout)
+        dense = attention.output.dense
+        return cls(inner.query, inner.key, inner.value, dense, inner.num_attention_heads, inner.dropout)
 
     @property
     def width(self) -> int:
+        """Width of all heads together, D."""
         return self.query.out_features
 
     @property
     def scale(self) -> float:
-        return (self.width // self.heads) ** -0.5
+        """Factor of the scores: one over the root of a head's width."""
+        scale: float = (self.width // self.heads) ** -0.5
+        return scale
 
     @property
     def active_dropout(self) -> float:
+        """Probability by which weights are dropped now: 0 in evaluation mode."""
         return self.dropout.p if self.dropout.training else 0.0
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, N, D]`` -> ``[B, heads, N, D / heads]``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """Return ``x [B, N, D]`` as ``[B, heads, N, D / heads]``."""
+    return torch.unflatten(x, -1, (heads, -1)).transpose(1, 2)
 
 
 def keys_values(block: AttentionBlock, source: Tensor) -> KeysValues:
-    """Keys and values of ``source [B, N, Ds]``, ``[B, heads, N, D / heads]`` each."""
+    """Return keys and values of ``source [B, N, Ds]``, ``[B, heads, N, D / heads]`` each."""
     return split_heads(block.key(source), block.heads), split_heads(block.value(source), block.heads)
 
 
-def attend(block: AttentionBlock, queries: Tensor, kept: KeysValues, mask: Tensor | None, sdpa: bool = True) -> Tensor:
-    """Attention of ``queries [B, L, D]`` to keys and values that are there already, projected: ``[B, L, D]``.
+def attend(
+    block: AttentionBlock, queries: Tensor, source: KeysValues, mask: Tensor | None, sdpa: bool = True
+) -> Tensor:
+    """Return the attention of ``queries`` to keys and values that exist already, after the output projection.
 
     Args:
+        queries: ``[B, L, D]``, not yet projected.
+        source: keys and values, ``[B, heads, N, d]`` each.
         mask: bool ``[B, N]``, True where a key may be attended to; ``None``: everywhere.
         sdpa: by ``scaled_dot_product_attention``; else by the matrix of weights.
+
+    Returns:
+        ``[B, L, D]``, of the queries' type.
     """
-    asked = split_heads(block.query(queries), block.heads)
-    return block.dense(context_of(block, asked, *kept, mask, sdpa).transpose(1, 2).flatten(2))
+    context = context_of(block, split_heads(block.query(queries), block.heads), *source, mask, sdpa)
+    projected: Tensor = block.dense(context.transpose(1, 2).flatten(2))
+    return projected
 
 
 def context_of(
-    block: AttentionBlock, asked: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sdpa: bool
+    block: AttentionBlock, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sdpa: bool
 ) -> Tensor:
-    """Attention of projected tensors ``[B, heads, L or N, d]``: ``[B, heads, L, d]``.
+    """Return what each query reads, ``[B, heads, L, d]``, before the output projection.
 
     Args:
+        queries: projected, ``[B, heads, L, d]``.
+        keys, values: projected, ``[B, heads, N, d]``.
         mask: bool ``[B, N]`` of the keys; ``None``: everywhere.
         sdpa: by ``scaled_dot_product_attention``; else by the matrix of weights.
     """
     if sdpa:
         where = None if mask is None else mask[:, None, None]
         return nnf.scaled_dot_product_attention(
-            asked, keys, values, attn_mask=where, dropout_p=block.active_dropout, scale=block.scale
+            queries, keys, values, attn_mask=where, dropout_p=block.active_dropout, scale=block.scale
         )
-    return block.dropout(_softmax(block.scale * (asked @ keys.transpose(-1, -2)), mask)) @ values
+    weights: Tensor = block.dropout(_softmax(block.scale * (queries @ keys.transpose(-1, -2)), mask))
+    return weights @ values
 
 
 def attend_source(
     block: AttentionBlock, queries: Tensor, source: Tensor, mask: Tensor | None, shortcuts: Shortcuts
 ) -> Tensor:
-    """Attention of ``queries [B, L, D]`` to ``source [B, N, Ds]``, projected, in the cheapest order: ``[B, L, D]``.
+    """Return the attention of ``queries`` to ``source``, ``[B, L, D]``, computed in the cheapest order.
 
     Args:
+        queries: ``[B, L, D]``.
+        source: ``[B, N, Ds]``.
         mask: bool ``[B, N]`` of the source; ``None``: all of it.
+        shortcuts: of which ``low_rank`` and ``sdpa`` are read.
     """
     if shortcuts.low_rank:
         length, tokens = queries.shape[1], source.shape[1]
@@ -153,87 +213,83 @@ def attend_source(
 
 
 def attend_by_few_queries(block: AttentionBlock, queries: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-    """As :func:`attend_source`, without keys or values of the source: the queries go through the key weights.
+    """Return what :func:`attend_source` does, without keys or values: the queries go through the key weights.
 
     The value bias is added once, times the sum of the weights (1, but for dropout).
     """
     heads, length = block.heads, queries.shape[1]
-    asked = split_heads(block.query(queries), heads)  # [B, H, L, d]
-    key = block.key.weight.unflatten(0, (heads, -1)).to(asked.dtype)  # [H, d, Ds]
-    through = torch.einsum("bhld,hds->bhls", asked, key).flatten(1, 2)  # [B, H L, Ds]
-    scores = (block.scale * through @ source.to(through.dtype).transpose(1, 2)).unflatten(1, (heads, length))
+    projected = split_heads(block.query(queries), heads)  # [B, H, L, d]
+    key = torch.unflatten(block.key.weight, 0, (heads, -1)).to(projected.dtype)  # [H, d, Ds]
+    through = torch.einsum("bhld,hds->bhls", projected, key).flatten(1, 2)  # [B, H L, Ds]
+    scores = torch.unflatten(block.scale * through @ source.to(through.dtype).transpose(1, 2), 1, (heads, length))
     if block.key.bias is not None:
         # the same for all keys, so it has no effect on the weights: here that its gradient is 0, not absent
-        bias = block.key.bias.unflatten(0, (heads, -1, 1)).to(asked.dtype)
-        scores = scores + block.scale * asked @ bias
-    weights = block.dropout(_softmax(scores, mask))  # [B, H, L, N]
-    seen = (weights.flatten(1, 2) @ source.to(weights.dtype)).unflatten(1, (heads, length))  # [B, H, L, Ds]
-    value = block.value.weight.unflatten(0, (heads, -1)).to(seen.dtype)
+        bias = torch.unflatten(block.key.bias, 0, (heads, -1, 1)).to(projected.dtype)
+        scores = scores + block.scale * projected @ bias
+    weights: Tensor = block.dropout(_softmax(scores, mask))  # [B, H, L, N]
+    seen = torch.unflatten(weights.flatten(1, 2) @ source.to(weights.dtype), 1, (heads, length))  # [B, H, L, Ds]
+    value = torch.unflatten(block.value.weight, 0, (heads, -1)).to(seen.dtype)
     context = torch.einsum("bhls,hds->blhd", seen, value)
     if block.value.bias is not None:
         total = weights.sum(dim=-1).transpose(1, 2)[..., None] if block.active_dropout else 1.0
-        context = context + total * block.value.bias.unflatten(0, (heads, -1))
-    return block.dense(context.flatten(2))
+        context = context + total * torch.unflatten(block.value.bias, 0, (heads, -1))
+    attended: Tensor = block.dense(context.flatten(2))
+    return attended
 
 
 def attend_to_few_keys(block: AttentionBlock, queries: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-    """As :func:`attend_source`, without projecting queries or context: keys and values go through those weights.
+    """Return what :func:`attend_source` does, without projecting queries or context: keys and values go through them.
 
     The query bias adds to each key's scores; the output bias is added once.
     """
     heads, tokens = block.heads, source.shape[1]
     keys, values = keys_values(block, source)  # [B, H, N, d]
-    query = block.query.weight.unflatten(0, (heads, -1)).to(keys.dtype)  # [H, d, D]
+    query = torch.unflatten(block.query.weight, 0, (heads, -1)).to(keys.dtype)  # [H, d, D]
     through = torch.einsum("bhnd,hdw->bhnw", keys, query).flatten(1, 2)  # [B, H N, D]
     scores = queries.to(through.dtype) @ through.transpose(1, 2)  # [B, L, H N]
     if block.query.bias is not None:
-        bias = torch.einsum("bhnd,hd->bhn", keys, block.query.bias.unflatten(0, (heads, -1)).to(keys.dtype))
+        bias = torch.einsum("bhnd,hd->bhn", keys, torch.unflatten(block.query.bias, 0, (heads, -1)).to(keys.dtype))
         scores = scores + bias.flatten(1)[:, None]
-    scores = block.scale * scores.unflatten(2, (heads, tokens)).transpose(1, 2)  # [B, H, L, N]
+    scores = block.scale * torch.unflatten(scores, 2, (heads, tokens)).transpose(1, 2)  # [B, H, L, N]
     weights = block.dropout(_softmax(scores, mask)).transpose(1, 2).flatten(2)  # [B, L, H N]
-    dense = block.dense.weight.unflatten(1, (heads, -1)).to(values.dtype)  # [W, H, d]
-    out = weights @ torch.einsum("bhnd,whd->bhnw", values, dense).flatten(1, 2).to(weights.dtype)
+    dense = torch.unflatten(block.dense.weight, 1, (heads, -1)).to(values.dtype)  # [W, H, d]
+    out: Tensor = weights @ torch.einsum("bhnd,whd->bhnw", values, dense).flatten(1, 2).to(weights.dtype)
     return out if block.dense.bias is None else out + block.dense.bias
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Over the last axis of ``[B, H, L, N]``, in float32, masked keys left out."""
+    """Return weights over the last axis of ``[B, H, L, N]``, masked keys left out; float32 under autocast."""
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
 
 
-# ----------------------------------------------------------------------------------------------------
-# One layer of BERT's kind in parts, so that a fusion can run each part as seldom as the arithmetic allows.
-#
-# A layer is a ``BertLayer`` of ``transformers`` or of LAVIS's ``med.py``: ``attention``, ``crossattention``,
-# ``intermediate`` and ``output``, every residual followed by its norm.
+# A BERT layer in parts, every residual followed by its norm, so that a fusion can run each part as seldom as the
+# arithmetic allows.
 
 
 def self_attention(
-    layer: nn.Module, hidden: Tensor, mask: Tensor | None, shortcuts: Shortcuts, first_only: bool = False
+    layer: BertLayer, hidden: Tensor, mask: Tensor | None, shortcuts: Shortcuts, first_only: bool = False
 ) -> Tensor:
-    """The layer up to its cross-attention: ``[B, N, D]`` -> ``[B, N, D]``.
+    """Return ``hidden`` after the layer's self-attention, ``[B, N, D]``.
 
     Args:
+        hidden: ``[B, N, D]``.
         mask: bool ``[B, N]``, True where a token is real; ``None``: all are.
         first_only: only for the first token, ``[B, 1, D]``, which attends to all of them.
     """
-    asking = hidden[:, :1] if first_only else hidden
+    queries = hidden[:, :1] if first_only else hidden
     block = AttentionBlock.of_bert(layer.attention)
-    return _added(layer.attention, attend_source(block, asking, hidden, mask, shortcuts), asking)
+    return add_residual(layer.attention, attend_source(block, queries, hidden, mask, shortcuts), queries)
 
 
 def cross_attention(
-    layer: nn.Module,
-    hidden: Tensor,
-    source: Tensor | KeysValues,
-    mask: Tensor | None,
-    shortcuts: Shortcuts,
+    layer: BertLayer, hidden: Tensor, source: Tensor | KeysValues, mask: Tensor | None, shortcuts: Shortcuts
 ) -> Tensor:
-    """The layer's cross-attention: ``hidden [B, L, D]``, after :func:`self_attention`, reads ``source``.
+    """Return ``hidden`` after the layer's cross-attention to ``source``, ``[B, L, D]``.
 
     Args:
+        hidden: ``[B, L, D]``, after :func:`self_attention`.
         source: tokens ``[B, N, Ds]``, or their keys and values.
         mask: bool ``[B, N]`` of the source.
     """
@@ -242,14 +298,16 @@ def cross_attention(
         read = attend(block, hidden, source, mask, shortcuts.sdpa)
     else:
         read = attend_source(block, hidden, source, mask, shortcuts)
-    return _added(layer.crossattention, read, hidden)
+    return add_residual(layer.crossattention, read, hidden)
 
 
-def feed_forward(layer: nn.Module, hidden: Tensor) -> Tensor:
-    """The rest of the layer, token by token."""
+def feed_forward(layer: BertLayer, hidden: Tensor) -> Tensor:
+    """Return ``hidden [..., D]`` after the rest of the layer, token by token."""
     return layer.output(layer.intermediate(hidden), hidden)
 
 
-def _added(attention: nn.Module, projected: Tensor, hidden: Tensor) -> Tensor:
+def add_residual(attention: BertAttention, projected: Tensor, hidden: Tensor) -> Tensor:
+    """Return the norm of ``hidden [..., D]`` plus what its tokens read, ``projected [..., D]``."""
     output = attention.output
-    return output.LayerNorm(output.dropout(projected) + hidden)
+    normed: Tensor = output.LayerNorm(output.dropout(projected) + hidden)
+    return normed

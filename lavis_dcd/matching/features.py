@@ -1,19 +1,17 @@
-"""What an encoder makes of a picture or a text: plain dataclasses of tensors.
+"""Encoded pictures and texts as plain dataclasses of tensors, and gathering them from all processes.
 
 A matcher pays for its encoders once per picture and once per text; everything that happens per pair reads these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lavis_dcd.common.processes import ProcessGroup, gather_objects
@@ -50,27 +48,19 @@ class Features:
         return len(self.tokens)
 
     def __getitem__(self: F, index: Tensor | slice | list[int]) -> F:
-        """Rows by slice, list or LongTensor; a row index may repeat."""
-        return type(self)(*(None if t is None else t[index] for t in self._tensors()))
+        """Return rows by slice, list or int64 tensor; a row index may repeat."""
+        return self._changed(lambda tensor: tensor[index])
 
     def to(self: F, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> F:
-        """Moved and, for the floating point tensors, cast."""
-
-        def move(t: Tensor | None) -> Tensor | None:
-            if t is None:
-                return None
-            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
-
-        return type(self)(*(move(t) for t in self._tensors()))
-
-    def half(self: F) -> F:
-        return self.to(dtype=torch.float16)
+        """Return the features on ``device``, the floating point tensors cast to ``dtype``; ``None``: as they are."""
+        return self._changed(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
     def float(self: F) -> F:
+        """Return the floating point tensors in float32."""
         return self.to(dtype=torch.float32)
 
     def trimmed(self: F) -> F:
-        """Without the trailing columns that no row's mask uses (the padding of longer batches)."""
+        """Return tokens and mask without the trailing columns that no row's mask uses (a longer batch's padding)."""
         if self.mask is None:
             return self
         length = last_used(self.mask)
@@ -78,7 +68,8 @@ class Features:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._tensors() if t is not None)
+        """Bytes of all tensors together."""
+        return sum(t.nbytes for t in (self.tokens, self.mask, self.embeds) if t is not None)
 
     @property
     def row_shape(self) -> tuple[int, int]:
@@ -87,43 +78,47 @@ class Features:
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors lie."""
         return self.tokens.device
 
     @classmethod
-    def cat(cls: type[F], parts: Sequence[F]) -> F:
-        """Rows of all parts below each other; shorter parts are padded with masked zeros."""
-        if not parts:
+    def cat(cls: type[F], batches: Sequence[F]) -> F:
+        """Return the rows of all batches below each other; shorter rows are padded with masked zeros.
+
+        Raises:
+            ValueError: no batch, or some with ``embeds`` and some without.
+        """
+        if not batches:
             raise ValueError("nothing to concatenate")
-        length = max(p.tokens.shape[1] for p in parts)
-        masked = any(p.mask is not None or p.tokens.shape[1] != length for p in parts)
-        tokens = torch.cat([padded(p.tokens, length) for p in parts])
-        mask = torch.cat([padded(p.full_mask(), length) for p in parts]) if masked else None
-        if all(p.embeds is None for p in parts):
-            return cls(tokens, mask)
-        if any(p.embeds is None for p in parts):
+        length = max(batch.tokens.shape[1] for batch in batches)
+        masked = any(batch.mask is not None or batch.tokens.shape[1] != length for batch in batches)
+        tokens = torch.cat([padded(batch.tokens, length) for batch in batches])
+        mask = torch.cat([padded(batch.full_mask(), length) for batch in batches]) if masked else None
+        embeds = [batch.embeds for batch in batches if batch.embeds is not None]
+        if embeds and len(embeds) < len(batches):
             raise ValueError("some parts have embeds and some have none")
-        return cls(tokens, mask, torch.cat([p.embeds for p in parts]))
-
-    def save(self, path: str | Path) -> None:
-        """Written as safetensors."""
-        save_file({k: t.contiguous() for k, t in self._named().items()}, str(path))
-
-    @classmethod
-    def load(cls: type[F], path: str | Path) -> F:
-        return cls(**load_file(str(path)))
-
-    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.tokens, self.mask, self.embeds
-
-    def _named(self) -> dict[str, Tensor]:
-        named = {"tokens": self.tokens, "mask": self.mask, "embeds": self.embeds}
-        return {k: t for k, t in named.items() if t is not None}
+        return cls(tokens, mask, torch.cat(embeds) if embeds else None)
 
     def full_mask(self) -> Tensor:
-        """``mask``, all True where there is none: bool ``[B, N]``."""
+        """Return ``mask``, bool ``[B, N]``, all True where there is none."""
         if self.mask is not None:
             return self.mask
         return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.device)
+
+    def required_embeds(self) -> Tensor:
+        """Return ``embeds``, ``[B, E]``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.embeds is None:
+            raise ValueError("embeds: these features have no vectors of the joint space")
+        return self.embeds
+
+    def _changed(self: F, change: Callable[[Tensor], Tensor]) -> F:
+        mask = None if self.mask is None else change(self.mask)
+        embeds = None if self.embeds is None else change(self.embeds)
+        return type(self)(change(self.tokens), mask, embeds)
 
 
 @dataclass
@@ -137,47 +132,44 @@ class TextFeatures(Features):
 
 
 def last_used(mask: Tensor) -> int:
-    """One past the last column that any row of ``mask [B, N]`` uses, at least 1."""
+    """Return one past the last column that any row of bool ``mask [B, N]`` uses, at least 1."""
     used = mask.any(dim=0).nonzero()
     return int(used[-1]) + 1 if len(used) else 1
 
 
 def padded(t: Tensor, length: int) -> Tensor:
-    """``t [B, n, ...]`` with zeros behind, ``[B, length, ...]``."""
+    """Return ``t [B, n, ...]`` with zeros behind, ``[B, length, ...]``."""
     if t.shape[1] == length:
         return t
     padding = t.new_zeros((t.shape[0], length - t.shape[1], *t.shape[2:]))
     return torch.cat([t, padding], dim=1)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Tensors and features of all of torchrun's processes, in each of them, with gradients where there are any.
-
-F = TypeVar("F", bound=Features)
-
-
 def gather_rows(rows: Tensor, ranks: ProcessGroup, counts: Sequence[int] | None = None) -> Tensor:
-    """All processes' ``rows [n, ...]`` below each other, by rank; ``n`` may differ, the other sides may not.
+    """Return all processes' ``rows [n, ...]`` below each other, by rank, in each of them, with gradients.
 
     The gradient of a process's rows is the *sum* over the processes of their gradients. Where every process computes
     the same loss from the gathered rows, that is the number of processes times the gradient of one such loss, and
     the mean over processes that DistributedDataParallel takes makes it the gradient of that loss.
 
     Args:
+        rows: of any type; ``n`` may differ between processes, the other sides may not.
+        ranks: the processes.
         counts: every process's ``n``, where that is known.
     """
     if ranks.alone:
         return rows
     counts = gather_objects(len(rows), ranks) if counts is None else counts
-    return _GatherRows.apply(rows, ranks.rank, tuple(counts))
+    gathered: Tensor = _GatherRows.apply(rows, ranks.rank, tuple(counts))  # type: ignore[no-untyped-call]  # torch's
+    return gathered
 
 
 def gather_features(features: F, ranks: ProcessGroup) -> F:
-    """All processes' rows of features below each other, by rank; shorter ones are padded with masked zeros."""
+    """Return all processes' features, as :func:`gather_rows` has rows; shorter ones are padded with masked zeros."""
     if ranks.alone:
         return features
-    told = gather_objects((len(features), features.tokens.shape[1], features.mask is not None), ranks)
-    counts, lengths, masks = zip(*told, strict=True)
+    sizes = gather_objects((len(features), features.tokens.shape[1], features.mask is not None), ranks)
+    counts, lengths, masks = zip(*sizes, strict=True)
     longest = max(lengths)
     tokens = gather_rows(padded(features.tokens, longest), ranks, counts)
     mask = None
@@ -191,24 +183,23 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, rank: int, counts: tuple[int, ...]) -> Tensor:
         ends = list(accumulate(counts))
-        ctx.own = slice(ends[rank] - counts[rank], ends[rank])
-        found = rows.new_empty((ends[-1], *rows.shape[1:]))
-        found[ctx.own] = rows
+        ctx.local = slice(ends[rank] - counts[rank], ends[rank])
+        gathered = rows.new_empty((ends[-1], *rows.shape[1:]))
+        gathered[ctx.local] = rows
         # gloo sends no bool
-        sent = found.view(torch.uint8) if found.dtype == torch.bool else found
-        parts = zip(counts, ends, strict=True)
+        sent = gathered.view(torch.uint8) if gathered.dtype == torch.bool else gathered
         # straight into their places: a gallery's table takes its own size and no more
         works = [
-            dist.broadcast(sent[end - count : end], src, async_op=True)
-            for src, (count, end) in enumerate(parts)
+            dist.broadcast(sent[end - count : end], source, async_op=True)
+            for source, (count, end) in enumerate(zip(counts, ends, strict=True))
             if count
         ]
         for work in works:
             work.wait()
-        return found
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
-        return total[ctx.own], None, None
+        return total[ctx.local], None, None

@@ -1,9 +1,9 @@
-"""A layer whose activations are computed again in the backward pass instead of being kept."""
+"""Activations that are computed again in the backward pass instead of being kept: of a layer, of a chunk of pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from lavis_dcd.common.processes import ProcessGroup
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
+MatchFunction: TypeAlias = Callable[[ImageFeatures, TextFeatures, Tensor], Tensor]
+
 
 class Recomputed(nn.Module):
     """``step`` under fairscale's ``checkpoint_wrapper``: the same values and gradients, dropout replayed.
 
-    Without gradients the step runs as it is. fairscale 0.4.4 knows of ``torch.cuda.amp`` only, so the autocast of the
+    Without gradients the step runs as it is. fairscale 0.4.4 restores ``torch.cuda.amp`` only, so the autocast of the
     forward pass, of any device and type, is entered again in the recomputation.
 
     Under torchrun it is torch's own ``checkpoint``: fairscale's runs a backward pass of its own for each call, and
@@ -33,6 +35,7 @@ class Recomputed(nn.Module):
         self.step = checkpoint_wrapper(_UnderAutocast(step))
 
     def forward(self, first: Tensor, *rest: Any) -> Any:
+        """Return what ``step`` makes of the arguments."""
         if not ProcessGroup.here().alone:
             return checkpoint(self.plain, first, *rest, use_reentrant=False)
         device = first.device.type
@@ -53,22 +56,17 @@ class _UnderAutocast(nn.Module):
             return self.step(*arguments)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Matching with gradients in bounded memory: chunks of pairs whose activations are recomputed in the backward pass.
-
-MatchFunction = Callable[[ImageFeatures, TextFeatures, Tensor], Tensor]
-
-
 def match_recomputed(
     match: MatchFunction, images: ImageFeatures, texts: TextFeatures, pairs: Tensor, chunk_pairs: int | None
 ) -> Tensor:
-    """``match(images, texts, pairs)``, scores ``[P]``, the same values and gradients in a chunk's memory.
+    """Return ``match(images, texts, pairs)``, scores ``[P]``: the same values and gradients in a chunk's memory.
 
     Dropout is replayed in the recomputation, so with it the gradient is that of the forward pass; its random
     stream differs from an unchunked pass.
 
     Args:
-        match: scores of pairs, a matcher's ``match`` or a part of it.
+        match: scores of pairs, a matcher's ``match`` or one of its terms.
+        pairs: int64 ``[P, 2]``, each an (image row, text row).
         chunk_pairs: pairs per chunk; ``None`` matches all at once, without recomputation.
     """
     if chunk_pairs is None or len(pairs) <= chunk_pairs or not torch.is_grad_enabled():
@@ -77,12 +75,8 @@ def match_recomputed(
     return torch.cat([checkpoint(match, images, texts, chunk, use_reentrant=False) for chunk in chunks])
 
 
-# ----------------------------------------------------------------------------------------------------
-# The repeated layers of an encoder.
-
-
 def repeated_layers(module: nn.Module) -> list[nn.Module]:
-    """The elements of every ``ModuleList`` or ``Sequential`` in ``module`` that has several, all of one class.
+    """Return the elements of every ``ModuleList`` or ``Sequential`` in ``module`` that has several, all of one class.
 
     In the order of their names, which in a stack is that in which they run; a layer's own stacks are part of it.
     """

@@ -1,9 +1,10 @@
-"""Feature dataclasses: rows, padding, saving."""
+"""Feature dataclasses: rows and padding; gathering in a process that is alone (several: tests/distributed)."""
 
 import pytest
 import torch
 
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.common.processes import ALONE, ProcessGroup, gather_objects
+from lavis_dcd.matching.features import ImageFeatures, TextFeatures, gather_features, gather_rows
 
 
 def texts(lengths: list[int], width: int = 3) -> TextFeatures:
@@ -33,17 +34,20 @@ def test_trimmed_drops_only_columns_nobody_uses():
 
 
 def test_rows_may_repeat_and_precision_changes_floats_only():
-    features = texts([3, 2])[[1, 1, 0]].half()
+    features = texts([3, 2])[[1, 1, 0]].to(dtype=torch.float16)
     assert features.mask.dtype == torch.bool and features.tokens.dtype == torch.float16
     assert torch.equal(features.tokens[0], features.tokens[1])
 
 
-def test_saved_and_loaded(tmp_path):
+def test_bytes_of_all_tensors():
+    assert texts([3, 1]).nbytes == 4 * (2 * 3 * 3) + 2 * 3 + 4 * (2 * 2)
+
+
+def test_vectors_of_the_joint_space_where_there_are_any():
     features = texts([3, 1])
-    features.save(tmp_path / "f.safetensors")
-    loaded = TextFeatures.load(tmp_path / "f.safetensors")
-    assert torch.equal(loaded.tokens, features.tokens) and torch.equal(loaded.mask, features.mask)
-    assert loaded.nbytes == features.nbytes
+    assert features.required_embeds() is features.embeds
+    with pytest.raises(ValueError, match="embeds"):
+        ImageFeatures(features.tokens).required_embeds()
 
 
 @pytest.mark.parametrize(
@@ -57,3 +61,11 @@ def test_saved_and_loaded(tmp_path):
 def test_shapes_that_do_not_fit_are_refused(bad):
     with pytest.raises(ValueError):
         ImageFeatures(**bad)
+
+
+def test_alone_everything_stays_what_it_is():
+    rows = torch.randn(3, 2, requires_grad=True)
+    features = TextFeatures(torch.randn(2, 3, 4))
+    assert ProcessGroup.here() == ALONE and ALONE.alone
+    assert gather_rows(rows, ALONE) is rows and gather_features(features, ALONE) is features
+    assert gather_objects({"a": 1}, ALONE) == [{"a": 1}]

@@ -1,30 +1,31 @@
-"""What ALBEF and BLIP share: a ViT, a BERT whose layers attend to its tokens, an ITM head, an ITC joint space."""
+"""ALBEF and BLIP as matchers: a ViT, a BERT whose layers attend to its tokens, an ITM head, an ITC joint space."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lavis.common.utils import get_abs_path
+from lavis.models.med import XBertEncoder
+from lavis.models.vit import VisionTransformerEncoder
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from transformers import BertConfig
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import unknown_key
-from lavis_dcd.matching.adapters.base import Adapter, AdapterOptions
+from lavis_dcd.matching.adapters.base import Adapter, CommonOptions
 from lavis_dcd.matching.adapters.packed_pairs import MATCH_CHUNK, PackedMatch
 from lavis_dcd.matching.adapters.registry import register_adapter
-from lavis_dcd.matching.attention import Shortcuts
+from lavis_dcd.matching.attention import BertLayer, Shortcuts, bert_layers
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
-
-# ----------------------------------------------------------------------------------------------------
-# The ViT and the BERT of ALBEF and BLIP, in LAVIS's sizes or others.
 
 
 @dataclass
@@ -59,10 +60,8 @@ class Sizes:
     text: dict[str, Any] = field(default_factory=dict)
 
 
-def vision_encoder(section: Any, sizes: VisionSizes | None) -> nn.Module:
-    """LAVIS's ViT of a model section, in other ``sizes`` where they are given."""
-    from lavis.models.vit import VisionTransformerEncoder
-
+def vision_encoder(section: Any, sizes: VisionSizes | None) -> Any:
+    """Return LAVIS's ViT of a model section, in other ``sizes`` where they are given."""
     if sizes is None:
         return VisionTransformerEncoder.from_config(section)
     encoder = VisionTransformerEncoder(img_size=section.get("image_size", 384), **asdict(sizes))
@@ -70,16 +69,12 @@ def vision_encoder(section: Any, sizes: VisionSizes | None) -> nn.Module:
     return encoder
 
 
-def text_encoder(section: Any, sizes: Sizes, default_file: str, vision_width: int) -> nn.Module:
-    """LAVIS's BERT of a model section, on a ViT of ``vision_width``.
+def text_encoder(section: Any, sizes: Sizes, default_file: str, vision_width: int) -> Any:
+    """Return LAVIS's BERT of a model section, on a ViT of ``vision_width``.
 
     Raises:
         ValueError: no such ``med_config_path``, or a key that it does not have.
     """
-    from lavis.common.utils import get_abs_path
-    from lavis.models.med import XBertEncoder
-    from transformers import BertConfig
-
     path = Path(get_abs_path(section.get("med_config_path") or default_file))
     if not path.is_file():
         raise ValueError(f"med_config_path: no file {path}")
@@ -93,7 +88,7 @@ def text_encoder(section: Any, sizes: Sizes, default_file: str, vision_width: in
 
 
 @dataclass
-class CrossAttentionOptions(AdapterOptions):
+class CrossAttentionOptions(CommonOptions):
     """Keys of an ALBEF or BLIP section beside LAVIS's own.
 
     Args:
@@ -115,27 +110,29 @@ class CrossAttentionOptions(AdapterOptions):
 
 
 class CrossAttentionAdapter(Adapter):
-    """Image features: ViT tokens ``[B, 1 + patches, Dv]`` and ITC vectors ``[B, E]``.
+    """The base class of ALBEF's and BLIP's adapters.
 
-    Text features ``[B, L, D]``, mask and ITC vectors are what sub-classes make of captions: the tokens that the
-    text encoder's ``mode`` starts from.
+    Image features: ViT tokens ``[B, 1 + patches, Dv]`` and ITC vectors ``[B, E]``. Text features: the tokens
+    ``[B, L, D]`` that the text encoder's ``mode`` starts from, mask and ITC vectors; sub-classes encode them.
     """
 
     options_class = CrossAttentionOptions
     inference_modules = ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head")
     has_joint_space = True
+    model: Any  # a LAVIS model: LAVIS declares no types
+    options: CrossAttentionOptions
     med_config: ClassVar[str]  # LAVIS's file of text sizes, where the section names none
     mode: ClassVar[str]  # of the text encoder in ``match``
 
-    def __init__(self, model: nn.Module, section: Any = None, options: AdapterOptions | None = None) -> None:
+    def __init__(self, model: nn.Module, section: Any = None, options: CommonOptions | None = None) -> None:
         super().__init__(model, section, options)
         self.shortcuts = Shortcuts() if self.options.shortcuts else Shortcuts.none()
 
     # -- building ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def build(cls, model_class: type[nn.Module], section: Any, options: CrossAttentionOptions) -> nn.Module:
-        """The LAVIS model as its ``from_config`` assembles it, without loading a checkpoint.
+    def build(cls, model_class: Any, section: Any, options: CrossAttentionOptions) -> nn.Module:
+        """Return the LAVIS model as its ``from_config`` assembles it, without loading a checkpoint.
 
         Raises:
             ValueError: sizes that cannot work.
@@ -143,10 +140,12 @@ class CrossAttentionAdapter(Adapter):
         vision = vision_encoder(section, options.sizes.vision)
         text = text_encoder(section, options.sizes, cls.med_config, vision.vision_width)
         settings = {"queue_size": 0, **section}
-        own = inspect.signature(model_class.__init__).parameters
-        arguments = {name: settings[name] for name in own if settings.get(name) is not None}
-        return model_class(image_encoder=vision, text_encoder=text, **arguments)
+        parameters = inspect.signature(model_class.__init__).parameters
+        arguments = {name: settings[name] for name in parameters if settings.get(name) is not None}
+        model: nn.Module = model_class(image_encoder=vision, text_encoder=text, **arguments)
+        return model
 
+    @override
     def check(self, path: str) -> None:
         text = self.model.text_encoder
         config, faults = text.config, []
@@ -174,6 +173,7 @@ class CrossAttentionAdapter(Adapter):
         if faults:
             raise UserError(faults)
 
+    @override
     def _read(self, source: str, where: str, pretrained: bool = False) -> list[str]:
         missing = super()._read(source, where, pretrained)
         if any(name.split(".")[0].endswith("_m") for name in missing):
@@ -185,8 +185,10 @@ class CrossAttentionAdapter(Adapter):
     @property
     def text_length(self) -> int:
         """Tokens of a caption at most, specials included."""
-        return self.options.scoring_txt_len or self.model.max_txt_len
+        length: int = self.options.scoring_txt_len or self.model.max_txt_len
+        return length
 
+    @override
     def encode_images(self, images: Tensor) -> ImageFeatures:
         expected = tuple(self.model.visual_encoder.patch_embed.img_size)
         if tuple(images.shape[-2:]) != expected:
@@ -197,35 +199,35 @@ class CrossAttentionAdapter(Adapter):
         tokens = self.model.visual_encoder.forward_features(images)
         return ImageFeatures(tokens, None, nnf.normalize(self.model.vision_proj(tokens[:, 0]), dim=-1))
 
-    @abstractmethod
-    def encode_texts(self, texts: list[str]) -> TextFeatures: ...
-
     def tokenize(self, texts: list[str]) -> Any:
-        """The model's tokenizer on ``texts``: int64 ``input_ids`` and ``attention_mask``, ``[B, L]``."""
+        """Return the model's tokenizer's int64 ``input_ids`` and ``attention_mask`` of ``texts``, ``[B, L]``."""
         return self.model.tokenizer(
             list(texts), padding="longest", truncation=True, max_length=self.text_length, return_tensors="pt"
         ).to(self.device)
 
     def text_pass(self, tokenized: Any) -> tuple[Tensor, Tensor]:
-        """The uni-modal text pass: tokens ``[B, L, D]`` and ITC vectors ``[B, E]``."""
-        hidden = self.model.text_encoder.forward_text(tokenized).last_hidden_state
+        """Return the uni-modal text pass: tokens ``[B, L, D]`` and ITC vectors ``[B, E]``."""
+        hidden: Tensor = self.model.text_encoder.forward_text(tokenized).last_hidden_state
         return hidden, nnf.normalize(self.model.text_proj(hidden[:, 0]), dim=-1)
 
+    @override
     def embed_images(self, images: ImageFeatures) -> Tensor:
-        return images.embeds
+        return images.required_embeds()
 
+    @override
     def embed_texts(self, texts: TextFeatures) -> Tensor:
-        return texts.embeds
+        return texts.required_embeds()
 
+    @override
     def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
-        """Scores ``[P]`` as ``options.score`` says: the text encoder on top of the features, and the ITM head."""
+        """Return scores ``[P]`` as ``options.score`` says: the text encoder on the features, then the ITM head."""
         if len(pairs) and self._takes_shortcuts(texts):
             return PackedMatch(self, images, texts).scores(pairs)
         return self._match_plainly(images, texts, pairs)
 
     def _takes_shortcuts(self, texts: TextFeatures) -> bool:
-        """Whether the fusion may run in parts: none of what only LAVIS's own forward does is asked for."""
-        layers = self.fusion_layers()
+        """Return whether the fusion may run in parts: nothing is set that only LAVIS's own forward does."""
+        layers = self._fusing_layers()
         return (
             self.shortcuts.any
             and self.model.text_encoder.config.position_embedding_type == "absolute"
@@ -236,7 +238,7 @@ class CrossAttentionAdapter(Adapter):
         )
 
     def _match_plainly(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
-        """LAVIS's own forward for every pair: what the shortcuts must agree with."""
+        """Return the scores of LAVIS's own forward for every pair, with which the shortcuts must agree."""
         mask = texts.full_mask()
         # pairs in the order of their captions' lengths: a chunk pays for its own longest caption only
         order = mask.sum(dim=1)[pairs[:, 1]].argsort(stable=True)
@@ -245,8 +247,8 @@ class CrossAttentionAdapter(Adapter):
             return self._score(images, texts, mask, image, text)
 
         size = self.bytes_per_pair(images.tokens.shape[1], last_used(mask))
-        parts = [self.in_chunks(score, part, size) for part in pairs[order].split(MATCH_CHUNK)]
-        return torch.cat(parts)[order.argsort()]
+        scores = [self.in_chunks(score, chunk, size) for chunk in torch.split(pairs[order], MATCH_CHUNK)]
+        return torch.cat(scores)[order.argsort()]
 
     def _score(self, images: ImageFeatures, texts: TextFeatures, mask: Tensor, image: Tensor, text: Tensor) -> Tensor:
         dtype = self.model.itm_head.weight.dtype
@@ -268,29 +270,37 @@ class CrossAttentionAdapter(Adapter):
     def head_scores(
         self, classes: Tensor, images: ImageFeatures, texts: TextFeatures, image: Tensor, text: Tensor
     ) -> Tensor:
-        """Scores ``[p]`` of pairs of rows ``[p]`` by their class tokens ``[p, D]`` after the last layer."""
-        logits = self.model.itm_head(classes).float()
+        """Return float32 scores ``[p]`` of pairs of rows ``[p]`` by their last class tokens ``[p, D]``."""
+        logits: Tensor = self.model.itm_head(classes).float()
         if self.options.score == "log_odds":
             return logits[:, 1] - logits[:, 0]
-        cosine = images.embeds.index_select(0, image).float() * texts.embeds.index_select(0, text).float()
+        image_embeds = images.required_embeds().index_select(0, image).float()
+        cosine = image_embeds * texts.required_embeds().index_select(0, text).float()
         return logits[:, 1] + cosine.sum(dim=-1)
 
     def bytes_per_pair(self, image_tokens: int, text_tokens: int) -> int:
-        """Activations of one pair on the plain path without gradients, by the tensors that live together in a layer."""
+        """Return a pair's activations on the plain path without gradients: what lives together in a layer."""
         config = self.model.text_encoder.config
         # the gathered image tokens; keys and values, and their copies in the order that the product wants
         image = image_tokens * (config.encoder_width + 4 * config.hidden_size)
         text = text_tokens * (8 * config.hidden_size + 2 * config.intermediate_size)
         scores = 3 * config.num_attention_heads * text_tokens * max(image_tokens, text_tokens)
-        return self.model.itm_head.weight.element_size() * (image + text + scores)
+        size: int = self.model.itm_head.weight.element_size() * (image + text + scores)
+        return size
 
+    @override
     def fusion_modules(self) -> list[nn.Module]:
-        return [*self.fusion_layers(), self.model.itm_head]
+        return [*self._fusing_layers(), self.model.itm_head]
 
-    def fusion_layers(self) -> list[nn.Module]:
+    def fusion_layers(self) -> list[BertLayer]:
+        """Return the layers of the text encoder that work per pair, in order: ALBEF's upper ones, all of BLIP's."""
+        return bert_layers(self._fusing_layers())
+
+    def _fusing_layers(self) -> list[Any]:
         layers = self.model.text_encoder.encoder.layer
         return list(layers[getattr(self.model.text_encoder.config, "fusion_layer", 0) :])
 
+    @override
     def encoder_settings(self) -> dict[str, Any]:
         config = self.model.text_encoder.config
         vocabulary = json.dumps(self.model.tokenizer.get_vocab(), sort_keys=True)
@@ -303,8 +313,9 @@ class CrossAttentionAdapter(Adapter):
 
     # -- the model's own training --------------------------------------------------------------------------------
 
+    @override
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """LAVIS's ITC and ITM losses, ``loss``, ``loss_itc`` and ``loss_itm``, 0-dim; moves queues and copies.
+        """Return LAVIS's ITC and ITM losses, ``loss``, ``loss_itc`` and ``loss_itm``, 0-dim; moves queues and copies.
 
         Raises:
             UserError: a batch that LAVIS's code cannot take: features instead of pictures, captions of one picture
@@ -314,7 +325,7 @@ class CrossAttentionAdapter(Adapter):
         if not isinstance(samples["image"], Tensor):
             raise UserError(f"model.loss.student_weight: {name}'s own loss reads pictures; set run.cache_features: off")
         ids = torch.as_tensor(samples["image_id"])
-        if len(ids.unique()) < 2:
+        if len(torch.unique(ids)) < 2:
             raise UserError(f"{name}'s own loss draws negatives from the batch, which has one picture only; raise "
                             "run.batch_size_train, or set model.loss.student_weight: 0")  # fmt: skip
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -328,13 +339,9 @@ class CrossAttentionAdapter(Adapter):
         return super().forward({**samples, "image_id": ids.to(self.device)})
 
 
-# ----------------------------------------------------------------------------------------------------
-# ALBEF (Li et al., NeurIPS 2021) as a matcher: LAVIS's ``albef_retrieval``.
-
-
 @register_adapter("albef_retrieval")
 class AlbefAdapter(CrossAttentionAdapter):
-    """Texts run through the layers below ``fusion_layer`` once; pairs through those above it, which fuse.
+    """ALBEF (Li et al., NeurIPS 2021). Texts run through the layers below ``fusion_layer``, pairs through the rest.
 
     Source: ``lavis/models/albef_models/albef_retrieval.py``, ``forward``.
     """
@@ -342,24 +349,22 @@ class AlbefAdapter(CrossAttentionAdapter):
     med_config = "configs/models/med_config_albef.json"
     mode = "fusion"
 
+    @override
     def encode_texts(self, texts: list[str]) -> TextFeatures:
         tokenized = self.tokenize(texts)
         hidden, embeds = self.text_pass(tokenized)
         return TextFeatures(hidden, tokenized.attention_mask.bool(), embeds)
 
+    @override
     def encoder_modules(self) -> list[nn.Module]:
         text = self.model.text_encoder
-        own = text.encoder.layer[: text.config.fusion_layer]
-        return [self.model.visual_encoder, text.embeddings, *own, self.model.vision_proj, self.model.text_proj]
-
-
-# ----------------------------------------------------------------------------------------------------
-# BLIP (Li et al., ICML 2022) as a matcher: LAVIS's ``blip_retrieval`` and ``blip_image_text_matching``.
+        layers = text.encoder.layer[: text.config.fusion_layer]
+        return [self.model.visual_encoder, text.embeddings, *layers, self.model.vision_proj, self.model.text_proj]
 
 
 @register_adapter("blip_retrieval")
 class BlipAdapter(CrossAttentionAdapter):
-    """Texts are word embeddings that begin with [ENC]; every layer of the text encoder works per pair.
+    """BLIP (Li et al., ICML 2022). Texts are word embeddings that begin with [ENC]; every text layer works per pair.
 
     The same layers without cross-attention give the ITC vector, once per text. Source:
     ``lavis/models/blip_models/blip_retrieval.py`` and ``blip_image_text_matching.py``, ``forward``.
@@ -368,6 +373,7 @@ class BlipAdapter(CrossAttentionAdapter):
     med_config = "configs/models/med_config.json"
     mode = "multimodal"
 
+    @override
     def encode_texts(self, texts: list[str]) -> TextFeatures:
         tokenized = self.tokenize(texts)
         _, embeds = self.text_pass(tokenized)
@@ -376,12 +382,14 @@ class BlipAdapter(CrossAttentionAdapter):
         words = self.model.text_encoder.embeddings(input_ids=ids)
         return TextFeatures(words, tokenized.attention_mask.bool(), embeds)
 
+    @override
     def encoder_modules(self) -> list[nn.Module]:
         text = self.model.text_encoder
         # the cross-attention works per pair alone, so it may learn while features are kept
-        layers = [part for layer in text.encoder.layer for part in (layer.attention, layer.intermediate, layer.output)]
+        layers = [m for layer in text.encoder.layer for m in (layer.attention, layer.intermediate, layer.output)]
         return [self.model.visual_encoder, text.embeddings, *layers, self.model.vision_proj, self.model.text_proj]
 
+    @override
     def _read(self, source: str, where: str, pretrained: bool = False) -> list[str]:
         missing = super()._read(source, where, pretrained)
         if hasattr(self.model, "reset_queue_ptr"):
@@ -393,6 +401,7 @@ class BlipAdapter(CrossAttentionAdapter):
 class BlipMatchingAdapter(BlipAdapter):
     """BLIP's ITM model: it scores as ``blip_retrieval`` does and brings no loss to train with."""
 
+    @override
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         raise UserError(
             f"{type(self.model).__name__} has no training loss of its own; set model.loss.student_weight: 0, or "

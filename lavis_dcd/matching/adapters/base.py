@@ -1,4 +1,4 @@
-"""What all adapters share: building, loading, freezing, chunks of bounded memory, the wrapped model's own loss."""
+"""The base class of all adapters: building, loading, freezing, chunks of bounded memory, the wrapped model's loss."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path, update_with_tensors
@@ -27,21 +28,30 @@ ENCODERS = "encoders"  # in ``freeze``: every module that encodes pictures or te
 
 
 @dataclass
-class AdapterOptions:
-    """Keys that a ``model:`` section of an adapted LAVIS model takes beside LAVIS's own.
+class CommonOptions:
+    """Keys that the section of every adapted LAVIS model takes beside LAVIS's own.
 
     Args:
         tokenizer: a local folder with the vocabulary that LAVIS would fetch from the hub.
-        sizes: builds another size than LAVIS's own; each adapter's ``build`` says which keys it reads.
         freeze: names of the wrapped model's sub-modules that do not learn; ``encoders`` stands for all that
             encode pictures and texts.
         match_memory_mb: activations of one chunk of ``match`` without gradients, MiB.
     """
 
     tokenizer: str | None = None
-    sizes: dict[str, Any] = field(default_factory=dict)
     freeze: list[str] = field(default_factory=list)
     match_memory_mb: float = 1024.0
+
+
+@dataclass
+class AdapterOptions(CommonOptions):
+    """The options of an adapter that reads ``sizes`` itself.
+
+    Args:
+        sizes: builds another size than LAVIS's own; each adapter's ``build`` says which keys it reads.
+    """
+
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 class Adapter(nn.Module, Matcher):
@@ -49,9 +59,9 @@ class Adapter(nn.Module, Matcher):
 
     Sub-classes say how pictures and texts are encoded and pairs scored, and
 
-    * ``options_class``: the dataclass of the section's own keys, an :class:`AdapterOptions`;
-    * ``inference_modules``: names of the wrapped model's parts (modules or parameters) that scoring uses, whose
-      weights a checkpoint must bring;
+    * ``options_class``: the dataclass of the adapter's keys in the section, an :class:`AdapterOptions`;
+    * ``inference_modules``: names of the wrapped model's modules and parameters that scoring uses, whose weights a
+      checkpoint must bring;
     * ``build(model_class, section, options)``, and ``check(path)`` for what only the built model shows;
     * ``encoder_modules()``, ``encoder_settings()`` and ``fusion_modules()`` where they are known.
 
@@ -59,39 +69,46 @@ class Adapter(nn.Module, Matcher):
         model: the LAVIS model.
         section: the ``model:`` section it was built from, kept for its checkpoint.
         options: the adapter's own keys; read from ``section`` by default.
+
+    Raises:
+        UserError: keys of ``section`` or names in ``freeze`` that do not fit.
     """
 
-    options_class: ClassVar[type[AdapterOptions]] = AdapterOptions
+    options_class: ClassVar[type[CommonOptions]] = AdapterOptions
     inference_modules: ClassVar[tuple[str, ...]] = ()
-    # distributed training must know: a loss on scores alone leaves the joint space's parameters without a gradient
+    # for distributed training: a loss on scores alone leaves the joint space's parameters without a gradient
     find_unused_parameters: ClassVar[bool] = True
 
     def __init__(
-        self, model: nn.Module, section: Mapping[str, Any] | None = None, options: AdapterOptions | None = None
+        self, model: nn.Module, section: Mapping[str, Any] | None = None, options: CommonOptions | None = None
     ) -> None:
         super().__init__()
         self.model = model
         self.section = plain(section or {})
-        self.options = options or self.read_options(self.section, "model")
-        self._signature: tuple[Any, str] | None = None
-        for part in self._frozen_parts():
-            part.requires_grad_(False)
+        self.options: CommonOptions = options or self.read_options(self.section, "model")
+        self._signature: tuple[list[tuple[int, int]], str] | None = None
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
 
     # -- building ------------------------------------------------------------------------------------------------
 
     @classmethod
     def option_names(cls) -> set[str]:
-        """The keys that this adapter reads from a section beside LAVIS's own."""
+        """Return the keys that this adapter reads from a section beside LAVIS's own."""
         return set(cls.options_class.__dataclass_fields__)
 
     @classmethod
-    def read_options(cls, section: Mapping[str, Any], path: str) -> AdapterOptions:
-        """The adapter's own keys of ``section``; raises ``UserError`` where they do not fit."""
+    def read_options(cls, section: Mapping[str, Any], path: str) -> CommonOptions:
+        """Return the adapter's own keys of ``section``, an ``options_class``.
+
+        Raises:
+            UserError: values that do not fit; ``path`` names the section.
+        """
         return parse(cls.options_class, {key: section[key] for key in section if key in cls.option_names()}, path)
 
     @classmethod
     def from_config(cls, model_class: type[nn.Module], section: Any, path: str = "model") -> Adapter:
-        """The LAVIS model that ``section`` describes, wrapped.
+        """Return the LAVIS model that ``section`` describes, wrapped, with its weights.
 
         Args:
             model_class: the LAVIS class that the section's ``arch`` names.
@@ -114,17 +131,26 @@ class Adapter(nn.Module, Matcher):
         return adapter
 
     @classmethod
-    def build(cls, model_class: type[nn.Module], section: Any, options: AdapterOptions) -> nn.Module:
-        """The LAVIS model without weights; overridden where ``options.sizes`` builds other sizes."""
+    def build(cls, model_class: Any, section: Any, options: Any) -> nn.Module:
+        """Return the LAVIS model without weights.
+
+        Args:
+            model_class: the LAVIS class.
+            section: over the defaults of its model type.
+            options: the adapter's own keys, an ``options_class``.
+
+        Raises:
+            ValueError: sizes that cannot work; :meth:`from_config` names the section.
+        """
         raise NotImplementedError
 
     def check(self, path: str) -> None:
-        """Raises ``UserError`` for a built model that cannot score pairs; nothing to check by default."""
+        """Raise a ``UserError`` for a built model that cannot score pairs; nothing to check by default."""
 
     # -- loading and keeping -------------------------------------------------------------------------------------
 
     def _load(self, section: Any, path: str) -> list[str]:
-        """The weights that ``section`` names, by LAVIS's own loading; the names of what the file left out."""
+        """Load the weights that ``section`` names, by LAVIS's own loading; return the names that the file left out."""
         finetuned = section.get("finetuned") if section.get("load_finetuned", True) else None
         source = finetuned or section.get("pretrained")
         if not source:
@@ -134,7 +160,7 @@ class Adapter(nn.Module, Matcher):
         return self._read(str(source), f"{path}.{key}", pretrained=not finetuned)
 
     def load_checkpoint(self, url_or_filename: str) -> list[str]:
-        """Weights of a file of this model or of LAVIS; the names of those that it does not bring.
+        """Load the weights of a file of this model or of LAVIS; return the names of those that it does not bring.
 
         Raises:
             UserError: a file that is missing, cannot be fetched, holds more than tensors and plain containers, or
@@ -166,7 +192,7 @@ class Adapter(nn.Module, Matcher):
         return missing
 
     def _refuse_random(self, missing: list[str], source: str, where: str) -> None:
-        """Raises a ``UserError`` where a file without ``missing`` leaves weights of a score at random."""
+        """Raise a ``UserError`` where a file without ``missing`` leaves weights of a score at random."""
         needed = [key for key in missing if self.is_inference_weight(key)]
         if needed:
             raise UserError(
@@ -175,66 +201,67 @@ class Adapter(nn.Module, Matcher):
             )
 
     def is_inference_weight(self, name: str) -> bool:
-        """Whether scoring uses the wrapped model's weight ``name``."""
+        """Return whether scoring uses the wrapped model's weight ``name``."""
         if name.endswith("position_ids"):  # a counter, the same in every model
             return False
-        return any(name == part or name.startswith(f"{part}.") for part in self.inference_modules)
+        return any(name == module or name.startswith(f"{module}.") for module in self.inference_modules)
 
     def checkpoint(self) -> dict[str, Any]:
-        """What a file of this model holds; ``lavis.models.load_model`` reads it too."""
+        """Return the content of a file of this model, which ``lavis.models.load_model`` reads too."""
         config = {key: value for key, value in self.section.items() if key not in ("finetuned", "pretrained")}
         return {"model": self.model.state_dict(), "arch": self.section.get("arch"), "config": config}
 
     # -- what learns ---------------------------------------------------------------------------------------------
 
-    def _frozen_parts(self) -> list[nn.Module]:
-        parts: list[nn.Module] = []
+    def _frozen_modules(self) -> list[nn.Module]:
+        modules: list[nn.Module] = []
         for name in self.options.freeze:
             if name == ENCODERS:
-                parts += self.encoder_modules()
+                modules += self.encoder_modules()
                 continue
             try:
-                parts.append(self.model.get_submodule(name))
+                modules.append(self.model.get_submodule(name))
             except AttributeError as error:
                 names = ", ".join([ENCODERS, *(name for name, _ in self.model.named_children())])
                 raise UserError(f"model.freeze: {name!r} is no part of the model; parts: {names}") from error
-        return parts
+        return modules
 
     def train(self, mode: bool = True) -> Adapter:
-        """Train mode, frozen parts excepted: dropout in what does not learn is noise."""
+        """Set training mode, frozen modules excepted: dropout in what does not learn is noise."""
         super().train(mode)
-        for part in self._frozen_parts():
-            part.eval()
+        for module in self._frozen_modules():
+            module.eval()
         return self
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters lie."""
         return next(self.parameters()).device
 
     def fusion_modules(self) -> list[nn.Module]:
-        """The modules that ``match`` runs; empty where unknown."""
+        """Return the modules that ``match`` runs; empty where unknown."""
         return []
 
+    @override
     def fusion_parameters(self) -> int:
-        """Number of parameters that work once per pair."""
         modules = self.fusion_modules()
         if not modules:
             return super().fusion_parameters()
         return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
 
     def head_parameter_names(self) -> set[str]:
-        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate: those that ``match`` runs."""
+        """Return the parameters that ``match`` runs, which learn at ``run.head_lr_multiplier`` times the base rate."""
         fast = {id(p) for m in self.fusion_modules() for p in m.parameters()}
         return {name for name, parameter in self.named_parameters() if id(parameter) in fast}
 
     # -- whose features serve whom -------------------------------------------------------------------------------
 
     def encoder_settings(self) -> dict[str, Any]:
-        """What shapes the features and shows neither in the encoders' weights nor in their ``repr``."""
+        """Return settings that shape the features and show neither in the encoders' weights nor in their ``repr``."""
         return {}
 
     def encoder_signature(self) -> str | None:
-        """SHA-256 over the adapter's class, :meth:`encoder_settings`, and the encoders' structure and weights.
+        """Return the SHA-256 over the adapter's class, :meth:`encoder_settings`, the encoders' structure and weights.
 
         ``None`` while an encoder learns, or where the encoders are not known. It is kept until a weight changes.
         """
@@ -254,33 +281,36 @@ class Adapter(nn.Module, Matcher):
     # -- the wrapped model's own training ------------------------------------------------------------------------
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The wrapped model's own loss and its parts on LAVIS's training samples, 0-dim tensors."""
+        """Return the wrapped model's own loss and its terms on LAVIS's training samples, 0-dim tensors."""
         samples = {"epoch": 0, "iters": 0, "num_iters_per_epoch": 1, **samples}
         output = self.model(samples)
         return {key: value for key, value in output.items() if isinstance(value, Tensor) and value.ndim == 0}
 
     # -- help for sub-classes ------------------------------------------------------------------------------------
 
-    def in_chunks(
-        self,
-        score: Callable[[Tensor, Tensor], Tensor],
-        pairs: Tensor,
-        bytes_per_pair: int,
-    ) -> Tensor:
-        """``score(image rows [p], text rows [p]) -> [p]`` over ``pairs [P, 2]``, chunks bounded in memory."""
-        chunks = pair_chunks(pairs, bytes_per_pair, self.options.match_memory_mb)
-        parts = [score(chunk[:, 0], chunk[:, 1]).float() for chunk in chunks if len(chunk)]
-        return torch.cat(parts) if parts else pairs.new_zeros(0, dtype=torch.float32)
+    def in_chunks(self, score: Callable[[Tensor, Tensor], Tensor], pairs: Tensor, bytes_per_pair: int) -> Tensor:
+        """Return float32 scores ``[P]``, computed in chunks of at most ``match_memory_mb`` of activations.
 
+        Args:
+            score: scores ``[p]`` of pairs of image rows and text rows, int64 ``[p]`` each.
+            pairs: int64 ``[P, 2]``, each an (image row, text row).
+            bytes_per_pair: activations of one pair.
+        """
+        chunks = pair_chunks(pairs, bytes_per_pair, self.options.match_memory_mb)
+        scores = [score(chunk[:, 0], chunk[:, 1]).float() for chunk in chunks if len(chunk)]
+        return torch.cat(scores) if scores else pairs.new_zeros(0, dtype=torch.float32)
+
+    @override
     def encode_images(self, images: Tensor) -> ImageFeatures:
         raise NotImplementedError
 
+    @override
     def encode_texts(self, texts: list[str]) -> TextFeatures:
         raise NotImplementedError
 
 
 def _one_line(error: Exception) -> str:
-    """An error's first two lines as one: torch puts what is wrong below a heading."""
+    """Return an error's first two lines as one: torch puts what is wrong below a heading."""
     if isinstance(error, KeyError):
         return f"it has no {error.args[0]!r}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -11,22 +11,25 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+from lavis.common.dist_utils import is_dist_avail_and_initialized
+from lavis.models.blip2_models.blip2 import LayerNorm, disabled_train
+from lavis.models.blip2_models.blip2_image_text_matching import Blip2ITM
+from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
+from lavis.models.eva_vit import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
-from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions
+from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions, CommonOptions
 from lavis_dcd.matching.adapters.registry import register_adapter
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
-
-# ----------------------------------------------------------------------------------------------------
-# A BLIP-2 of another size than LAVIS's, from LAVIS's own parts, without the network.
 
 
 @dataclass
 class TransformerSizes:
-    """Of the ViT and of the Q-Former."""
+    """Sizes of the ViT or of the Q-Former."""
 
     width: int
     layers: int
@@ -55,8 +58,8 @@ class Blip2Sizes:
     max_txt_len: int = 32
 
 
-def assemble(model_class: type[nn.Module], sizes: Blip2Sizes, tokenizer: Any) -> nn.Module:
-    """A BLIP-2 of LAVIS's own parts in small, weights at random; LAVIS's constructor knows large ones alone.
+def assemble(model_class: Any, sizes: Blip2Sizes, tokenizer: Any) -> nn.Module:
+    """Return a BLIP-2 of LAVIS's own modules in small, weights at random; LAVIS's constructor builds large ones alone.
 
     Args:
         model_class: ``Blip2ITM`` or ``Blip2Qformer``.
@@ -65,54 +68,59 @@ def assemble(model_class: type[nn.Module], sizes: Blip2Sizes, tokenizer: Any) ->
     Raises:
         UserError: sizes that cannot work.
     """
-    from lavis.models.blip2_models.blip2 import LayerNorm
-    from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
-    from lavis.models.eva_vit import VisionTransformer
-
     _check_sizes(sizes)
-    vision, width = sizes.vision, sizes.qformer.width
+    width = sizes.qformer.width
     model = model_class.__new__(model_class)
     nn.Module.__init__(model)
     model.tokenizer, model.max_txt_len = tokenizer, sizes.max_txt_len
-    model.visual_encoder = VisionTransformer(
-        img_size=sizes.image_size,
-        patch_size=sizes.patch_size,
-        embed_dim=vision.width,
-        depth=vision.layers,
-        num_heads=vision.heads,
-        qkv_bias=True,
-        use_mean_pooling=False,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-    )
-    model.ln_vision = LayerNorm(vision.width)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        num_hidden_layers=sizes.qformer.layers,
-        num_attention_heads=sizes.qformer.heads,
-        intermediate_size=4 * width,
-    )
-    config.encoder_width, config.query_length = vision.width, sizes.num_query_token
-    config.add_cross_attention, config.cross_attention_freq = True, sizes.cross_attention_freq
+    model.visual_encoder = _vision_encoder(sizes)
+    model.ln_vision = LayerNorm(sizes.vision.width)
+    config = _qformer_config(sizes, len(tokenizer))
     model.Qformer = BertLMHeadModel(config)
     model.query_tokens = nn.Parameter(config.initializer_range * torch.randn(1, sizes.num_query_token, width))
     model.vision_proj = nn.Linear(width, sizes.embed_dim)
     model.text_proj = nn.Linear(width, sizes.embed_dim)
     model.itm_head = nn.Linear(width, 2)
     model.temp = nn.Parameter(torch.tensor(0.07))
-    return model
+    assembled: nn.Module = model
+    return assembled
+
+
+def _vision_encoder(sizes: Blip2Sizes) -> Any:
+    return VisionTransformer(
+        img_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        embed_dim=sizes.vision.width,
+        depth=sizes.vision.layers,
+        num_heads=sizes.vision.heads,
+        qkv_bias=True,
+        use_mean_pooling=False,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+
+
+def _qformer_config(sizes: Blip2Sizes, words: int) -> Any:
+    config = BertConfig(
+        vocab_size=words,
+        hidden_size=sizes.qformer.width,
+        num_hidden_layers=sizes.qformer.layers,
+        num_attention_heads=sizes.qformer.heads,
+        intermediate_size=4 * sizes.qformer.width,
+    )
+    config.encoder_width, config.query_length = sizes.vision.width, sizes.num_query_token
+    config.add_cross_attention, config.cross_attention_freq = True, sizes.cross_attention_freq
+    return config
 
 
 def _check_sizes(sizes: Blip2Sizes) -> None:
-    found = []
+    faults = []
     if sizes.image_size % sizes.patch_size:
-        found.append(f"model.sizes.image_size: {sizes.image_size} is no multiple of patch_size {sizes.patch_size}")
-    for name in ("vision", "qformer"):
-        part = getattr(sizes, name)
-        if part.width % part.heads:
-            found.append(f"model.sizes.{name}.width: {part.width} is no multiple of heads {part.heads}")
-    if found:
-        raise UserError(found)
+        faults.append(f"model.sizes.image_size: {sizes.image_size} is no multiple of patch_size {sizes.patch_size}")
+    for name, tower in (("vision", sizes.vision), ("qformer", sizes.qformer)):
+        if tower.width % tower.heads:
+            faults.append(f"model.sizes.{name}.width: {tower.width} is no multiple of heads {tower.heads}")
+    if faults:
+        raise UserError(faults)
 
 
 @register_adapter("blip2_image_text_matching", "blip2", "blip2_feature_extractor")
@@ -135,20 +143,22 @@ class Blip2Adapter(Adapter):
         "itm_head",
     )
     has_joint_space = True
+    model: Any  # Blip2ITM or Blip2Qformer: LAVIS declares no types
+    options: AdapterOptions
 
     def __init__(
-        self, model: nn.Module, section: Mapping[str, Any] | None = None, options: AdapterOptions | None = None
+        self, model: nn.Module, section: Mapping[str, Any] | None = None, options: CommonOptions | None = None
     ) -> None:
         _require_matching_head(type(model), hasattr(model, "itm_head"))
         super().__init__(model, section, options)
         if ENCODERS in self.options.freeze:
-            model.query_tokens.requires_grad_(False)
+            self.model.query_tokens.requires_grad_(False)
 
     # -- building ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def build(cls, model_class: type[nn.Module], section: Any, options: AdapterOptions) -> nn.Module:
-        """LAVIS's model, which fetches EVA's and BERT's weights, or a small one of ``options.sizes``.
+    def build(cls, model_class: Any, section: Any, options: AdapterOptions) -> nn.Module:
+        """Return LAVIS's model, which fetches EVA's and BERT's weights, or a small one of ``options.sizes``.
 
         Raises:
             UserError: a BLIP-2 without matching head, sizes that cannot work, weights that cannot be fetched.
@@ -156,14 +166,15 @@ class Blip2Adapter(Adapter):
         _require_matching_head(model_class, hasattr(model_class, "compute_itm"))
         if options.sizes:
             sizes = parse(Blip2Sizes, options.sizes, "model.sizes")
-            model = assemble(model_class, sizes, model_class.init_tokenizer())
+            small = assemble(model_class, sizes, model_class.init_tokenizer())
             if section.get("freeze_vit", True):
-                _freeze_as_lavis(model.visual_encoder)
-            return model
-        # from_config also loads the checkpoint and ignores what is missing in it; _load does so with a look at that
+                _freeze_as_lavis(small.visual_encoder)
+            return small
+        # from_config also loads the checkpoint and ignores weights that it lacks; _load refuses those that scores need
         try:
             with mock.patch.object(model_class, "load_checkpoint_from_config", lambda *args, **kwargs: None):
-                return model_class.from_config(section)
+                model: nn.Module = model_class.from_config(section)
+                return model
         except (OSError, RuntimeError, AssertionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -171,6 +182,7 @@ class Blip2Adapter(Adapter):
                 "or LAVIS's and the hub's caches (a small one without: model.sizes and model.tokenizer)"
             ) from error
 
+    @override
     def is_inference_weight(self, name: str) -> bool:
         # LAVIS's checkpoints leave out a frozen ViT: its weights came when LAVIS built it
         came_with_lavis = name.startswith("visual_encoder.") and not self.options.sizes
@@ -179,17 +191,19 @@ class Blip2Adapter(Adapter):
     # -- features ------------------------------------------------------------------------------------------------
 
     @property
-    def bert(self) -> nn.Module:
+    def bert(self) -> Any:
         """The Q-Former's transformer."""
         return self.model.Qformer.bert
 
     @property
     def queries(self) -> int:
         """Query tokens per picture, Q."""
-        return self.model.query_tokens.shape[1]
+        queries: int = self.model.query_tokens.shape[1]
+        return queries
 
+    @override
     def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Features of ``[B, 3, S, S]``; one pass of the ViT, one of the queries.
+        """Return features of ``images``, float ``[B, 3, S, S]``; one pass of the ViT, one of the queries.
 
         Raises:
             UserError: pictures of another size than the model's.
@@ -210,8 +224,9 @@ class Blip2Adapter(Adapter):
         embeds = nnf.normalize(model.vision_proj(query_output.last_hidden_state).float(), dim=-1)
         return ImageFeatures(tokens, None, embeds.flatten(1))
 
+    @override
     def encode_texts(self, texts: list[str]) -> TextFeatures:
-        """Features of B texts, L the longest's tokens and at most ``max_txt_len``."""
+        """Return features of B texts, L the longest's tokens and at most ``max_txt_len``."""
         model = self.model
         batch = model.tokenizer(
             list(texts), padding="longest", truncation=True, max_length=model.max_txt_len, return_tensors="pt"
@@ -224,8 +239,9 @@ class Blip2Adapter(Adapter):
         return TextFeatures(tokens, batch.attention_mask.bool(), embeds)
 
     def _additive(self, mask: Tensor) -> Tensor:
-        """The wrapped model's own additive form of a mask ``[B, L]``."""
-        return self.bert.get_extended_attention_mask(mask.long(), mask.shape, mask.device, False)
+        """Return the wrapped model's own additive form of a mask ``[B, L]``."""
+        additive: Tensor = self.bert.get_extended_attention_mask(mask.long(), mask.shape, mask.device, False)
+        return additive
 
     def _check_size(self, images: Tensor) -> None:
         size = getattr(self.model.visual_encoder, "image_size", None)
@@ -236,20 +252,21 @@ class Blip2Adapter(Adapter):
             )
 
     def _widen_on_cpu(self) -> None:
-        """LAVIS keeps the ViT in half precision and lets autocast cope, which it has on a GPU only."""
+        """Widen the ViT to float32 on a CPU: LAVIS keeps it in half precision under autocast, on a GPU only."""
         vit = self.model.visual_encoder
         if self.device.type == "cpu" and any(p.dtype == torch.float16 for p in vit.parameters()):
             vit.float()
 
     # -- pairs ---------------------------------------------------------------------------------------------------
 
+    @override
     def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
-        """Log-odds of the matching head, mean over the queries: float ``[P]``."""
+        """Return log-odds of the matching head, mean over the queries: float32 ``[P]``."""
         order = pairs[:, 0].argsort(stable=True)
         text_mask = texts.full_mask()
 
         def score(image_rows: Tensor, text_rows: Tensor) -> Tensor:
-            distinct, rows = image_rows.unique_consecutive(return_inverse=True)
+            distinct, rows = torch.unique_consecutive(image_rows, return_inverse=True)
             mask = text_mask.index_select(0, text_rows)
             length = last_used(mask)
             words = texts.tokens[:, :length].index_select(0, text_rows)
@@ -259,7 +276,7 @@ class Blip2Adapter(Adapter):
         return scores[order.argsort()]
 
     def _fuse(self, tokens: Tensor, rows: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """Scores ``[P]`` of words ``[P, L, H]`` with the pictures ``rows [P]`` of ``tokens [U, N, W]``."""
+        """Return scores ``[P]`` of words ``[P, L, H]`` with the pictures ``rows [P]`` of ``tokens [U, N, W]``."""
         model, dtype = self.model, self.model.query_tokens.dtype
         queries = self.bert.embeddings(query_embeds=model.query_tokens.expand(len(rows), -1, -1))
         hidden = torch.cat([queries, words.to(dtype)], dim=1)
@@ -273,42 +290,49 @@ class Blip2Adapter(Adapter):
                 query_length=self.queries,
                 return_dict=True,
             ).last_hidden_state[:, : self.queries]
-        logits = model.itm_head(output).mean(dim=1)
+        logits: Tensor = model.itm_head(output).mean(dim=1)
         return logits[:, 1] - logits[:, 0]
 
     def _bytes_per_pair(self, images: ImageFeatures, texts: TextFeatures) -> int:
-        """Float32 activations of a cross layer: keys, values and their copies, attention maps, the feed-forward."""
+        """Return a pair's float32 activations in a cross layer: keys and values with copies, maps, feed-forward."""
         config, patches = self.bert.config, images.tokens.shape[1]
         length = self.queries + texts.tokens.shape[1]
         maps = 3 * config.num_attention_heads * max(self.queries * patches, length * length)
         hidden = 4 * patches * config.hidden_size + length * (6 * config.hidden_size + 2 * config.intermediate_size)
-        return 4 * (maps + hidden)
+        size: int = 4 * (maps + hidden)
+        return size
 
     # -- the joint space -----------------------------------------------------------------------------------------
 
+    @override
     def embed_images(self, images: ImageFeatures) -> Tensor:
-        """Unit vectors of every query, ``[B, Q, D]``."""
-        return images.embeds.view(len(images), self.queries, -1)
+        """Return unit vectors of every query, ``[B, Q, D]``."""
+        return images.required_embeds().view(len(images), self.queries, -1)
 
+    @override
     def embed_texts(self, texts: TextFeatures) -> Tensor:
-        return texts.embeds
+        return texts.required_embeds()
 
+    @override
     def joint_scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """``[I, T]``: the best query's cosine, from ``[I, Q, D]`` and ``[T, D]``."""
+        """Return the best query's cosine, ``[I, T]``, from ``[I, Q, D]`` and ``[T, D]``."""
         bytes_per_image = 4 * self.queries * max(1, len(text_embeds))
         rows = max(1, int(self.options.match_memory_mb * 2**20 // bytes_per_image))
-        return torch.cat([(part @ text_embeds.T).amax(dim=1) for part in image_embeds.split(rows)])
+        return torch.cat([(some @ text_embeds.T).amax(dim=1) for some in torch.split(image_embeds, rows)])
 
     # -- roles ---------------------------------------------------------------------------------------------------
 
+    @override
     def encoder_modules(self) -> list[nn.Module]:
         model = self.model
         return [model.visual_encoder, model.ln_vision, model.Qformer.bert, model.vision_proj, model.text_proj]
 
+    @override
     def encoders_frozen(self) -> bool:
-        """As the contract says; the queries are a bare parameter of the model and shape the features too."""
+        # the queries are a bare parameter of the model and shape the features too
         return super().encoders_frozen() and not self.model.query_tokens.requires_grad
 
+    @override
     def encoder_settings(self) -> dict[str, Any]:
         tokens = self.model.query_tokens.detach().float().cpu().contiguous()
         return {
@@ -317,19 +341,18 @@ class Blip2Adapter(Adapter):
             "query_tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         }
 
+    @override
     def fusion_modules(self) -> list[nn.Module]:
-        """The Q-Former's layers, which serve the encoders too, and the head."""
+        """Return the Q-Former's layers, which serve the encoders too, and the head."""
         return [self.bert.encoder, self.model.itm_head]
 
+    @override
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """LAVIS's pre-training loss (contrastive + matching + captioning) and its parts, 0-dim; of ``blip2`` alone.
+        """Return LAVIS's pre-training loss (contrastive, matching, captioning) and its terms, 0-dim; ``blip2`` only.
 
         Raises:
             UserError: the model has no loss, or its loss cannot run in a process without a process group.
         """
-        from lavis.common.dist_utils import is_dist_avail_and_initialized
-        from lavis.models.blip2_models.blip2_image_text_matching import Blip2ITM
-
         name = type(self.model).__name__
         if isinstance(self.model, Blip2ITM):
             raise UserError(f"{name} has no training loss of its own; set model.loss.student_weight: 0, or arch: blip2")
@@ -341,9 +364,7 @@ class Blip2Adapter(Adapter):
         return super().forward(samples)
 
 
-def _freeze_as_lavis(encoder: nn.Module) -> None:
-    from lavis.models.blip2_models.blip2 import disabled_train
-
+def _freeze_as_lavis(encoder: Any) -> None:
     encoder.requires_grad_(False)
     encoder.eval()
     encoder.train = disabled_train
@@ -357,15 +378,15 @@ def _require_matching_head(model_class: type, has_head: bool) -> None:
         )
 
 
-def _projections(encoder: nn.Module) -> list[nn.Module]:
-    """What makes keys and values of a picture, in every layer that attends to it."""
+def _projections(encoder: Any) -> list[nn.Module]:
+    """Return the layers that make keys and values of a picture, in every block that attends to it."""
     layers = [layer.crossattention.self for layer in encoder.layer if layer.has_cross_attention]
     return [projection for layer in layers for projection in (layer.key, layer.value)]
 
 
 @contextmanager
-def _projected_once(encoder: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Within it, cross-attention reads distinct pictures and sees picture ``rows[p]`` at pair p.
+def _projected_once(encoder: Any, rows: Tensor) -> Iterator[None]:
+    """Let cross-attention read distinct pictures within the block, and see picture ``rows[p]`` at pair p.
 
     A picture's keys and values do not depend on the text. They are most of a pair's cost, so they are repeated
     after their projection, not before it.

@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lavis.common.dist_utils import is_dist_avail_and_initialized
+from lavis.models.clip_models import model as lavis_clip
+from lavis.models.clip_models.loss import ClipLoss
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path, load_tensors
 from lavis_dcd.common.schema import parse
-from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions
+from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions, CommonOptions
 from lavis_dcd.matching.adapters.registry import register_adapter
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
-# ----------------------------------------------------------------------------------------------------
-# LAVIS's CLIP, of its own types or of other sizes, from the files that CLIP's weights come in.
-
 BPE_ENTRIES = 49408  # of the vocabulary file that LAVIS ships
+# one product of all rows costs less than gathering pairs until it holds this many times more of them
+DENSE_FACTOR = 4
 
 
 @dataclass
@@ -67,8 +70,8 @@ class ClipOptions(AdapterOptions):
     sizes: dict[str, Any] = field(default_factory=dict)
 
 
-def assembled(model_class: type[nn.Module], section: Any, options: ClipOptions) -> nn.Module:
-    """A CLIP of ``options.sizes``, at random.
+def assembled(model_class: Any, section: Any, options: ClipOptions) -> nn.Module:
+    """Return a CLIP of ``options.sizes``, at random.
 
     Args:
         model_class: LAVIS's ``CLIP``.
@@ -77,40 +80,39 @@ def assembled(model_class: type[nn.Module], section: Any, options: ClipOptions) 
     Raises:
         UserError: unknown or missing sizes, sizes that cannot work, ``pretrained`` that names LAVIS's own weights.
     """
-    from lavis.models.clip_models.model import CLIPTextCfg, CLIPVisionCfg
-
     sizes = parse(ClipSizes, options.sizes, "model.sizes")
-    vision = parse(CLIPVisionCfg, sizes.vision, "model.sizes.vision")
+    vision = parse(lavis_clip.CLIPVisionCfg, sizes.vision, "model.sizes.vision")
     _check_sizes(sizes, vision)
     named = section.get("pretrained")
     if named and not finetuned(section) and local_file(named) is None:
         raise UserError(f"model.pretrained: {named} fits LAVIS's own sizes only; with model.sizes set it to null")
-    text = CLIPTextCfg(**vars(sizes.text))
+    text = lavis_clip.CLIPTextCfg(**vars(sizes.text))
     model = model_class(sizes.embed_dim, vision, text, quick_gelu=bool(options.quick_gelu))
     # LAVIS's forward tokenizes to 77 whatever the model's context
     model.tokenizer = functools.partial(model.tokenizer, context_length=text.context_length)
-    return model
+    small: nn.Module = model
+    return small
 
 
 def _check_sizes(sizes: ClipSizes, vision: Any) -> None:
-    found = []
+    faults = []
     if isinstance(vision.layers, int) and not vision.timm_model_name:
         if vision.width < 64 or vision.width % 64:
-            found.append(f"model.sizes.vision.width: {vision.width} is no multiple of 64, the width of one head")
+            faults.append(f"model.sizes.vision.width: {vision.width} is no multiple of 64, the width of one head")
         if isinstance(vision.image_size, int) and vision.image_size % vision.patch_size:
-            found.append(
+            faults.append(
                 f"model.sizes.vision.image_size: {vision.image_size} is no multiple of patch_size {vision.patch_size}"
             )
     if sizes.text.width % sizes.text.heads:
-        found.append(f"model.sizes.text.width: {sizes.text.width} is no multiple of heads {sizes.text.heads}")
+        faults.append(f"model.sizes.text.width: {sizes.text.width} is no multiple of heads {sizes.text.heads}")
     if sizes.text.vocab_size < BPE_ENTRIES:
-        found.append(f"model.sizes.text.vocab_size: {sizes.text.vocab_size} is below CLIP's own {BPE_ENTRIES}")
-    if found:
-        raise UserError(found)
+        faults.append(f"model.sizes.text.vocab_size: {sizes.text.vocab_size} is below CLIP's own {BPE_ENTRIES}")
+    if faults:
+        raise UserError(faults)
 
 
 def created(name: str, pretrained: str, precision: str, quick_gelu: bool) -> nn.Module:
-    """One of LAVIS's own types on the CPU, with the weights that LAVIS or OpenAI publish.
+    """Return one of LAVIS's own types on the CPU, with the weights that LAVIS or OpenAI publish.
 
     Args:
         name: ViT-B-16, say.
@@ -120,15 +122,15 @@ def created(name: str, pretrained: str, precision: str, quick_gelu: bool) -> nn.
     Raises:
         UserError: an unknown type or tag, weights that cannot be fetched, half precision.
     """
-    from lavis.models.clip_models import model as lavis_clip
-
     file = local_file(pretrained)
     try:
         if file is not None and is_torchscript(file):
-            return lavis_clip.load_openai_model(str(file), device="cpu", jit=False).float()
-        # a local file's weights follow in _load, which knows more forms of files than LAVIS here
+            model: nn.Module = lavis_clip.load_openai_model(str(file), device="cpu", jit=False).float()
+            return model
+        # a local file's weights follow in _load, which reads more forms of files than LAVIS here
         source = "" if file is not None else pretrained
-        return lavis_clip.create_model(name, source, precision=precision, force_quick_gelu=quick_gelu)
+        model = lavis_clip.create_model(name, source, precision=precision, force_quick_gelu=quick_gelu)
+        return model
     except AssertionError as error:
         raise UserError(f"model.precision: {precision} cannot be built on a CPU; leave it at fp32") from error
     except (RuntimeError, OSError, KeyError) as error:
@@ -140,26 +142,22 @@ def created(name: str, pretrained: str, precision: str, quick_gelu: bool) -> nn.
 
 
 def finetuned(section: Any) -> str | None:
-    """The fine-tuned weights that a section asks for."""
+    """Return the fine-tuned weights that a section names; ``None`` where it names none or switches them off."""
     return (section.get("load_finetuned", True) and section.get("finetuned")) or None
 
 
 def local_file(source: Any) -> Path | None:
-    """``source`` as a path where it is a file here; ``None`` for tags, addresses and nothing."""
+    """Return ``source`` as a path where it is a file here; ``None`` for tags, addresses and nothing."""
     path = Path(asset_path(str(source))).expanduser() if source else None
     return path if path is not None and path.is_file() else None
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether it is an archive of code and weights, as OpenAI publishes its models."""
+    """Return whether the file is an archive of code and weights, as OpenAI publishes its models."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
-
-
-# one product of all rows costs less than gathering pairs until it holds this many times more of them
-DENSE_FACTOR = 4
 
 
 @register_adapter("clip", "clip_feature_extractor")
@@ -169,7 +167,7 @@ class ClipAdapter(Adapter):
     Features: ``embeds [B, E]``, unit vectors of the joint space, and the same as one token, ``tokens [B, 1, E]``.
     """
 
-    options_class: ClassVar[type[AdapterOptions]] = ClipOptions
+    options_class: ClassVar[type[CommonOptions]] = ClipOptions
     inference_modules: ClassVar[tuple[str, ...]] = (
         "visual",
         "transformer",
@@ -181,10 +179,11 @@ class ClipAdapter(Adapter):
     )
     family: ClassVar[str] = "dual"
     has_joint_space = True
+    model: Any  # LAVIS's CLIP, which declares no types
     options: ClipOptions
 
     def __init__(
-        self, model: nn.Module, section: Mapping[str, Any] | None = None, options: AdapterOptions | None = None
+        self, model: nn.Module, section: Mapping[str, Any] | None = None, options: CommonOptions | None = None
     ) -> None:
         super().__init__(model, section, options)
         if ENCODERS in self.options.freeze:
@@ -194,11 +193,11 @@ class ClipAdapter(Adapter):
     # -- building and loading ------------------------------------------------------------------------------------
 
     @classmethod
-    def build(cls, model_class: type[nn.Module], section: Any, options: ClipOptions) -> nn.Module:
-        """LAVIS's ``create_model``, or a CLIP of ``options.sizes``; the weights of a local file follow in ``_load``.
+    def build(cls, model_class: Any, section: Any, options: ClipOptions) -> nn.Module:
+        """Return LAVIS's ``create_model``, or a CLIP of ``options.sizes``; a local file's weights follow in ``_load``.
 
         Raises:
-            UserError: sizes that cannot work; a type that LAVIS does not know; weights that cannot be fetched.
+            UserError: sizes that cannot work; a type that LAVIS does not have; weights that cannot be fetched.
         """
         if options.sizes:
             return assembled(model_class, section, options)
@@ -210,14 +209,16 @@ class ClipAdapter(Adapter):
         named = "" if finetuned(section) else named
         return created(str(name), named, str(section.get("precision", "fp32")), quick_gelu)
 
+    @override
     def _load(self, section: Any, path: str) -> list[str]:
         named = None if finetuned(section) else section.get("pretrained")
         if named and ((file := local_file(named)) is None or is_torchscript(file)):
             return []  # an address, a tag, an archive of OpenAI's: LAVIS loaded it while it built the model
         return super()._load(section, path)
 
+    @override
     def _read(self, source: str, where: str, pretrained: bool = False) -> list[str]:
-        """A local file in any of its usual forms (ours, a bare state dict, open_clip's); the rest as LAVIS does."""
+        """Load a local file of any usual form (ours, a bare state dict, open_clip's); the rest as LAVIS does."""
         file = local_file(source)
         if file is None:
             return super()._read(source, where, pretrained)
@@ -243,6 +244,7 @@ class ClipAdapter(Adapter):
         """Whether the wrapped model runs OpenAI's approximation of GELU."""
         return any(type(module).__name__ == "QuickGELU" for module in self.model.modules())
 
+    @override
     def checkpoint(self) -> dict[str, Any]:
         saved = super().checkpoint()
         saved["config"]["quick_gelu"] = self.quick_gelu
@@ -250,8 +252,9 @@ class ClipAdapter(Adapter):
 
     # -- the matching contract -----------------------------------------------------------------------------------
 
+    @override
     def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Features of ``[B, 3, S, S]``.
+        """Return features of ``images``, float ``[B, 3, S, S]``.
 
         Raises:
             UserError: pictures of another size than the model's.
@@ -265,11 +268,13 @@ class ClipAdapter(Adapter):
             )
         return ImageFeatures(*_one_token(self.model.encode_image(images)))
 
+    @override
     def encode_texts(self, texts: list[str]) -> TextFeatures:
-        """Features of B texts through the model's own tokenizer, cut at its context length as LAVIS cuts them."""
+        """Return features of B texts by the model's own tokenizer, cut at its context length as LAVIS cuts them."""
         ids = self.model.tokenizer(list(texts), context_length=self.model.context_length).to(self.device)
         return TextFeatures(*_one_token(self.model.encode_text(ids)))
 
+    @override
     def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         if len(images) * len(texts) <= DENSE_FACTOR * len(pairs):
             return self.match_all(images, texts)[pairs[:, 0], pairs[:, 1]]
@@ -281,51 +286,57 @@ class ClipAdapter(Adapter):
 
         return self.in_chunks(score, pairs, bytes_per_pair=3 * 4 * image_embeds.shape[1])
 
+    @override
     def match_all(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         return self._scale() * self.joint_scores(self.embed_images(images), self.embed_texts(texts))
 
+    @override
     def embed_images(self, images: ImageFeatures) -> Tensor:
-        return images.embeds.float()
+        return images.required_embeds().float()
 
+    @override
     def embed_texts(self, texts: TextFeatures) -> Tensor:
-        return texts.embeds.float()
+        return texts.required_embeds().float()
 
+    @override
     def joint_scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Cosines ``[I, T]``, float32 under autocast too: times a scale of 100, half precision would mix up ranks."""
+        """Return cosines ``[I, T]``, float32 under autocast too: times 100, half precision would mix up ranks."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return image_embeds.float() @ text_embeds.float().T
 
     def _scale(self) -> Tensor:
-        return self.model.logit_scale.float().exp()
+        scale: Tensor = self.model.logit_scale.float().exp()
+        return scale
 
+    @override
     def encoder_modules(self) -> list[nn.Module]:
         model = self.model
         return [model.visual, model.transformer, model.token_embedding, model.ln_final]
 
     def _bare_parameters(self) -> list[nn.Parameter]:
-        """What encodes texts and belongs to no module of the model's but to the model itself."""
+        """Return the parameters that encode texts and belong to none of the model's modules but to the model itself."""
         return [self.model.positional_embedding, self.model.text_projection]
 
+    @override
     def encoders_frozen(self) -> bool:
         return super().encoders_frozen() and not any(p.requires_grad for p in self._bare_parameters())
 
+    @override
     def encoder_settings(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for parameter in self._bare_parameters():
             digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
         return {"context_length": self.model.context_length, "bare_parameters": digest.hexdigest()}
 
+    @override
     def fusion_parameters(self) -> int:
-        """None: the scale can be folded into one side's embeddings."""
-        return 0
+        return 0  # the scale can be folded into one side's embeddings
 
     # -- the model's own loss ------------------------------------------------------------------------------------
 
+    @override
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """LAVIS's InfoNCE over the batch, 0-dim ``loss``, and ``logit_scale_exp``."""
-        from lavis.common.dist_utils import is_dist_avail_and_initialized
-        from lavis.models.clip_models.loss import ClipLoss
-
+        """Return LAVIS's InfoNCE over the batch, 0-dim ``loss``, and ``logit_scale_exp``."""
         # LAVIS makes its loss at first use and asks the process group for its size; a single process has no group
         if self.model._loss is None and not is_dist_avail_and_initialized():
             self.model._loss = ClipLoss()

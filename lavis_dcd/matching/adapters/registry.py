@@ -14,7 +14,7 @@ _ADAPTERS: dict[str, type[Adapter]] = {}
 
 
 def register_adapter(*names: str) -> Callable[[A], A]:
-    """Class decorator: the adapter serves the LAVIS models registered under ``names``.
+    """Return a class decorator: the adapter serves the LAVIS models registered under ``names``.
 
     Raises:
         ValueError: when a name is taken by another class.
@@ -31,17 +31,17 @@ def register_adapter(*names: str) -> Callable[[A], A]:
 
 
 def adapter_for(name: str | None) -> type[Adapter] | None:
-    """The adapter of a LAVIS name; ``None`` where there is none."""
+    """Return the adapter of a LAVIS name; ``None`` where there is none."""
     return _ADAPTERS.get(name or "")
 
 
 def adapted_names() -> list[str]:
-    """The LAVIS names that have an adapter, sorted."""
+    """Return the LAVIS names that have an adapter, sorted."""
     return sorted(_ADAPTERS)
 
 
 def require_adapter(name: str, path: str) -> type[Adapter]:
-    """The adapter of a LAVIS model that is no matcher itself.
+    """Return the adapter of a LAVIS model that is no matcher itself.
 
     Raises:
         UserError: there is none.

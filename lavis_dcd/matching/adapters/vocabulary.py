@@ -1,4 +1,4 @@
-"""LAVIS asks the hub for BERT's vocabulary by name; here a local folder may stand for it while a model is built."""
+"""A local folder in place of the hub's BERT vocabulary, which LAVIS names in its code, while a model is built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @contextmanager
 def local_vocabulary(folder: str | None, field: str) -> Iterator[None]:
-    """Within it, LAVIS's ``BertTokenizer.from_pretrained("bert-base-uncased")`` reads ``folder``.
+    """Let LAVIS's ``BertTokenizer.from_pretrained("bert-base-uncased")`` read ``folder`` within the ``with`` block.
 
     Args:
         folder: with a ``vocab.txt``, or such a file itself; ``None`` leaves the hub in place.
@@ -52,7 +52,7 @@ def local_vocabulary(folder: str | None, field: str) -> Iterator[None]:
 
 
 def vocabulary_file(folder: str, field: str) -> Path:
-    """The ``vocab.txt`` in ``folder``, or ``folder`` itself where it is a file.
+    """Return the ``vocab.txt`` in ``folder``, or ``folder`` itself where it is a file.
 
     Raises:
         UserError: there is none, or it lacks BERT's special tokens.

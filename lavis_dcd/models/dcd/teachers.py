@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.banks.encoding import autocast_to
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import update_with_tensors
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.ensemble import combine
@@ -34,7 +35,10 @@ class Teachers:
         self.matchers, self._amp = list(matchers), amp
         self.weights = list(weights or [1.0] * len(self.matchers))
         # keeps the weights' checks, and stands for all of them in evaluations
-        self._ensemble = Ensemble(self.matchers, self.weights)
+        try:
+            self._ensemble = Ensemble(self.matchers, self.weights)
+        except ValueError as error:
+            raise UserError(f"model.teachers: {error}") from error
         for matcher in self.matchers:
             matcher.requires_grad_(False)
             matcher.eval()

@@ -19,7 +19,7 @@ from lavis_dcd.models.batch import sample_features
 from lavis_dcd.models.meter import weights as meter_weights
 from lavis_dcd.models.meter.config import MeterConfig
 from lavis_dcd.models.meter.fusion import JointHead, Pooler, fusion_layers, start_from_text
-from lavis_dcd.models.meter.stack import CoAttentionStack, Items
+from lavis_dcd.models.meter.stack import CoAttentionStack, EncodedItems
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
 from lavis_dcd.models.retriever import TwoTowers, model_types
 from lavis_dcd.models.towers import TextTower, build_vision_tower
@@ -168,7 +168,7 @@ class MeterRetrieval(TwoTowers):
             scores.append(self.rank_output(cls)[:, 0].float())
         return torch.cat(scores)[order.argsort()] if scores else items.images.new_zeros(0, dtype=torch.float32)
 
-    def _chunks(self, pairs: Tensor, items: Items) -> Iterator[Tensor]:
+    def _chunks(self, pairs: Tensor, items: EncodedItems) -> Iterator[Tensor]:
         size = min(MATCH_CHUNK, max(32, len(pairs) // 4 + 1))
         for chunk in pair_chunks(pairs, self._bytes_per_pair(items), self.config.match_memory_mb):
             yield from (part for part in chunk.split(size) if len(part))
@@ -210,7 +210,7 @@ class MeterRetrieval(TwoTowers):
         weight = self.cross_modal_text_transform.weight
         return self.cross_modal_text_transform(texts.tokens.to(weight.dtype)) + self.token_type_embeddings.weight[0]
 
-    def _bytes_per_pair(self, items: Items) -> int:
+    def _bytes_per_pair(self, items: EncodedItems) -> int:
         """Activations of a pair in a layer, by the tensors that live together: about 8 hidden states and the
         feed-forward's two per token; the weights of one attention where they are not spared."""
         fusion, image_tokens = self.config.fusion, items.images.shape[1]

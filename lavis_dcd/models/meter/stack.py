@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lavis_dcd.matching.attention import (
     AttentionBlock,
+    BertLayer,
     Shortcuts,
+    bert_layers,
     cross_attention,
     feed_forward,
     keys_values,
@@ -25,11 +27,11 @@ class CoAttentionStep(nn.Module):
     """One layer of both sides for a batch of pairs, as a module so that it can be compiled or recomputed.
 
     Args:
-        text_layer, image_layer: ``BertLayer``s with cross-attention.
+        text_layer, image_layer: modules, layers with cross-attention.
         class_only: compute the first token of each side only (the last layer).
     """
 
-    def __init__(self, text_layer: nn.Module, image_layer: nn.Module, shortcuts: Shortcuts, class_only: bool) -> None:
+    def __init__(self, text_layer: BertLayer, image_layer: BertLayer, shortcuts: Shortcuts, class_only: bool) -> None:
         super().__init__()
         self.text_layer, self.image_layer = text_layer, image_layer
         self.shortcuts, self.class_only = shortcuts, class_only
@@ -55,7 +57,8 @@ class CoAttentionStep(nn.Module):
             text_own = self_attention(self.text_layer, text, mask, how, self.class_only)
         if image_own is None:
             image_own = self_attention(self.image_layer, image, None, how, self.class_only)
-        read_image = cross_attention(self.text_layer, text_own, image if keys is None else (keys, values), None, how)
+        source = image if keys is None or values is None else (keys, values)
+        read_image = cross_attention(self.text_layer, text_own, source, None, how)
         read_text = cross_attention(self.image_layer, image_own, text, mask, how)
         return feed_forward(self.text_layer, read_image), feed_forward(self.image_layer, read_text)
 
@@ -71,23 +74,23 @@ class CoAttentionStack:
 
     def __init__(
         self,
-        text_layers: Sequence[nn.Module],
-        image_layers: Sequence[nn.Module],
+        text_layers: Iterable[nn.Module],
+        image_layers: Iterable[nn.Module],
         shortcuts: Shortcuts,
         grad_checkpoint: bool = False,
         compiled: bool = False,
     ) -> None:
         self.shortcuts = shortcuts
-        last = len(text_layers) - 1
+        sides = list(zip(bert_layers(text_layers), bert_layers(image_layers), strict=True))
         self.layers = [
-            CoAttentionStep(text, image, shortcuts, shortcuts.last_layer and i == last)
-            for i, (text, image) in enumerate(zip(text_layers, image_layers, strict=True))
+            CoAttentionStep(text, image, shortcuts, shortcuts.last_layer and number == len(sides) - 1)
+            for number, (text, image) in enumerate(sides)
         ]
         steps: list[Any] = [torch.compile(layer, dynamic=True) if compiled else layer for layer in self.layers]
         self.steps = [Recomputed(step) for step in steps] if grad_checkpoint else steps
 
-    def prepare(self, images: Tensor, texts: Tensor, mask: Tensor) -> Items:
-        """What is computed once per item of a call, before pictures and texts meet.
+    def prepare(self, images: Tensor, texts: Tensor, mask: Tensor) -> EncodedItems:
+        """Return what is computed once per item of a call, before pictures and texts meet.
 
         Args:
             images: projected tokens ``[I, N, D]``.
@@ -95,21 +98,24 @@ class CoAttentionStack:
             mask: bool ``[T, L]``.
         """
         if not self.shortcuts.first_layer:
-            return Items(images, texts, mask)
+            return EncodedItems(images, texts, mask)
         first, how = self.layers[0], self.shortcuts
         text_own = self_attention(first.text_layer, texts, mask, how, first.class_only)
         image_own = self_attention(first.image_layer, images, None, how, first.class_only)
         keys, values = keys_values(AttentionBlock.of_bert(first.text_layer.crossattention), images)
-        return Items(images, texts, mask, text_own, image_own, keys, values)
+        return EncodedItems(images, texts, mask, text_own, image_own, keys, values)
 
-    def run(self, items: Items, image_rows: Tensor, text_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Text and image tokens after the stack for pairs of item rows ``[P]``; the class token comes first.
+    def run(self, items: EncodedItems, image_rows: Tensor, text_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return text and image tokens after the stack, ``[P, L, D]`` and ``[P, N, D]``, the class token first.
 
-        A text is trimmed to the longest of the pairs.
+        Texts are trimmed to the longest of the pairs; with ``last_layer`` the class tokens alone are left.
+
+        Args:
+            image_rows, text_rows: int64 ``[P]``, each pair's rows of ``items``.
         """
         paired = items.of_pairs(image_rows, text_rows)
         text, image, mask = paired.texts, paired.images, paired.mask
-        known = (paired.text_own, paired.image_own, paired.keys, paired.values)
+        known: tuple[Tensor | None, ...] = (paired.text_own, paired.image_own, paired.keys, paired.values)
         for step in self.steps:
             text, image = step(text, image, mask, *known)
             known = ()
@@ -117,10 +123,13 @@ class CoAttentionStack:
 
 
 @dataclass
-class Items:
-    """Tokens of pictures and texts on their way into the first layer; rows are items, then pairs.
+class EncodedItems:
+    """Tokens of pictures and texts as they enter the first layer, one row per item or, of pairs, per pair.
 
-    See :class:`CoAttentionStep` for the four that may be known beforehand.
+    Args:
+        images: ``[I, N, D]``.
+        texts: ``[T, L, D]``, with a bool ``mask [T, L]``.
+        text_own, image_own, keys, values: as :class:`CoAttentionStep` takes them, where they are known.
     """
 
     images: Tensor
@@ -131,23 +140,20 @@ class Items:
     keys: Tensor | None = None
     values: Tensor | None = None
 
-    def of_pairs(self, image_rows: Tensor, text_rows: Tensor) -> Items:
-        """One row per pair, texts trimmed to the longest of them."""
+    def of_pairs(self, image_rows: Tensor, text_rows: Tensor) -> EncodedItems:
+        """Return one row per pair, texts trimmed to the longest of them; rows are int64 ``[P]``."""
         mask = self.mask[text_rows]
         longest = last_used(mask)
-        texts, text_own = (t if t is None else t[:, :longest] for t in (self.texts, self.text_own))
-        return Items(
+        return EncodedItems(
             _rows(self.images, image_rows),
-            _rows(texts, text_rows),
+            _rows(self.texts[:, :longest], text_rows),
             mask[:, :longest],
-            _rows(text_own, text_rows),
-            *(_rows(t, image_rows) for t in (self.image_own, self.keys, self.values)),
+            None if self.text_own is None else _rows(self.text_own[:, :longest], text_rows),
+            *(None if t is None else _rows(t, image_rows) for t in (self.image_own, self.keys, self.values)),
         )
 
 
-def _rows(t: Tensor | None, rows: Tensor) -> Tensor | None:
-    if t is None:
-        return None
+def _rows(t: Tensor, rows: Tensor) -> Tensor:
     if len(rows) > 1 and bool((rows == rows[0]).all()):
         return t[int(rows[0])].expand(len(rows), *t.shape[1:])  # no copies where all pairs have one item
     # index_select, not indexing: its gradient is an index_add, many times faster on a CPU

@@ -22,7 +22,7 @@ from lavis_dcd.models.retriever import Retriever, model_types
 from lavis_dcd.models.towers import load_tokenizer
 from lavis_dcd.models.vilt import weights as vilt_weights
 from lavis_dcd.models.vilt.config import ViltConfig, transformers_config
-from lavis_dcd.models.vilt.stack import BlockStack, Side
+from lavis_dcd.models.vilt.stack import BlockStack, PairSide
 
 MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more tokens
 _TEXT, _IMAGE = 0, 1  # rows of the modality embedding
@@ -180,13 +180,13 @@ class ViltRetrieval(Retriever):
     def _score(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor, stack: BlockStack | None) -> Tensor:
         """Logits ``[p]`` of one chunk of pairs ``[p, 2]``; without a stack by ``transformers``' own forward."""
         dtype = self.rank_output.weight.dtype
-        sides = Side.of(texts, pairs[:, 1], dtype), Side.of(images, pairs[:, 0], dtype)
+        sides = PairSide.of(texts, pairs[:, 1], dtype), PairSide.of(images, pairs[:, 0], dtype)
         hidden = self._encode_plainly(*sides) if stack is None else stack.run(*sides)
         # the pooler reads the first token only, so the norm need not run on the others
         pooled = self.vilt.pooler(self.vilt.layernorm(hidden[:, :1]))
         return self.rank_output(pooled)[:, 0].float()
 
-    def _encode_plainly(self, *sides: Side) -> Tensor:
+    def _encode_plainly(self, *sides: PairSide) -> Tensor:
         """``transformers``' own forward for every pair, ``[P, N, D]``: what the shortcuts must agree with."""
         hidden = torch.cat([side.tokens.index_select(0, side.rows) for side in sides], dim=1)
         mask = torch.cat([side.mask[side.rows] for side in sides], dim=1)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.matching.adapters.packed_pairs import Captions, ChunkSizes, Grid, plan_chunks
+from lavis_dcd.matching.adapters.packed_pairs import Captions, ChunkSizes, PaddedGrid, plan_chunks
 from lavis_dcd.matching.attention import Shortcuts
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.matching.recompute import match_recomputed
@@ -281,7 +281,7 @@ def test_under_bfloat16_autocast_scores_are_as_near_as_the_plain_ones(tiny, arch
 
 @given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any))
 def test_spreading_and_packing_are_inverse(counts):
-    grid = Grid.of_counts(torch.tensor(counts))
+    grid = PaddedGrid.of_counts(torch.tensor(counts))
     packed = torch.arange(1.0, sum(counts) + 1)[:, None]
     padded = grid.spread(packed)
     assert padded.shape == (len(counts), max(counts), 1)
@@ -313,7 +313,7 @@ def test_chunks_hold_each_pair_once_within_what_fits(pairs, most, tokens):
     pictures, lengths = [picture for picture, _ in pairs], [length for _, length in pairs]
 
     def fits(sizes: ChunkSizes) -> bool:
-        return sizes.pairs <= most and sizes.pictures * sizes.most <= tokens
+        return sizes.pairs <= most and sizes.pictures * sizes.most_tokens <= tokens
 
     chunks = list(plan_chunks(pictures, lengths, fits))
     assert sorted(row for chunk in chunks for row in chunk) == list(range(len(pairs)))

@@ -107,7 +107,7 @@ def test_half_precision_tokens_are_pooled_in_single_precision():
     torch.manual_seed(3)
     head = EmbeddingHead(6, "attention_mean", PLAIN).eval()
     tokens, mask = tokens_and_mask()
-    half = TextFeatures(tokens, mask).half()
+    half = TextFeatures(tokens, mask).to(dtype=torch.float16)
     assert torch.equal(head(half), head(half.float()))
 
 

@@ -1,10 +1,10 @@
-"""Chunked matching gives the values and gradients of one pass."""
+"""Chunked matching gives the values and gradients of one pass; the repeated layers of an encoder."""
 
 import torch
+from torch import nn
 
-from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.matching.recompute import match_recomputed
+from lavis_dcd.matching.recompute import match_recomputed, repeated_layers
 
 
 def test_recomputed_chunks_equal_one_pass():
@@ -29,8 +29,11 @@ def test_recomputed_chunks_equal_one_pass():
         torch.testing.assert_close(gradient, results[0][1])
 
 
-def test_chunks_stay_within_the_stated_memory():
-    pairs = torch.zeros(1000, 2, dtype=torch.long)
-    chunks = pair_chunks(pairs, bytes_per_pair=2**20, memory_mb=64)
-    assert max(map(len, chunks)) == 64 and sum(map(len, chunks)) == 1000
-    assert all(len(c) == 1 for c in pair_chunks(pairs[:3], bytes_per_pair=2**30, memory_mb=1))
+def test_stacks_of_one_class_and_not_what_is_inside_their_layers():
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    stack = nn.ModuleList([inner, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))])
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))
+    model = nn.ModuleDict({"stack": stack, "mixed": mixed, "one": nn.ModuleList([nn.Linear(2, 2)])})
+    assert repeated_layers(model) == [stack[0], stack[1]]
+    assert repeated_layers(inner) == [inner[0], inner[1]]
+    assert repeated_layers(nn.Linear(2, 2)) == []
