@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import parse
 from lavis_dcd.evaluation.shortlist import score_dataset
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.learner import Learner
 from lavis_dcd.matching.recompute import repeated_layers
 from lavis_dcd.models import weights
 from lavis_dcd.models.towers import towers_signature
@@ -66,7 +67,7 @@ class CheckpointFiles(Protocol):
     def portable(config: Any) -> dict[str, Any]: ...
 
 
-class Retriever(LavisEvaluation, BaseModel, Matcher):
+class Retriever(LavisEvaluation, Learner, BaseModel, Matcher):
     """A LAVIS retrieval model that is a matcher, built from a dataclass.
 
     Sub-classes build their modules in ``_build(config)``, which is run anew when a file holds other modules.
@@ -142,9 +143,15 @@ class Retriever(LavisEvaluation, BaseModel, Matcher):
         report.log(path)
         return report
 
+    @override
     def checkpoint(self) -> dict[str, Any]:
-        """What a file of this model holds, frozen parts included: tensors and plain containers."""
+        # frozen parts included
         return {"model": self.state_dict(), "arch": self.arch(), "config": self.files.portable(self.config)}
+
+    @override
+    def head_parameter_names(self) -> set[str]:
+        prefixes = tuple(self.config.fast_parameters)
+        return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
 
     def train(self, mode: bool = True) -> Self:
         """Train mode, frozen encoders excepted: dropout in what does not learn is noise."""

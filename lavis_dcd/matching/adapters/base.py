@@ -20,6 +20,7 @@ from lavis_dcd.common.schema import parse, plain
 from lavis_dcd.matching.adapters.vocabulary import local_vocabulary
 from lavis_dcd.matching.contract import Matcher, pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.learner import Learner
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class AdapterOptions:
     match_memory_mb: float = 1024.0
 
 
-class Adapter(nn.Module, Matcher):
+class Adapter(Learner, nn.Module, Matcher):
     """A LAVIS model as a matcher: its sub-modules are used, nothing of them is changed or copied.
 
     Sub-classes say how pictures and texts are encoded and pairs scored, and

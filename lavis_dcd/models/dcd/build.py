@@ -16,6 +16,7 @@ from lavis_dcd.models.building import build_matcher, full_section
 from lavis_dcd.models.dcd.banked_teachers import BankedTeachers
 from lavis_dcd.models.dcd.config import DcdConfig, SuccessionConfig, model_section
 from lavis_dcd.models.dcd.prescreen import Prescreen
+from lavis_dcd.models.dcd.scores import GivesScores
 from lavis_dcd.models.dcd.teachers import Teachers
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def build_from_bank(config: DcdConfig) -> tuple[BankedTeachers, Matcher]:
     if config.student.get("init_from_teacher") is not None:
         path, section = config.teacher_sections[0]
         # freezes it, as every teacher
-        first = Teachers([build_matcher(model_section(section), path)]).one()
+        first = Teachers([build_matcher(model_section(section), path)]).matchers[0]
     return teachers, build_student(config, first)
 
 
@@ -131,7 +132,7 @@ def check_student(student: nn.Module) -> None:
         raise UserError("model.student: no parameter would learn; unfreeze a tower or keep a fusion of its own")
 
 
-def build_prescreen(config: DcdConfig, teachers: Any, student: Matcher) -> Prescreen | None:
+def build_prescreen(config: DcdConfig, teachers: GivesScores, student: Matcher) -> Prescreen | None:
     """The prescreen of a job, if it asks for one.
 
     Raises:
@@ -140,7 +141,7 @@ def build_prescreen(config: DcdConfig, teachers: Any, student: Matcher) -> Presc
     wanted = config.selection.prescreen
     if wanted is None:
         return None
-    sharing = [m for m in teachers.named().values() if m.shares_encoders_with(student)]
+    sharing = [m for m in teachers.by_view().values() if m.shares_encoders_with(student)]
     joint = next((matcher for matcher in [*sharing, student] if matcher.has_joint_space), None)
     if wanted.by == "joint" and joint is None:
         raise UserError("model.selection.prescreen.by: joint, but neither the student nor a teacher that shares its "

@@ -18,7 +18,7 @@ from lavis_dcd.common.files import asset_path
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import F, ImageFeatures, TextFeatures
 from lavis_dcd.models import weights
-from lavis_dcd.models.batch import BatchFeatures, info_nce, sample_features
+from lavis_dcd.models.batch import Batch, BatchFeatures, encode_batch, info_nce
 from lavis_dcd.models.dual_encoder import weights as dual_encoder_weights
 from lavis_dcd.models.dual_encoder.config import DualEncoderConfig
 from lavis_dcd.models.dual_encoder.pooling import EmbeddingHead
@@ -160,16 +160,6 @@ class DualEncoder(TwoTowers):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def head_parameter_names(self) -> set[str]:
-        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
-        prefixes = tuple(self.config.fast_parameters)
-        return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
-
-    @property
-    def find_unused_parameters(self) -> bool:
-        """Whether some step leaves trainable parameters without a gradient, as distributed training must know."""
-        return False
-
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Symmetric InfoNCE over all pairs of a training batch (LAVIS's ``RetrievalDataset`` samples).
 
@@ -178,7 +168,7 @@ class DualEncoder(TwoTowers):
         Returns:
             ``loss`` and ``contrastive_loss``, the same 0-dim tensor.
         """
-        batch = sample_features(self, samples)
+        batch = encode_batch(self, Batch.of(samples))
         loss = contrastive_loss(self.match_all(batch.images, batch.texts), batch, self.config.loss.label_smoothing)
         return {"loss": loss, "contrastive_loss": loss}
 

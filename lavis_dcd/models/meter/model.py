@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from lavis.common.registry import registry
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path
 from lavis_dcd.matching.attention import Shortcuts, additive_mask
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.models.batch import sample_features
+from lavis_dcd.models.batch import Batch, encode_batch
 from lavis_dcd.models.meter import weights as meter_weights
 from lavis_dcd.models.meter.config import MeterConfig
 from lavis_dcd.models.meter.fusion import JointHead, Pooler, fusion_layers, start_from_text
@@ -221,14 +222,9 @@ class MeterRetrieval(TwoTowers):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def head_parameter_names(self) -> set[str]:
-        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
-        prefixes = tuple(self.config.fast_parameters)
-        return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
-
     @property
+    @override
     def find_unused_parameters(self) -> bool:
-        """Whether some step leaves trainable parameters without a gradient, as distributed training must know."""
         return self.config.loss.fusion_start > 0 or not self.config.fusion_score
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -237,8 +233,8 @@ class MeterRetrieval(TwoTowers):
         Returns:
             ``loss``, ``fusion_loss`` and, with a joint head, ``joint_loss``: 0-dim tensors.
         """
-        batch = sample_features(self, samples)
-        return self.retrieval_loss(self, batch, float(samples.get("progress", 1.0)))
+        batch = Batch.of(samples)
+        return self.retrieval_loss(self, encode_batch(self, batch), batch.progress)
 
 
 def _order(image_index: Tensor, lengths: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lavis_dcd.common.files import asset_path
 from lavis_dcd.matching.attention import Shortcuts, additive_mask
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
-from lavis_dcd.models.batch import sample_features
+from lavis_dcd.models.batch import Batch, encode_batch
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
 from lavis_dcd.models.retriever import Retriever, model_types
 from lavis_dcd.models.towers import load_tokenizer
@@ -197,18 +197,14 @@ class ViltRetrieval(Retriever):
     def joint_logits(self, images: ImageFeatures, texts: TextFeatures) -> None:
         """Return None: there is no joint space."""
 
-    def head_parameter_names(self) -> set[str]:
-        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
-        prefixes = tuple(self.config.fast_parameters)
-        return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
-
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The model's own retrieval loss on a training batch (LAVIS's ``RetrievalDataset`` samples).
 
         Returns:
             ``loss`` and ``fusion_loss``: 0-dim tensors.
         """
-        return self.retrieval_loss(self, sample_features(self, samples), float(samples.get("progress", 1.0)))
+        batch = Batch.of(samples)
+        return self.retrieval_loss(self, encode_batch(self, batch), batch.progress)
 
 
 def _real_grids(images: Tensor, patch: int) -> Tensor:
