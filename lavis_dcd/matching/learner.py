@@ -1,43 +1,28 @@
-"""The contract of a model that a training job can train: what the loop and the task read from it, with defaults."""
+"""The hooks of a model that learns, as a training job calls them, each with its default."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from lavis_dcd.matching.contract import Matcher
-from lavis_dcd.matching.ensemble import Ensemble
-
 
 class Learner:
-    """A mix-in for ``nn.Module``; the defaults are those of a matcher that learns alone, without a teacher.
+    """Mixin of ``nn.Module`` for models that train; a subclass overrides the hooks whose default does not fit."""
 
-    Put it before ``nn.Module`` and ``Matcher`` among the bases. It has no constructor and no state.
-    """
+    # Captions that the training set draws per picture (0: none)
+    random_captions_per_image: int = 0
+    # Whether the training set must bring candidates and scores out of a score bank
+    needs_score_bank: bool = False
+    # Whether some step leaves trainable parameters without a gradient, as distributed training must know
+    find_unused_parameters: bool = False
 
-    @property
-    def random_captions_per_image(self) -> int:
-        """Captions that the training set must draw per picture (0: none)."""
-        return 0
+    def matchers(self) -> dict[str, Any]:
+        """Return what can be evaluated, by name ("teacher", "student"); by default the model itself."""
+        return {"model": self}
 
-    @property
-    def needs_score_bank(self) -> bool:
-        """Whether the training set must bring candidates and scores out of a score bank."""
-        return False
-
-    @property
-    def find_unused_parameters(self) -> bool:
-        """Whether some step leaves trainable parameters without a gradient, as distributed training must know."""
-        return False
-
-    def matchers(self) -> Mapping[str, Matcher | Ensemble]:
-        """Return what is evaluated, by the name it has in the tables of results."""
-        return {"model": self}  # type: ignore[dict-item]  # a learner without a teacher is a matcher
-
-    def view_matchers(self) -> dict[str, Matcher]:
-        """Return the matchers that preprocess otherwise than the data set does, by the view that each reads."""
+    def view_matchers(self) -> dict[str, Any]:
+        """Return the matchers that read pictures and captions of their own, by the name of their view."""
         return {}
 
     def views(self) -> dict[str, dict[str, Any]]:
@@ -45,24 +30,29 @@ class Learner:
         return {}
 
     def exported(self) -> nn.Module:
-        """Return the module whose :meth:`checkpoint` becomes the job's final file."""
-        return self  # type: ignore[return-value]  # a mix-in for nn.Module
+        """Return the model that the final file holds."""
+        assert isinstance(self, nn.Module)
+        return self
 
     def checkpoint(self) -> dict[str, Any]:
-        """Return the content of a file of this model: tensors and plain containers, ``model`` among them."""
-        return {"model": self.state_dict()}  # type: ignore[attr-defined]  # a mix-in for nn.Module
+        """Return what a file of this model holds: tensors and plain containers, with the weights under "model"."""
+        assert isinstance(self, nn.Module)
+        return {"model": self.state_dict()}
 
     def use_score_bank(self, bank: Any) -> None:
-        """Take notice of the score bank (``banks.score_bank.ScoreBank``) that the samples' scores come from."""
+        """Take the score bank that the samples' scores come from."""
 
     def teacher_fingerprint(self) -> str:
-        """Return a hash of the teachers, by which a resumed job finds that they are others; "" without a teacher."""
+        """Return a hash of the teacher's weights; "" without a teacher."""
         return ""
 
     def head_parameter_names(self) -> set[str]:
-        """Return the parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
+        """Return the names, as in ``named_parameters()``, of what learns at ``run.head_lr_multiplier``."""
         return set()
 
     def sharding_units(self) -> list[nn.Module]:
-        """Return the layers that ``run.strategy: fsdp`` gathers one at a time, see :meth:`Matcher.sharding_units`."""
+        """Return the layers that ``run.strategy: fsdp`` gathers one at a time, in the order in which they run.
+
+        Each must run by its ``forward`` alone, equally often in every process at each step.
+        """
         return []

@@ -101,11 +101,11 @@ class Batch:
             UserError: kept features, which serve the main view's encoders, for a view of another name.
         """
         samples = view_of(self.samples, name)
-        kept = samples.get("text_features")
-        if name != MAIN_VIEW and kept is not None:
+        text_features = samples.get("text_features")
+        if name != MAIN_VIEW and text_features is not None:
             raise UserError("run.cache_features: the kept features serve the student's encoders; set it to off")
         texts = [*samples["text_input"], *(samples.get("candidate_text") or ())]
-        return View(samples["image"], texts, samples.get("candidate_image"), kept)
+        return View(samples["image"], texts, samples.get("candidate_image"), text_features)
 
     def for_lavis(self) -> dict[str, Any]:
         """Return the samples of the main view, as the ``forward`` of a LAVIS model reads them."""
@@ -317,8 +317,8 @@ def own_rows(batch: BatchFeatures, pools: list[CandidatePool]) -> list[Candidate
     """Return the pools ``[Q, 1+C]`` cut to the queries that this process brought."""
     if batch.ranks.alone:
         return pools
-    own = batch.own_queries
-    return [CandidatePool(p.image_rows[own], p.text_rows[own], p.valid[own], p.direction) for p in pools]
+    rows = batch.own_queries
+    return [CandidatePool(p.image_rows[rows], p.text_rows[rows], p.valid[rows], p.direction) for p in pools]
 
 
 def whole_batch(

@@ -65,7 +65,7 @@ class Adapter(Learner, nn.Module, Matcher):
     options_class: ClassVar[type[AdapterOptions]] = AdapterOptions
     inference_modules: ClassVar[tuple[str, ...]] = ()
     # distributed training must know: a loss on scores alone leaves the joint space's parameters without a gradient
-    find_unused_parameters: ClassVar[bool] = True
+    find_unused_parameters: bool = True
 
     def __init__(
         self, model: nn.Module, section: Mapping[str, Any] | None = None, options: AdapterOptions | None = None

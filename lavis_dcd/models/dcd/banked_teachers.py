@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class BankedTeachers:
-    """A stand-in for :class:`lavis_dcd.models.dcd.teachers.Teachers` whose scores a score bank has.
+    """A stand-in for :class:``lavis_dcd.models.dcd.teachers.Teachers`` whose scores a score bank has.
 
     Args:
         family: of the teachers ("fusion" or "dual"), by which the loss terms are chosen.
@@ -71,7 +71,7 @@ class BankedTeachers:
         return {}
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the bank's identity and settings; "" before :meth:`use_bank`."""
+        """Return a SHA-256 over the bank's identity and settings; "" before :meth:``use_bank``."""
         return self._fingerprint
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:

@@ -30,6 +30,7 @@ from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.learner import Learner
 from lavis_dcd.matching.recompute import match_recomputed
 from lavis_dcd.models.batch import Batch, BatchFeatures, EncodedBatch, encode_batch, info_nce, own_rows, whole_batch
+from lavis_dcd.models.building import module_of
 from lavis_dcd.models.dcd.banked_teachers import BankedTeachers
 from lavis_dcd.models.dcd.build import (
     build_from_bank,
@@ -77,7 +78,10 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         )
         if faults := method_faults(config):
             raise UserError(faults)
-        check_student(student)
+        check_student(module_of(student))
+        self.random_captions_per_image = config.candidates.random_captions
+        self.needs_score_bank = config.candidates.from_bank
+        self.find_unused_parameters = isinstance(student, Learner) and student.find_unused_parameters
         self.pools = build_pools(config.candidates)
         self.prescreen = build_prescreen(config, self.teachers, student)
         self.loss_config = loss_defaults(config.loss, self.teachers.family, student.family)
@@ -125,7 +129,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
 
     @property
     def teacher(self) -> Matcher | Ensemble:
-        """What is evaluated as "teacher"."""
+        """The matcher that is evaluated as "teacher"."""
         return self.teachers.evaluated_matcher()
 
     @override
@@ -150,19 +154,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
 
     @override
     def exported(self) -> nn.Module:
-        return self.student
-
-    @property
-    @override
-    def random_captions_per_image(self) -> int:
-        pool = self.config.candidates.image_to_text
-        drawn = self.config.candidates.sources().get("image_to_text") == "random"
-        return (pool.count or 0) if drawn and pool is not None else 0
-
-    @property
-    @override
-    def needs_score_bank(self) -> bool:
-        return self.config.candidates.from_bank
+        return module_of(self.student)
 
     @override
     def use_score_bank(self, bank: ScoreBank) -> None:
@@ -177,11 +169,6 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def head_parameter_names(self) -> set[str]:
         names = self.student.head_parameter_names() if isinstance(self.student, Learner) else set()
         return {f"student.{name}" for name in names}
-
-    @property
-    @override
-    def find_unused_parameters(self) -> bool:
-        return isinstance(self.student, Learner) and self.student.find_unused_parameters
 
     @override
     def sharding_units(self) -> list[nn.Module]:
@@ -203,7 +190,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         """Return the distillation loss of a batch; under torchrun that of the global batch, in every process.
 
         Args:
-            samples: a batch, see :class:`lavis_dcd.matching.contract.Samples`; with the candidates of whatever
+            samples: a batch, see :class:``lavis_dcd.matching.contract.Samples``; with the candidates of whatever
                 ``model.candidates`` draws from the data set or takes out of a score bank.
 
         Returns:

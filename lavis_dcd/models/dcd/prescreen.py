@@ -11,6 +11,7 @@ from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.prescreen import found_share, most_promising
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.batch import BatchFeatures
+from lavis_dcd.models.building import module_of
 from lavis_dcd.models.dcd.config import PrescreenConfig
 from lavis_dcd.models.dcd.scores import ScoreTable, gather_tables, score_tables
 
@@ -44,7 +45,7 @@ class Prescreen:
 
         Args:
             pools: per direction, all candidates ``[Q, 1+C]``.
-            cut: the same after :meth:`cut`.
+            cut: the same after :meth:``cut``.
             teacher: the same, scored by the teacher.
             hardest: how many of a query's candidates count as its hardest.
 
@@ -71,9 +72,10 @@ class Prescreen:
         if matcher.family == "dual":
             return score_tables(matcher, batch, tables)
         # the score that ranks is the deterministic one: dropout would shuffle what is promising
-        training = matcher.training
-        matcher.eval()
+        module = module_of(matcher)
+        training = module.training
+        module.eval()
         try:
             return score_tables(matcher, batch, tables)
         finally:
-            matcher.train(training)
+            module.train(training)

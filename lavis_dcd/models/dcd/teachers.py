@@ -16,6 +16,7 @@ from lavis_dcd.distillation.ensemble import combine
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.models.batch import BatchFeatures, EncodedBatch, encode_batch
+from lavis_dcd.models.building import module_of
 from lavis_dcd.models.dcd.scores import ScoreTable, score_tables
 
 
@@ -33,9 +34,10 @@ class Teachers:
         self.weights = list(weights or [1.0] * len(self.matchers))
         # checks the weights, and stands for all of them in evaluations
         self._ensemble = Ensemble(self.matchers, self.weights)
-        for matcher in self.matchers:
-            matcher.requires_grad_(False)
-            matcher.eval()
+        self._modules = [module_of(matcher) for matcher in self.matchers]
+        for module in self._modules:
+            module.requires_grad_(False)
+            module.eval()
 
     @property
     def selects_hard_samples(self) -> bool:
@@ -66,19 +68,19 @@ class Teachers:
         digest = hashlib.sha256()
         if len(self.matchers) > 1:
             digest.update(repr(self.weights).encode())
-        for matcher in self.matchers:
-            update_with_tensors(digest, sorted(matcher.state_dict().items()))
+        for module in self._modules:
+            update_with_tensors(digest, sorted(module.state_dict().items()))
         return digest.hexdigest()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast all tensors, as ``nn.Module._apply``."""
-        for matcher in self.matchers:
-            matcher._apply(fn)
+        for module in self._modules:
+            module._apply(fn)
 
     def eval(self) -> None:
         """Put every teacher into evaluation mode."""
-        for matcher in self.matchers:
-            matcher.eval()
+        for module in self._modules:
+            module.eval()
 
     @torch.no_grad()
     def scores(
