@@ -1,7 +1,7 @@
 """Candidate pools: which captions (or images) each query of a batch is compared with.
 
 A pool names pairs by row only; nothing is scored here. Column 0 of every row is the match, columns 1..C are
-candidates, and `valid` is False where an entry must not be used: it shares the query's `image_id` (so it is
+candidates, and ``valid`` is False where an entry must not be used: it shares the query's ``image_id`` (so it is
 no negative), or repeats another.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-from torch import BoolTensor, LongTensor, Tensor
+from torch import Tensor
 
 IMAGE_TO_TEXT = "image_to_text"
 TEXT_TO_IMAGE = "text_to_image"
@@ -21,25 +21,25 @@ DIRECTIONS = (IMAGE_TO_TEXT, TEXT_TO_IMAGE)
 
 @dataclass
 class BatchContext:
-    """What a pool may know about a batch: identities and matches, no features and no scores.
+    """All of a batch that a pool reads: identities and matches, no features and no scores.
 
     Args:
-        image_ids: Long [I], the image id of each distinct image row.
-        text_image_ids: Long [T], the image id that each distinct text row belongs to.
-        match_pairs: Long [Q, 2], (image row, text row) of each sample: one query per sample.
-        extra_texts: Long [Q, C] or None, text rows of captions that come with each sample: drawn at random for its
+        image_ids: int64 ``[I]``, the image id of each distinct image row.
+        text_image_ids: int64 ``[T]``, the image id that each distinct text row belongs to.
+        match_pairs: int64 ``[Q, 2]``, (image row, text row) of each sample: one query per sample.
+        extra_texts: int64 ``[Q, C]`` or None, text rows of captions that come with each sample: drawn at random for its
             image, or out of a score bank.
-        extra_images: Long [Q, C] or None, image rows of pictures that come with each sample, out of a score bank.
+        extra_images: int64 ``[Q, C]`` or None, image rows of pictures that come with each sample, out of a score bank.
 
     Raises:
         ValueError: where a tensor has another shape, or an extra_ tensor another number of rows than match_pairs.
     """
 
-    image_ids: LongTensor
-    text_image_ids: LongTensor
-    match_pairs: LongTensor
-    extra_texts: LongTensor | None = None
-    extra_images: LongTensor | None = None
+    image_ids: Tensor
+    text_image_ids: Tensor
+    match_pairs: Tensor
+    extra_texts: Tensor | None = None
+    extra_images: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_ids", "text_image_ids"):
@@ -58,23 +58,23 @@ class BatchContext:
 
 @dataclass
 class CandidatePool:
-    """The candidates of Q queries: three tensors of one shape [Q, 1+C], the match in column 0.
+    """The candidates of Q queries: three tensors of one shape ``[Q, 1+C]``, the match in column 0.
 
     Args:
-        image_rows: Long [Q, 1+C], rows into the batch's distinct images (constant along a row for
+        image_rows: int64 ``[Q, 1+C]``, rows into the batch's distinct images (constant along a row for
             image_to_text).
-        text_rows: Long [Q, 1+C], rows into the batch's distinct texts (constant along a row for
+        text_rows: int64 ``[Q, 1+C]``, rows into the batch's distinct texts (constant along a row for
             text_to_image).
-        valid: Bool [Q, 1+C], False for entries that must not be used.
+        valid: bool ``[Q, 1+C]``, False for entries that must not be used.
         direction: "image_to_text" or "text_to_image".
 
     Raises:
         ValueError: on shapes that differ, a missing match column, or an unknown direction.
     """
 
-    image_rows: LongTensor
-    text_rows: LongTensor
-    valid: BoolTensor
+    image_rows: Tensor
+    text_rows: Tensor
+    valid: Tensor
     direction: str
 
     def __post_init__(self) -> None:
@@ -85,11 +85,16 @@ class CandidatePool:
 
 
 class PoolStrategy(Protocol):
-    """Builds the pool of one direction from what is known of the batch."""
+    """The way to build the pool of one direction from the identities of a batch."""
 
     direction: str
 
-    def build(self, context: BatchContext) -> CandidatePool: ...
+    def build(self, context: BatchContext) -> CandidatePool:
+        """Return the candidates of the batch's queries.
+
+        Raises:
+            ValueError: where the context lacks what the pool is made of.
+        """
 
 
 PoolClass = TypeVar("PoolClass", bound=Callable[..., PoolStrategy])
@@ -97,7 +102,7 @@ POOLS: dict[str, Callable[..., PoolStrategy]] = {}
 
 
 def register_pool(name: str) -> Callable[[PoolClass], PoolClass]:
-    """Class decorator: makes a pool strategy available as `candidates: {pool: <name>}`.
+    """Class decorator: makes a pool strategy available as ``candidates: {source: <name>}``.
 
     Raises:
         ValueError: when the name is taken by another class.
@@ -113,7 +118,7 @@ def register_pool(name: str) -> Callable[[PoolClass], PoolClass]:
 
 
 def build_pool(name: str, direction: str = IMAGE_TO_TEXT) -> PoolStrategy:
-    """The registered pool strategy `name` for one direction.
+    """Return the registered pool strategy ``name`` for one direction.
 
     Raises:
         ValueError: for an unknown name or a direction that the pool does not serve.
@@ -124,13 +129,13 @@ def build_pool(name: str, direction: str = IMAGE_TO_TEXT) -> PoolStrategy:
 
 
 def check_direction(direction: str) -> None:
-    """Raises ValueError unless `direction` is one of DIRECTIONS."""
+    """Raise ``ValueError`` unless ``direction`` is one of DIRECTIONS."""
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction '{direction}'; expected one of {', '.join(DIRECTIONS)}")
 
 
 @register_pool("in_batch")
-class InBatch:
+class InBatch(PoolStrategy):
     """All other images (or texts) of the batch's own samples, without extra captions: C = distinct - 1."""
 
     def __init__(self, direction: str = IMAGE_TO_TEXT) -> None:
@@ -138,17 +143,17 @@ class InBatch:
         self.direction = direction
 
     def build(self, context: BatchContext) -> CandidatePool:
-        """Pool [Q, 1+C] in ascending order of rows; two samples of one image are masked for each other."""
+        """Return a pool ``[Q, 1+C]`` in ascending order of rows; two samples of one image are masked for each other."""
         matches = context.match_pairs[:, 1 if self.direction == IMAGE_TO_TEXT else 0]
-        own = torch.unique(matches)  # sorted
-        place = torch.searchsorted(own, matches.contiguous())
-        others = torch.arange(len(own) - 1, device=own.device).expand(len(matches), -1)
-        return assemble(context, own[others + (others >= place[:, None])], self.direction)
+        distinct = torch.unique(matches)  # sorted
+        place = torch.searchsorted(distinct, matches.contiguous())
+        others = torch.arange(len(distinct) - 1, device=distinct.device).expand(len(matches), -1)
+        return assemble(context, distinct[others + (others >= place[:, None])], self.direction)
 
 
 @register_pool("random")
-class RandomFromDataset:
-    """The release's pool: C captions per image, drawn at random from the data set (`extra_texts`)."""
+class RandomFromDataset(PoolStrategy):
+    """The release's pool: C captions per image, drawn at random from the data set (``extra_texts``)."""
 
     def __init__(self, direction: str = IMAGE_TO_TEXT) -> None:
         check_direction(direction)
@@ -157,7 +162,7 @@ class RandomFromDataset:
         self.direction = direction
 
     def build(self, context: BatchContext) -> CandidatePool:
-        """Pool [Q, 1+C] in the order drawn; captions of the query's own image and repeats are masked.
+        """Return a pool ``[Q, 1+C]`` in the order drawn; captions of the query's own image and repeats are masked.
 
         Raises:
             ValueError: when the context has no extra_texts.
@@ -168,15 +173,15 @@ class RandomFromDataset:
 
 
 @register_pool("bank")
-class FromBank:
-    """The candidates that come with each sample out of a score bank (`extra_texts`, `extra_images`)."""
+class FromBank(PoolStrategy):
+    """The candidates that come with each sample out of a score bank (``extra_texts``, ``extra_images``)."""
 
     def __init__(self, direction: str = IMAGE_TO_TEXT) -> None:
         check_direction(direction)
         self.direction = direction
 
     def build(self, context: BatchContext) -> CandidatePool:
-        """Pool [Q, 1+C] in the bank's order; what shows the query's own image, and repeats, are masked.
+        """Return a pool ``[Q, 1+C]`` in the bank's order; what shows the query's own image, and repeats, are masked.
 
         Raises:
             ValueError: when the context has no candidates of this direction.
@@ -190,15 +195,15 @@ class FromBank:
 
 
 def assemble(context: BatchContext, candidates: Tensor, direction: str) -> CandidatePool:
-    """Puts the match in front of `candidates` and masks whatever is no negative.
+    """Put the match in front of ``candidates`` and masks whatever is no negative.
 
     Args:
         context: the batch.
-        candidates: Long [Q, C], text rows (image_to_text) or image rows (text_to_image), in any order.
+        candidates: int64 ``[Q, C]``, text rows (image_to_text) or image rows (text_to_image), in any order.
         direction: which of the two.
 
     Returns:
-        CandidatePool [Q, 1+C]. A candidate is valid when its image id differs from the query's and no earlier
+        CandidatePool ``[Q, 1+C]``. A candidate is valid when its image id differs from the query's and no earlier
         column holds it (a caption drawn twice would otherwise count twice).
     """
     image, text = context.match_pairs.unbind(1)
@@ -214,7 +219,7 @@ def assemble(context: BatchContext, candidates: Tensor, direction: str) -> Candi
 
 
 def _repeated(rows: Tensor) -> Tensor:
-    """Bool [Q, C]: the entry stands in an earlier column too. Sorting keeps the memory at Q x C."""
+    """bool ``[Q, C]``: the entry stands in an earlier column too. Sorting keeps the memory at Q x C."""
     order = torch.sort(rows, dim=1, stable=True)
     same = torch.zeros_like(rows, dtype=torch.bool)
     same[:, 1:] = order.values[:, 1:] == order.values[:, :-1]

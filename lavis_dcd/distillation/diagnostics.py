@@ -1,11 +1,11 @@
-"""What a training step tells of itself beside its loss."""
+"""Figures of a training step beside its loss: scores, misrankings, spread, the rank of the match."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import BoolTensor, Tensor
+from torch import Tensor
 
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.selection import Selection
@@ -19,22 +19,24 @@ def diagnostics(
     student_scores: list[Tensor],
     pools: Sequence[tuple[CandidatePool, Tensor | None]] = (),
 ) -> dict[str, Tensor]:
-    """Means over the queries that have a negative: scores of the match and of the hardest negative, misrankings.
+    """Return means over the queries that have a negative: scores of the match and of the hardest negative, misrankings.
 
     Args:
         selections: per direction, what the student saw.
-        student_scores: Float [Q, 1+K] per direction.
-        pools: per direction, candidates that nobody chose by their scores, and the teacher's scores [Q, 1+C] of them:
-            what the teacher is judged by. Empty where there are none such.
+        student_scores: float ``[Q, 1+K]`` per direction.
+        pools: per direction, candidates that were not chosen by scores, and the teacher's scores ``[Q, 1+C]`` of them,
+            by which the teacher is judged. Empty where there are none such.
 
     Returns:
-        0-dim tensors `<who>_match_score`, `<who>_hardest_score` and `<who>_misranked` of the student and, where it
-        scored, the teacher; `student_spread`, see `spread`; with pools `teacher_match_rank`, see `match_rank`. NaN
+        0-dim tensors ``<who>_match_score``, ``<who>_hardest_score`` and ``<who>_misranked`` of the student and, where
+        it scored, the teacher; ``student_spread``, see ``spread``; with pools ``teacher_match_rank``, see
+        ``match_rank``. NaN
         where no query has a negative.
     """
     tables = {"student": student_scores}
-    if all(s.teacher_scores is not None for s in selections):
-        tables["teacher"] = [s.teacher_scores for s in selections]
+    of_teacher = [s.teacher_scores for s in selections if s.teacher_scores is not None]
+    if len(of_teacher) == len(selections):
+        tables["teacher"] = of_teacher
     result = {}
     for name, of_directions in tables.items():
         matches, hardest = [], []
@@ -54,11 +56,13 @@ def diagnostics(
     return result
 
 
-def spread(scores: Sequence[Tensor], valid: Sequence[BoolTensor]) -> Tensor:
-    """The mean gap between a query's highest and lowest score, over the largest score's size: 0 for a dead model.
+def spread(scores: Sequence[Tensor], valid: Sequence[Tensor]) -> Tensor:
+    """Return the mean gap between a query's highest and lowest score, over the largest score's size.
+
+    It is 0 for a model that scores all pairs alike.
 
     Args:
-        scores, valid: [Q, 1+K] per direction; queries without a negative are left out.
+        scores, valid: ``[Q, 1+K]`` per direction; queries without a negative are left out.
     """
     gaps, sizes = [], []
     for table, usable in zip(scores, valid, strict=True):
@@ -71,11 +75,11 @@ def spread(scores: Sequence[Tensor], valid: Sequence[BoolTensor]) -> Tensor:
     return gap.mean() / size.amax().clamp_min(_TINY) if len(gap) else gap.mean()
 
 
-def match_rank(tables: Sequence[tuple[BoolTensor, Tensor]]) -> Tensor:
-    """The mean share of a query's negatives that score above its match, ties by half: 0.5 is chance, whatever C.
+def match_rank(tables: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the mean share of a query's negatives that score above its match, ties by half: 0.5 is chance, whatever C.
 
     Args:
-        tables: per direction valid and scores, [Q, 1+C], the match in column 0.
+        tables: per direction valid and scores, ``[Q, 1+C]``, the match in column 0.
     """
     shares = []
     for valid, scores in tables:

@@ -1,4 +1,4 @@
-"""Several teachers as one: tables of scores [Q, N] standardised per query, averaged with weights.
+"""Several teachers as one: tables of scores ``[Q, N]`` standardised per query, averaged with weights.
 
 Teachers score on scales of their own (a fusion model's logit, a cosine times a learned scale). Standardised per
 query, each has an equal say; the common scale given back at the end keeps a softmax over the result usable.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import BoolTensor, Tensor
+from torch import Tensor
 
 from lavis_dcd.distillation.losses import full_precision
 
@@ -17,15 +17,15 @@ SCORES_PER_BLOCK = 2**20
 
 
 @torch.no_grad()
-def standardise(scores: Tensor, valid: BoolTensor) -> Tensor:
-    """Mean 0 and (population) standard deviation 1 over each query's valid entries.
+def standardise(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scale to mean 0 and (population) standard deviation 1 over each query's valid entries.
 
     Args:
-        scores: Float [Q, N], finite where valid; whatever masked entries hold is ignored.
-        valid: Bool [Q, N].
+        scores: float ``[Q, N]``, finite where valid; whatever masked entries hold is ignored.
+        valid: bool ``[Q, N]``.
 
     Returns:
-        float32 [Q, N], 0 at masked entries. Rows whose valid entries are all equal, single or none are 0.
+        float32 ``[Q, N]``, 0 at masked entries. Rows whose valid entries are all equal, single or none are 0.
 
     Raises:
         ValueError: when the shapes differ.
@@ -34,8 +34,8 @@ def standardise(scores: Tensor, valid: BoolTensor) -> Tensor:
 
 
 @torch.no_grad()
-def combine(tables: Sequence[Tensor], valid: BoolTensor, weights: Sequence[float]) -> Tensor:
-    """The scores of an ensemble: sum_k w_k z_k, with z_k the standardised scores of teacher k, on a common scale.
+def combine(tables: Sequence[Tensor], valid: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the scores of an ensemble: sum_k w_k z_k on a common scale, z_k the standardised scores of teacher k.
 
     The sum is multiplied by the weighted mean of the teachers' standard deviations of that query, and the weighted
     mean of their means is added: the order of candidates is that of the sum, and a softmax over the result is
@@ -44,12 +44,12 @@ def combine(tables: Sequence[Tensor], valid: BoolTensor, weights: Sequence[float
     their order. A single teacher (or the only one of weight above 0) is returned as it is.
 
     Args:
-        tables: Float [Q, N] per teacher, of the same candidates.
-        valid: Bool [Q, N].
+        tables: float ``[Q, N]`` per teacher, of the same candidates.
+        valid: bool ``[Q, N]``.
         weights: one per teacher, not negative, not all 0; only their ratios matter.
 
     Returns:
-        float32 [Q, N], 0 at masked entries.
+        float32 ``[Q, N]``, 0 at masked entries.
 
     Raises:
         ValueError: on no table, shapes that differ, or weights that do not fit.
@@ -59,7 +59,7 @@ def combine(tables: Sequence[Tensor], valid: BoolTensor, weights: Sequence[float
         _check(table, valid)
     if len(shares) == 1:
         return torch.where(valid, full_precision(shares[0][0]), 0.0)
-    average, mean, deviation = 0.0, 0.0, 0.0
+    average = mean = deviation = torch.zeros((), device=valid.device)
     for table, share in shares:
         moments = _moments(table, valid)
         average = average + share * _standardised(table, valid, *moments)
@@ -82,7 +82,7 @@ class Combination:
 
     @torch.no_grad()
     def add(self, table: Tensor) -> None:
-        """The next table, Float [Q, N], on the CPU. An only one of weight above 0 is kept as it is."""
+        """Add the next table, float ``[Q, N]``, on the CPU. Where it alone has a weight above 0, it stays as it is."""
         share, self._come = self._shares[self._come], self._come + 1
         if share == 0:
             return
@@ -94,7 +94,7 @@ class Combination:
             self._mean, self._deviation = torch.zeros(len(table), 1), torch.zeros(len(table), 1)
         # by rows: the temporaries of a whole COCO matrix would take gigabytes
         rows = max(1, SCORES_PER_BLOCK // max(1, table.shape[1]))
-        parts = (t.split(rows) for t in (table, self._sum, self._mean, self._deviation))
+        parts = (torch.split(t, rows) for t in (table, self._sum, self._mean, self._deviation))
         for scores, total, mean, deviation in zip(*parts, strict=True):
             valid = torch.ones_like(scores, dtype=torch.bool)
             moments = _moments(scores, valid)
@@ -104,7 +104,7 @@ class Combination:
 
     @torch.no_grad()
     def result(self) -> Tensor:
-        """``combine`` of all tables, float32 [Q, N]; no other may come.
+        """Return ``combine`` of all tables, float32 ``[Q, N]``; no other may come.
 
         Raises:
             ValueError: fewer tables came than there are weights.
@@ -124,12 +124,12 @@ def _shares(weights: Sequence[float], tables: int) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def _standardised(scores: Tensor, valid: BoolTensor, mean: Tensor, deviation: Tensor) -> Tensor:
+def _standardised(scores: Tensor, valid: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     return torch.where(valid & (deviation > 0), (full_precision(scores) - mean) / deviation, 0.0)
 
 
-def _moments(scores: Tensor, valid: BoolTensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [Q, 1] over valid entries; the deviation of equal ones is exactly 0."""
+def _moments(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[Q, 1]`` over valid entries; the deviation of equal ones is exactly 0."""
     _check(scores, valid)
     scores = full_precision(scores)
     low = scores.masked_fill(~valid, float("inf")).amin(dim=1, keepdim=True)
@@ -145,7 +145,7 @@ def _moments(scores: Tensor, valid: BoolTensor) -> tuple[Tensor, Tensor]:
     return low + span * mean, span * variance.sqrt()
 
 
-def _check(scores: Tensor, valid: BoolTensor) -> None:
+def _check(scores: Tensor, valid: Tensor) -> None:
     if valid.dim() != 2 or scores.shape != valid.shape:
         shapes = f"{tuple(scores.shape)} and {tuple(valid.shape)}"
         raise ValueError(f"scores and valid must have one shape [Q, N], got {shapes}")

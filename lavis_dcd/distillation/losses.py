@@ -1,4 +1,4 @@
-"""Losses per query: scores [Q, 1+K] in, unreduced rows [Q] out; `weighting` weighs, `reduce_rows` sums them.
+"""Losses per query: scores ``[Q, 1+K]`` in, unreduced rows ``[Q]`` out, which ``reduce_rows`` weighs and sums.
 
 Masked entries never contribute, whatever they hold, and a row whose match (column 0) is masked is 0. All of
 it is computed in float32 at least, whatever precision the scores arrive in.
@@ -15,7 +15,7 @@ added; scale: a factor above 0; monotone: any map that keeps the order):
     bce                                  -
     listwise_ce                          shift
 
-`families.resolve` chooses by that table: terms that hold no scale of one model against another's.
+``objective.loss_defaults`` chooses by that table: across families, terms that compare no scale with another's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import BoolTensor, Tensor
+import torch.nn.functional as nnf
+from torch import Tensor
+from typing_extensions import override
 
 # Keeps the direction of a student that scores all candidates alike finite.
 _LEAST_NORM = 1e-6
@@ -36,28 +37,48 @@ _FILL = -1e30
 
 
 class DistillLoss(Protocol):
-    """Teacher scores, student scores, valid, all [Q, 1+K] -> rows [Q]; ValueError where shapes differ."""
+    """A term of the teacher's and the student's scores."""
 
-    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor: ...
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: Tensor) -> Tensor:
+        """Return the unreduced term of every query, float ``[Q]``.
+
+        Args:
+            teacher_scores: float ``[Q, 1+K]``.
+            student_scores: float ``[Q, 1+K]``.
+            valid: bool ``[Q, 1+K]``.
+
+        Raises:
+            ValueError: where the shapes differ.
+        """
 
 
 class ContrastiveLoss(Protocol):
-    """Student scores [Q, 1+K] with the match in column 0, valid [Q, 1+K] -> rows [Q]."""
+    """A term of the student's scores alone, the match in column 0."""
 
-    def __call__(self, student_scores: Tensor, valid: BoolTensor) -> Tensor: ...
+    def __call__(self, student_scores: Tensor, valid: Tensor) -> Tensor:
+        """Return the unreduced term of every query, float ``[Q]``.
+
+        Args:
+            student_scores: float ``[Q, 1+K]``.
+            valid: bool ``[Q, 1+K]``.
+
+        Raises:
+            ValueError: where the shapes differ.
+        """
 
 
 @dataclass(frozen=True)
-class MeanSquaredError:
+class MeanSquaredError(DistillLoss):
     """mean_c (t_c - s_c)^2 over the valid candidates: the paper's term, in which a temperature cancels."""
 
-    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+    @override
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: Tensor) -> Tensor:
         teacher, student, valid = prepare(valid, teacher_scores, student_scores)
         return _row_mean((teacher - student).square(), valid)
 
 
 @dataclass(frozen=True)
-class KullbackLeibler:
+class KullbackLeibler(DistillLoss):
     """T^2 * KL(softmax(t/T) || softmax(s/T)) over the valid candidates: blind to a shift of either side.
 
     Raises:
@@ -70,7 +91,8 @@ class KullbackLeibler:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
-    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+    @override
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: Tensor) -> Tensor:
         teacher, student, valid = prepare(valid, teacher_scores, student_scores)
         target = masked_log_softmax(teacher / self.temperature, valid)
         output = masked_log_softmax(student / self.temperature, valid)
@@ -78,41 +100,44 @@ class KullbackLeibler:
 
 
 @dataclass(frozen=True)
-class MarginMeanSquaredError:
+class MarginMeanSquaredError(DistillLoss):
     """mean over the valid negatives of ((t_0 - t_c) - (s_0 - s_c))^2: gaps to the match, no common zero.
 
-    Both sides need one scale; `pearson` is the squared error that does not.
+    Both sides need one scale; ``pearson`` is the squared error that does not.
     """
 
-    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+    @override
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: Tensor) -> Tensor:
         teacher, student, valid = prepare(valid, teacher_scores, student_scores)
         gaps = (teacher[:, :1] - teacher[:, 1:]) - (student[:, :1] - student[:, 1:])
         return _row_mean(gaps.square(), valid[:, 1:])
 
 
 @dataclass(frozen=True)
-class RankNet:
+class RankNet(DistillLoss):
     """mean over pairs that the teacher orders (t_i > t_j, both valid) of softplus(s_j - s_i).
 
     Of the teacher only the order counts; the student's scale decides how sharply. Memory Q x (1+K)^2.
     """
 
-    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+    @override
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: Tensor) -> Tensor:
         teacher, student, valid = prepare(valid, teacher_scores, student_scores)
         ordered = (teacher[:, :, None] > teacher[:, None, :]) & valid[:, :, None] & valid[:, None, :]
-        violation = F.softplus(student[:, None, :] - student[:, :, None])
+        violation = nnf.softplus(student[:, None, :] - student[:, :, None])
         return _row_mean(violation.flatten(1), ordered.flatten(1))
 
 
 @dataclass(frozen=True)
-class PearsonDistance:
+class PearsonDistance(DistillLoss):
     """1 - Pearson's correlation of t and s over the valid candidates, in [0, 2]; after DIST (arXiv 2205.10536).
 
     Half the mean squared error of both sides' standardised scores, so blind to shift and scale of either. Rows with
     one valid entry, or that the teacher scores alike, are 0.
     """
 
-    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+    @override
+    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: Tensor) -> Tensor:
         teacher, student, valid = prepare(valid, teacher_scores, student_scores)
         teacher, student = (_direction(item, valid) for item in (teacher, student))
         known = teacher.any(dim=1)
@@ -120,29 +145,31 @@ class PearsonDistance:
 
 
 @dataclass(frozen=True)
-class BinaryCrossEntropy:
+class BinaryCrossEntropy(ContrastiveLoss):
     """mean over the valid candidates of BCEWithLogits(s, [1, 0, ..., 0]): the paper's contrastive term.
 
     It wants logits: 0 is where a match becomes likely.
     """
 
-    def __call__(self, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+    @override
+    def __call__(self, student_scores: Tensor, valid: Tensor) -> Tensor:
         student, valid = prepare(valid, student_scores)
         target = torch.zeros_like(student)
         target[:, 0] = 1
-        return _row_mean(F.binary_cross_entropy_with_logits(student, target, reduction="none"), valid)
+        return _row_mean(nnf.binary_cross_entropy_with_logits(student, target, reduction="none"), valid)
 
 
 @dataclass(frozen=True)
-class ListwiseCrossEntropy:
+class ListwiseCrossEntropy(ContrastiveLoss):
     """-log softmax(s)_0 over the valid candidates: blind to a shift."""
 
-    def __call__(self, student_scores: Tensor, valid: BoolTensor) -> Tensor:
+    @override
+    def __call__(self, student_scores: Tensor, valid: Tensor) -> Tensor:
         student, valid = prepare(valid, student_scores)
         return match_cross_entropy(student, valid)
 
 
-# Classes, built with the fields of `objective.LossConfig` that they declare (a dataclass field `temperature`
+# Classes, built with the fields of ``objective.LossConfig`` that they declare (a dataclass field ``temperature``
 # receives it).
 DISTILL_LOSSES: dict[str, Callable[..., DistillLoss]] = {
     "mse": MeanSquaredError,
@@ -158,7 +185,7 @@ CONTRASTIVE_LOSSES: dict[str, Callable[..., ContrastiveLoss]] = {
 
 
 def reduce_rows(rows: Tensor, weights: Tensor) -> Tensor:
-    """sum_q weights_q * rows_q, a scalar: the one reduction, without broadcasting, so no weight can cancel.
+    """Return sum_q weights_q * rows_q, 0-dim: the one reduction, without broadcasting, so no weight can cancel.
 
     Raises:
         ValueError: naming both shapes, unless both are one-dimensional and of one length.
@@ -169,13 +196,13 @@ def reduce_rows(rows: Tensor, weights: Tensor) -> Tensor:
     return (rows * weights).sum()
 
 
-def prepare(valid: BoolTensor, *scores: Tensor) -> tuple[Tensor, ...]:
-    """Each of `scores` in float32 with masked entries at 0, then `valid` with unmatched rows off.
+def prepare(valid: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
+    """Return each of ``scores`` in float32 with masked entries at 0, then ``valid`` with unmatched rows off.
 
     float64 stays float64, for checks of gradients.
 
     Raises:
-        ValueError: naming the shapes, unless all are [Q, 1+K].
+        ValueError: naming the shapes, unless all are ``[Q, 1+K]``.
     """
     shapes = [tuple(item.shape) for item in scores]
     if valid.dim() != 2 or any(shape != tuple(valid.shape) for shape in shapes):
@@ -186,27 +213,27 @@ def prepare(valid: BoolTensor, *scores: Tensor) -> tuple[Tensor, ...]:
 
 
 def full_precision(scores: Tensor) -> Tensor:
-    """The scores in float32; float64 stays as it is."""
+    """Return the scores in float32; float64 stays as it is."""
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
-def masked_log_softmax(scores: Tensor, valid: BoolTensor) -> Tensor:
-    """log softmax over the valid entries of each row, 0 at masked ones. Finite for any finite scores."""
-    return torch.where(valid, F.log_softmax(scores.masked_fill(~valid, _FILL), dim=1), 0.0)
+def masked_log_softmax(scores: Tensor, valid: Tensor) -> Tensor:
+    """Return log softmax over the valid entries of each row, 0 at masked ones. Finite for any finite scores."""
+    return torch.where(valid, nnf.log_softmax(scores.masked_fill(~valid, _FILL), dim=1), 0.0)
 
 
-def match_cross_entropy(scores: Tensor, valid: BoolTensor) -> Tensor:
-    """-log softmax(scores)_0 per row [Q]; 0 where the match is masked."""
+def match_cross_entropy(scores: Tensor, valid: Tensor) -> Tensor:
+    """-log softmax(scores)_0 per row ``[Q]``; 0 where the match is masked."""
     return -masked_log_softmax(scores, valid)[:, 0]
 
 
-def _direction(scores: Tensor, valid: BoolTensor) -> Tensor:
+def _direction(scores: Tensor, valid: Tensor) -> Tensor:
     """Each row's valid scores less their mean, as a unit vector; 0 where they are all equal."""
     # gaps to the match first: equal scores then have a mean of exactly 0
     scores = torch.where(valid, scores - scores[:, :1], 0.0)
     mean = scores.sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp_min(1)
-    return F.normalize(torch.where(valid, scores - mean, 0.0), dim=1, eps=_LEAST_NORM)
+    return nnf.normalize(torch.where(valid, scores - mean, 0.0), dim=1, eps=_LEAST_NORM)
 
 
-def _row_mean(values: Tensor, valid: BoolTensor) -> Tensor:
+def _row_mean(values: Tensor, valid: Tensor) -> Tensor:
     return (values * valid).sum(dim=1) / valid.sum(dim=1).clamp_min(1)

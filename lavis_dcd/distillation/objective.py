@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import BoolTensor, Tensor
+import torch.nn.functional as nnf
+from torch import Tensor
+from typing_extensions import override
 
 from lavis_dcd.distillation.losses import (
     CONTRASTIVE_LOSSES,
@@ -36,13 +37,13 @@ LEFT_TO_FAMILIES = ("distill", "contrastive")
 
 @dataclass
 class LossConfig:
-    """The `loss:` section of a `dcd` model.
+    """The ``loss:`` section of a ``dcd`` model.
 
     Args:
         reference: "paper", or "release" for the published code's arithmetic, faults included.
         alpha: share of the distillation term in [0, 1]; 0 trains on the ground truth alone.
         distill: a name in DISTILL_LOSSES, or "auto": by the teacher's and the student's family, see
-            `loss_defaults`.
+            ``loss_defaults``.
         contrastive: a name in CONTRASTIVE_LOSSES, or "auto".
         weighting: a name in WEIGHTINGS.
         gamma: how sharply the weightings that know it favour what the teacher is sure of; >= 0.
@@ -69,9 +70,11 @@ class LossConfig:
 
 
 def loss_defaults(cfg: LossConfig, teacher_family: str, student_family: str) -> LossConfig:
-    """`cfg` with every "auto" replaced, and `in_batch_weight` filled: 1 for a dual student, 0 for a fusion one.
+    """Return ``cfg`` with every "auto" replaced, and ``in_batch_weight`` filled.
 
-    What the user named is kept. The published code (`reference: release`) has the paper's terms only, so there
+    That weight is 1 for a dual student, 0 for a fusion one.
+
+    Terms that the user named stay. The published code (``reference: release``) has the paper's terms only, so there
     "auto" means those whatever the families.
 
     Raises:
@@ -94,20 +97,25 @@ def loss_defaults(cfg: LossConfig, teacher_family: str, student_family: str) -> 
 
 
 class Objective(Protocol):
-    """Scores [Q, 1+K], the match in column 0 -> scalars "loss", "distill_loss", "contrastive_loss" with grad.
-
-    `needs_teacher` is False where teacher_scores may be None.
-    """
+    """Both terms and their sum; ``needs_teacher`` is False where the teacher's scores may be None."""
 
     needs_teacher: bool
 
-    def __call__(
-        self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor
-    ) -> dict[str, Tensor]: ...
+    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """Return the 0-dim tensors ``loss``, ``distill_loss`` and ``contrastive_loss``, with gradients.
+
+        Args:
+            teacher_scores: float ``[Q, 1+K]``, the match in column 0, or None.
+            student_scores: float ``[Q, 1+K]``.
+            valid: bool ``[Q, 1+K]``.
+
+        Raises:
+            ValueError: where the shapes differ, or the teacher's scores are needed and None.
+        """
 
 
 def build_objective(cfg: LossConfig) -> Objective:
-    """The objective that `cfg` names; what it leaves to "auto" is taken for fusion models on both sides.
+    """Return the objective that ``cfg`` names; what it leaves to "auto" is taken for fusion models on both sides.
 
     Raises:
         ValueError: one line per fault: unknown names with the known ones listed, numbers out of range, a
@@ -121,7 +129,7 @@ def build_objective(cfg: LossConfig) -> Objective:
 
 
 def config_faults(cfg: LossConfig) -> list[str]:
-    """What is wrong with `cfg`, one line per fault; empty when nothing is.
+    """Return what is wrong with ``cfg``, one line per fault; empty when nothing is.
 
     A term left to "auto" is in order here; what it resolves to may still not go with the rest.
     """
@@ -148,7 +156,7 @@ def config_faults(cfg: LossConfig) -> list[str]:
     return faults or REFERENCES[cfg.reference].faults(cfg)
 
 
-class PaperObjective:
+class PaperObjective(Objective):
     """alpha * sum_q w_q * distill_q + (1 - alpha) * sum_q v_q * contrastive_q, weights applied row by row."""
 
     def __init__(self, cfg: LossConfig) -> None:
@@ -161,13 +169,15 @@ class PaperObjective:
 
     @staticmethod
     def faults(cfg: LossConfig) -> list[str]:
+        """Return which settings do not go with this arithmetic, one line per fault."""
         if cfg.distill == AUTO:
             return []
-        if cfg.temperature != 1 and "temperature" not in _knobs(DISTILL_LOSSES[cfg.distill]):
+        if cfg.temperature != 1 and "temperature" not in _settings_of(DISTILL_LOSSES[cfg.distill]):
             return [f"loss.temperature: does nothing in distill '{cfg.distill}'; leave it at 1 or use distill: kl"]
         return []
 
-    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor) -> dict[str, Tensor]:
+    @override
+    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: Tensor) -> dict[str, Tensor]:
         if teacher_scores is None and self.needs_teacher:
             raise ValueError(
                 f"alpha {self.alpha} with weighting '{self.weighting_name}' needs teacher_scores, got None; "
@@ -183,7 +193,7 @@ class PaperObjective:
         return _total(distill, contrastive, self.alpha, 1 - self.alpha)
 
 
-class ReleaseObjective:
+class ReleaseObjective(Objective):
     """The published arithmetic over full rows, faults included; for comparison only.
 
     The squared error is one mean over the batch before the weights multiply it, so they cancel (and gamma and
@@ -201,6 +211,7 @@ class ReleaseObjective:
 
     @staticmethod
     def faults(cfg: LossConfig) -> list[str]:
+        """Return which settings do not go with this arithmetic, one line per fault."""
         faults = []
         if cfg.weighting not in ("entropy_share", "wsl"):
             faults.append(f"loss.weighting: reference 'release' has entropy_share and wsl only, got '{cfg.weighting}'")
@@ -210,7 +221,8 @@ class ReleaseObjective:
             faults.append(f"loss.contrastive: reference 'release' has bce only, got '{cfg.contrastive}'")
         return faults
 
-    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: BoolTensor) -> dict[str, Tensor]:
+    @override
+    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: Tensor) -> dict[str, Tensor]:
         if teacher_scores is None:
             raise ValueError("reference 'release' needs teacher_scores, got None")
         teacher, student, valid = prepare(valid, teacher_scores.detach(), student_scores)
@@ -218,15 +230,15 @@ class ReleaseObjective:
         return self.variant(teacher, student, valid, squared_error)
 
     def _entropy_share(
-        self, teacher: Tensor, student: Tensor, valid: BoolTensor, squared_error: Tensor
+        self, teacher: Tensor, student: Tensor, valid: Tensor, squared_error: Tensor
     ) -> dict[str, Tensor]:
-        p = torch.where(valid, F.softmax(teacher.masked_fill(~valid, -1e30), dim=1), 1.0)
+        p = torch.where(valid, nnf.softmax(teacher.masked_fill(~valid, -1e30), dim=1), 1.0)
         entropy = -(p * p.log()).sum(dim=1)
         contrastive = reduce_rows(BinaryCrossEntropy()(student, valid), entropy / entropy.sum())
         return _total(squared_error, contrastive, self.alpha, 1 - self.alpha)
 
     def _weighted_soft_labels(
-        self, teacher: Tensor, student: Tensor, valid: BoolTensor, squared_error: Tensor
+        self, teacher: Tensor, student: Tensor, valid: Tensor, squared_error: Tensor
     ) -> dict[str, Tensor]:
         rows = valid[:, 0].sum().clamp_min(1)
         weight = soft_label_weights(teacher, student, valid).sum() / rows
@@ -234,7 +246,10 @@ class ReleaseObjective:
         return _total(weight * squared_error, cross_entropy, self.alpha, 1.0)
 
 
-REFERENCES: dict[str, Any] = {"paper": PaperObjective, "release": ReleaseObjective}
+REFERENCES: dict[str, type[PaperObjective] | type[ReleaseObjective]] = {
+    "paper": PaperObjective,
+    "release": ReleaseObjective,
+}
 
 
 def _total(distill: Tensor, contrastive: Tensor, distill_share: float, contrastive_share: float) -> dict[str, Tensor]:
@@ -242,10 +257,10 @@ def _total(distill: Tensor, contrastive: Tensor, distill_share: float, contrasti
     return {"loss": loss, "distill_loss": distill, "contrastive_loss": contrastive}
 
 
-def _knobs(part: Any) -> set[str]:
+def _settings_of(term: Any) -> set[str]:
     """The LossConfig fields that a registered class takes: its dataclass fields of the same name."""
-    return {item.name for item in fields(LossConfig)} & set(getattr(part, "__dataclass_fields__", {}))
+    return {item.name for item in fields(LossConfig)} & set(getattr(term, "__dataclass_fields__", {}))
 
 
-def _configured(part: Any, cfg: LossConfig) -> Any:
-    return part(**{name: getattr(cfg, name) for name in _knobs(part)})
+def _configured(term: Any, cfg: LossConfig) -> Any:
+    return term(**{name: getattr(cfg, name) for name in _settings_of(term)})

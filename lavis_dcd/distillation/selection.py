@@ -1,6 +1,6 @@
 """Teacher-guided selection: of each query's candidates, the match and the K negatives that reach the student.
 
-Indices and teacher scores are gathered by one index tensor, so they cannot come apart; `release_selection`
+Indices and teacher scores are gathered by one index tensor, so they cannot come apart; ``release_selection``
 shows the published code's way, where they do.
 """
 
@@ -10,61 +10,66 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import BoolTensor, FloatTensor, LongTensor, Tensor
+import torch.nn.functional as nnf
+from torch import Tensor
+from typing_extensions import override
 
 from lavis_dcd.distillation.candidates import CandidatePool
 
 
 @dataclass
 class Selection:
-    """What the student sees: [Q, 1+K] each, the match in column 0, masked entries pointing at the match.
+    """The pairs that the student scores: the match in column 0, masked entries pointing at the match.
 
     Args:
-        image_rows, text_rows: Long [Q, 1+K], rows into the batch's distinct images and texts.
-        teacher_scores: Float [Q, 1+K] at the same pairs, or None in training on the ground truth alone.
-        valid: Bool [Q, 1+K], False where a query had fewer than K usable negatives.
+        image_rows, text_rows: int64 ``[Q, 1+K]``, rows into the batch's distinct images and texts.
+        teacher_scores: float ``[Q, 1+K]`` at the same pairs, or None in training on the ground truth alone.
+        valid: bool ``[Q, 1+K]``, False where a query had fewer than K usable negatives.
     """
 
-    image_rows: LongTensor
-    text_rows: LongTensor
-    teacher_scores: FloatTensor | None
-    valid: BoolTensor
+    image_rows: Tensor
+    text_rows: Tensor
+    teacher_scores: Tensor | None
+    valid: Tensor
 
 
 class SelectionStrategy(Protocol):
-    """ProcessGroup candidates by priorities(...), Float [Q, C]: higher is taken first, ties by lower column.
-
-    `negatives`, Bool [Q, C], are the usable ones; `teacher_scores` [Q, 1+C] is None without a teacher.
-    """
+    """Ranks candidates; ``needs_teacher`` is False where the teacher's scores may be None."""
 
     needs_teacher: bool
 
-    def priorities(
-        self, negatives: BoolTensor, teacher_scores: FloatTensor | None, generator: torch.Generator | None
-    ) -> FloatTensor: ...
+    def priorities(self, negatives: Tensor, teacher_scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Return float ``[Q, C]``: the highest are taken first, ties by lower column.
+
+        Args:
+            negatives: bool ``[Q, C]``, the usable candidates.
+            teacher_scores: float ``[Q, 1+C]``, the match in column 0; None without a teacher.
+            generator: source of chance; None for torch's.
+
+        Raises:
+            ValueError: where the teacher's scores are needed and None.
+        """
 
 
-class Hardest:
+class Hardest(SelectionStrategy):
     """The negatives that the teacher scores highest."""
 
     needs_teacher = True
 
-    def priorities(
-        self, negatives: BoolTensor, teacher_scores: FloatTensor | None, generator: torch.Generator | None
-    ) -> FloatTensor:
+    @override
+    def priorities(self, negatives: Tensor, teacher_scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
         if teacher_scores is None:
             raise ValueError("selection strategy 'hardest' needs teacher_scores; use 'random' without a teacher")
         return teacher_scores[:, 1:]
 
 
-class Random:
+class Random(SelectionStrategy):
     """Negatives drawn uniformly, without replacement."""
 
     needs_teacher = False
 
-    def priorities(
-        self, negatives: BoolTensor, teacher_scores: FloatTensor | None, generator: torch.Generator | None
-    ) -> FloatTensor:
+    @override
+    def priorities(self, negatives: Tensor, teacher_scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
         device = negatives.device if generator is None else generator.device
         return torch.rand(negatives.shape, generator=generator, device=device).to(negatives.device)
 
@@ -74,17 +79,17 @@ SELECTION_STRATEGIES: dict[str, SelectionStrategy] = {"hardest": Hardest(), "ran
 
 def select(
     pool: CandidatePool,
-    teacher_scores: FloatTensor | None,
+    teacher_scores: Tensor | None,
     hard_negatives: int | None,
     strategy: str | SelectionStrategy = "hardest",
     margin: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Selection:
-    """Keeps the match and at most K valid negatives per query; all of them, in the pool's order, without K.
+    """Keep the match and at most K valid negatives per query; all of them, in the pool's order, without K.
 
     Args:
-        pool: candidates [Q, 1+C].
-        teacher_scores: Float [Q, 1+C], or None where the strategy needs none.
+        pool: candidates ``[Q, 1+C]``.
+        teacher_scores: float ``[Q, 1+C]``, or None where the strategy needs none.
         hard_negatives: K >= 1. With C < K the surplus columns are masked. None: every valid candidate, so K = C;
             then the strategy has nothing to choose and needs no teacher.
         strategy: a name in SELECTION_STRATEGIES, or an object with the same method.
@@ -93,7 +98,7 @@ def select(
         generator: source of chance for "random".
 
     Returns:
-        Selection [Q, 1+K].
+        Selection ``[Q, 1+K]``.
 
     Raises:
         ValueError: on K < 1, an unknown strategy, scores of another shape than the pool, or a margin without
@@ -102,37 +107,37 @@ def select(
     chooser = _strategy(strategy)
     _check(pool, teacher_scores, hard_negatives, margin)
     negatives = pool.valid[:, 1:] & pool.valid[:, :1]
-    if margin is not None:
+    if margin is not None and teacher_scores is not None:
         negatives = negatives & (teacher_scores[:, 1:] <= teacher_scores[:, :1] + margin)
     if hard_negatives is None:
-        columns, kept = _all(negatives)
+        columns, usable = _all(negatives)
     else:
         priorities = chooser.priorities(negatives, teacher_scores, generator)
-        columns, kept = take_highest(priorities, negatives, hard_negatives)
+        columns, usable = take_highest(priorities, negatives, hard_negatives)
     index = torch.cat([columns.new_zeros(len(columns), 1), columns], dim=1)
     return Selection(
         image_rows=pool.image_rows.gather(1, index),
         text_rows=pool.text_rows.gather(1, index),
         teacher_scores=None if teacher_scores is None else teacher_scores.gather(1, index),
-        valid=torch.cat([pool.valid[:, :1], kept], dim=1),
+        valid=torch.cat([pool.valid[:, :1], usable], dim=1),
     )
 
 
-def release_selection(pool: CandidatePool, teacher_scores: FloatTensor, hard_negatives: int) -> Selection:
-    """The published code's selection, kept for comparison: teacher scores and pairs are MISALIGNED.
+def release_selection(pool: CandidatePool, teacher_scores: Tensor, hard_negatives: int) -> Selection:
+    """Select as the published code does, kept for comparison: teacher scores and pairs are MISALIGNED.
 
-    The pairs are the match and the K hardest candidates, as in `select`; the teacher's scores stay the 1+K
+    The pairs are the match and the K hardest candidates, as in ``select``; the teacher's scores stay the 1+K
     highest of all 1+C candidates in descending order. So wherever the teacher ranks the match r-th, the first
     r columns disagree, and a match outside its first 1+K has no score at all. The published code knows no
     masks: every candidate counts.
 
     Args:
-        pool: candidates [Q, 1+C], of which `valid` is ignored.
-        teacher_scores: Float [Q, 1+C].
+        pool: candidates ``[Q, 1+C]``, of which ``valid`` is ignored.
+        teacher_scores: float ``[Q, 1+C]``.
         hard_negatives: K, at most C.
 
     Returns:
-        Selection [Q, 1+K], all valid.
+        Selection ``[Q, 1+K]``, all valid.
 
     Raises:
         ValueError: on K outside 1..C, or scores of another shape than the pool.
@@ -149,26 +154,26 @@ def release_selection(pool: CandidatePool, teacher_scores: FloatTensor, hard_neg
     return chosen
 
 
-def take_highest(priorities: Tensor, negatives: BoolTensor, count: int) -> tuple[LongTensor, BoolTensor]:
-    """The `count` usable candidates of highest priority, ties by lower column.
+def take_highest(priorities: Tensor, negatives: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` usable candidates of highest priority, ties by lower column.
 
     Args:
-        priorities: Float [Q, C].
-        negatives: Bool [Q, C], the usable ones.
+        priorities: float ``[Q, C]``.
+        negatives: bool ``[Q, C]``, the usable ones.
 
     Returns:
-        pool columns, Long [Q, count] in 1..C, and which of them are real, Bool [Q, count]; the others are 0.
+        pool columns, int64 ``[Q, count]`` in 1..C, and which of them are real, bool ``[Q, count]``; the others are 0.
     """
     ranked = priorities.masked_fill(~negatives, float("-inf"))
     order = ranked.sort(dim=1, descending=True, stable=True).indices
     # a second stable sort keeps a masked candidate behind a usable one whose own priority is -inf
     usable = negatives.gather(1, order)
     order = order.gather(1, usable.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices)
-    order, kept = order[:, :count], negatives.gather(1, order)[:, :count]
+    order, real = order[:, :count], negatives.gather(1, order)[:, :count]
     missing = count - order.shape[1]
-    order = torch.nn.functional.pad(order + 1, (0, missing))
-    kept = torch.nn.functional.pad(kept, (0, missing))
-    return order.masked_fill(~kept, 0), kept
+    order = nnf.pad(order + 1, (0, missing))
+    real = nnf.pad(real, (0, missing))
+    return order.masked_fill(~real, 0), real
 
 
 def _strategy(strategy: str | SelectionStrategy) -> SelectionStrategy:
@@ -192,7 +197,7 @@ def _check(
         raise ValueError(f"teacher_scores and the pool must have one shape [Q, 1+C], got {shapes}")
 
 
-def _all(negatives: BoolTensor) -> tuple[LongTensor, BoolTensor]:
-    """Every pool column in order, Long [Q, C], and which are usable; the others are 0."""
+def _all(negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Every pool column in order, int64 ``[Q, C]``, and which are usable; the others are 0."""
     columns = torch.arange(1, 1 + negatives.shape[1], device=negatives.device)
     return columns.expand_as(negatives).masked_fill(~negatives, 0), negatives

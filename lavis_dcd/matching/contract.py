@@ -6,8 +6,8 @@ Distillation, evaluation and mining reach backbones through this class alone, an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -131,21 +131,68 @@ def pair_chunks(pairs: Tensor, bytes_per_pair: int, memory_mb: float) -> tuple[T
     return torch.split(pairs, size)
 
 
-# Where matchers differ in their inputs, these keys of the samples are mappings from a view's name to what that matcher
-# reads, as its own processors make it; elsewhere they are plain and serve everybody.
-VIEWED = ("image", "text_input", "candidate_text", "candidate_image")
+# The view that the student reads, which is everybody's where there are no others.
 MAIN_VIEW = "student"
+# The keys of ``Samples`` that may be mappings from a view's name to what the matcher of that view reads.
+VIEWED = ("image", "text_input", "candidate_text", "candidate_image")
+
+
+class Samples(TypedDict, total=False):
+    """A training batch of B samples, as a model's ``forward`` receives it: every key that anybody reads.
+
+    LAVIS's loader makes ``image``, ``text_input`` and ``image_id``; the data sets of this package add candidates and
+    features, and the training loop the last four keys. Where matchers preprocess differently, the keys in ``VIEWED``
+    are mappings from a view's name to that view's value; :func:`view_of` picks one.
+
+    Attributes:
+        image: float ``[B, 3, H, W]``; or, where the pictures come out of a feature bank, ``ImageFeatures`` of B rows,
+            and further rows for candidate pictures. Before collation, a sample of such a set has the picture's row in
+            the bank instead, an int.
+        text_input: B captions.
+        image_id: int64 ``[B]``; captions of one picture share it.
+        instance_id: B names of the samples.
+        text_features: kept features of ``text_input`` and then ``candidate_text``, by the main view's encoders.
+        candidate_text: B * C captions, row-major, drawn from the data set or out of a score bank.
+        candidate_image_id: int64 ``[B, C]``, the pictures that those captions belong to.
+        candidate_image: float ``[B * C, 3, H, W]``, pictures out of a score bank. Absent where ``image`` has them as
+            further rows.
+        candidate_picture_id: int64 ``[B, C]``, the ids of those pictures.
+        image_to_text_scores: float ``[B, 1 + C]``, a score bank's teacher scores of the match and ``candidate_text``.
+        text_to_image_scores: the same of the match and ``candidate_image``.
+        epoch: number of the epoch, from 0.
+        iters: number of the step in its epoch, from 0.
+        num_iters_per_epoch: steps of an epoch.
+        progress: share of the whole job that is done, in [0, 1].
+    """
+
+    image: Tensor | ImageFeatures | Mapping[str, Tensor]
+    text_input: Sequence[str] | Mapping[str, Sequence[str]]
+    image_id: Tensor | Sequence[int]
+    instance_id: Sequence[str]
+    text_features: TextFeatures
+    candidate_text: Sequence[str] | Mapping[str, Sequence[str]]
+    candidate_image_id: Tensor
+    candidate_image: Tensor | Mapping[str, Tensor]
+    candidate_picture_id: Tensor
+    image_to_text_scores: Tensor
+    text_to_image_scores: Tensor
+    epoch: int
+    iters: int
+    num_iters_per_epoch: int
+    progress: float
 
 
 def view_of(samples: Mapping[str, Any], name: str = MAIN_VIEW) -> dict[str, Any]:
-    """Return ``samples`` as the matcher ``name`` reads them: its own view where there is one, else the main one."""
-    seen = dict(samples)
-    for key in VIEWED:
-        if isinstance(seen.get(key), Mapping):
-            seen[key] = seen[key].get(name, seen[key][MAIN_VIEW])
-    return seen
+    """Return ``samples`` as the matcher ``name`` reads them: its view's values, or the main one's where it has none.
+
+    Args:
+        samples: a batch, see :class:`Samples`.
+        name: of the view.
+    """
+    viewed = {key: value for key, value in samples.items() if key in VIEWED and isinstance(value, Mapping)}
+    return {**samples, **{key: value.get(name, value[MAIN_VIEW]) for key, value in viewed.items()}}
 
 
 def has_view(samples: Mapping[str, Any], name: str) -> bool:
-    """Return whether the matcher ``name`` has a view of its own in ``samples``."""
+    """Return whether the matcher ``name`` reads another value than the main view's of any key."""
     return any(isinstance(samples.get(key), Mapping) and name in samples[key] for key in VIEWED)

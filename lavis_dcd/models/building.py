@@ -16,7 +16,7 @@ from lavis_dcd.matching.contract import Matcher
 
 
 def full_section(section: Mapping[str, Any], path: str) -> DictConfig:
-    """``section`` over the defaults of its ``arch`` and ``model_type``, as LAVIS merges them.
+    """Return ``section`` over the defaults of its ``arch`` and ``model_type``, as LAVIS merges them.
 
     Raises:
         UserError: an arch or model type that LAVIS does not know.
@@ -38,7 +38,7 @@ def full_section(section: Mapping[str, Any], path: str) -> DictConfig:
 
 
 def build_matcher(section: Mapping[str, Any], path: str) -> Matcher:
-    """The model that ``section`` names, through its adapter where it is no matcher itself.
+    """Build the model that ``section`` names, through its adapter where it is no matcher itself.
 
     Raises:
         UserError: unknown names, or a model that is no matcher and has no adapter.
@@ -55,17 +55,17 @@ def build_matcher(section: Mapping[str, Any], path: str) -> Matcher:
 
 
 def _at(path: str, fault: str) -> str:
-    """A model knows its section as "model", wherever that stands in the job."""
+    """Put a section's ``path`` in the place of "model", as which a model names its section in faults."""
     known = fault.startswith((f"{path}.", f"{path}:"))
     return f"{path}{fault.removeprefix('model')}" if fault.startswith(("model.", "model:")) and not known else fault
 
 
-def as_matcher(model: nn.Module, section: Mapping[str, Any]) -> Matcher:
-    """A model that LAVIS built, itself or through the adapter of its ``arch``.
+def module_of(matcher: Matcher) -> nn.Module:
+    """Return ``matcher`` as the module that it is, for what ``Matcher`` leaves to ``nn.Module``.
 
     Raises:
-        UserError: it is no matcher and has no adapter.
+        TypeError: it is none.
     """
-    if isinstance(model, Matcher):
-        return model
-    return require_adapter(section.get("arch"), "model")(model, section)
+    if not isinstance(matcher, nn.Module):
+        raise TypeError(f"{type(matcher).__name__} is a Matcher, but no nn.Module")
+    return matcher

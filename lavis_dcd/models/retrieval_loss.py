@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -46,13 +47,15 @@ class TrainsOnPairs(Protocol):
     def fusion_scores(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         """Return the fusion's logits ``[P]`` of (image row, text row) pairs ``[P, 2]``."""
 
-    def train(self, mode: bool = True) -> nn.Module: ...
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set train or evaluation mode, as ``nn.Module.train``."""
 
-    def eval(self) -> nn.Module: ...
+    def eval(self) -> nn.Module:
+        """Set evaluation mode, as ``nn.Module.eval``."""
 
 
 class RetrievalLoss(nn.Module):
-    """What a METER teacher is fine-tuned with.
+    """The loss that METER and ViLT teachers are fine-tuned with.
 
     The fusion learns from its own score over negatives that are drawn, not simply taken: by the joint head's
     in-batch softmax where there is one, else the hardest by the fusion itself among ``pool`` random ones. Taking
@@ -65,7 +68,7 @@ class RetrievalLoss(nn.Module):
         self.config = config
 
     def forward(self, model: TrainsOnPairs, batch: BatchFeatures, progress: float = 1.0) -> dict[str, Tensor]:
-        """Losses of a batch; ``progress`` in [0, 1] is how much of the run is done.
+        """Return the losses of a batch; ``progress`` in [0, 1] is how much of the run is done.
 
         Before ``fusion_start`` there is no ``fusion_loss``.
         """
@@ -76,7 +79,7 @@ class RetrievalLoss(nn.Module):
         if model.scores_pairs and (logits is None or progress >= self.config.fusion_start):
             drawn_by = None if logits is None else logits.detach()
             losses["fusion_loss"] = self._fusion_loss(model, batch, drawn_by, progress)
-        return {"loss": sum(losses.values()), **losses}
+        return {"loss": reduce(torch.add, losses.values()), **losses}
 
     def _fusion_loss(
         self, model: TrainsOnPairs, batch: BatchFeatures, logits: Tensor | None, progress: float
@@ -85,13 +88,13 @@ class RetrievalLoss(nn.Module):
         for direction in ("image_to_text", "text_to_image"):
             (pool,) = own_rows(batch, [InBatch(direction).build(batch.context())])
             pool = _some_queries(pool, self.config.queries, batch.ranks.size)
-            kept = self._negatives(model, batch, pool, logits, progress)
+            columns = self._negatives(model, batch, pool, logits, progress)
             # the directions differ in width where a batch has fewer pictures, or captions, than negatives are asked
-            missing = (0, 1 + self.config.negatives - kept.shape[1])
-            valid = nnf.pad(pool.valid.gather(1, kept), missing, value=False)
-            kept = nnf.pad(kept, missing)
-            rows.append((pool.image_rows.gather(1, kept), pool.text_rows.gather(1, kept), valid))
-        image_rows, text_rows, valid = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            missing = (0, 1 + self.config.negatives - columns.shape[1])
+            valid = nnf.pad(pool.valid.gather(1, columns), missing, value=False)
+            columns = nnf.pad(columns, missing)
+            rows.append((pool.image_rows.gather(1, columns), pool.text_rows.gather(1, columns), valid))
+        image_rows, text_rows, valid = (torch.cat(of_directions) for of_directions in zip(*rows, strict=True))
         pairs = torch.stack([image_rows[valid], text_rows[valid]], dim=1)
         scores = match_recomputed(model.fusion_scores, batch.images, batch.texts, pairs, self.config.grad_chunk_pairs)
         table = torch.full(valid.shape, torch.finfo(torch.float32).min, device=scores.device)

@@ -92,17 +92,17 @@ class ClipVisionTower(nn.Module):
 
     def _load(self, path: Path) -> None:
         tensors = {k.rpartition("vision_model.")[2]: v for k, v in load_tensors(path).items()}
-        own = {k: v for k, v in self.vit.state_dict().items() if not k.endswith("position_ids")}
-        wrong = [k for k, v in own.items() if k not in tensors or tensors[k].shape != v.shape]
+        needed = {k: v for k, v in self.vit.state_dict().items() if not k.endswith("position_ids")}
+        wrong = [k for k, v in needed.items() if k not in tensors or tensors[k].shape != v.shape]
         if wrong:
             raise UserError(
-                f"model.vision.weights: {path} lacks {len(wrong)} of the tower's {len(own)} weights or has them in "
+                f"model.vision.weights: {path} lacks {len(wrong)} of the tower's {len(needed)} weights or has them in "
                 f"another size, first {wrong[0]}; give a CLIP of model.vision's sizes in transformers' names"
             )
-        self.vit.load_state_dict({k: tensors[k] for k in own}, strict=False)
+        self.vit.load_state_dict({k: tensors[k] for k in needed}, strict=False)
 
     def settings(self) -> dict[str, Any]:
-        """What shapes the tokens beside the weights."""
+        """Return what shapes the tokens beside the weights."""
         config = self.vit.config
         names = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
         return {name: getattr(config, name) for name in names}
@@ -125,7 +125,7 @@ class TimmVisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        import timm
+        import timm  # noqa: PLC0415  seconds of import, for this backbone only
 
         name = config.backbone.removeprefix("timm:")
         if name not in timm.list_models():
@@ -163,7 +163,7 @@ class TimmVisionTower(nn.Module):
             logging.warning("%s: ignored %d tensors, first %s", path, len(unexpected), unexpected[0])
 
     def settings(self) -> dict[str, Any]:
-        """What shapes the tokens beside the weights."""
+        """Return what shapes the tokens beside the weights."""
         return {"backbone": self.name, "grid": self.grid, "image_size": self.image_size}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -176,6 +176,9 @@ class TimmVisionTower(nn.Module):
                 features = nnf.adaptive_avg_pool2d(features, self.grid)
             return features.flatten(2).transpose(1, 2)
         return features if features.ndim == 3 else features.unsqueeze(1)
+
+
+VisionTower = ClipVisionTower | TimmVisionTower
 
 
 class TextTower(nn.Module):
@@ -191,10 +194,10 @@ class TextTower(nn.Module):
         self.model = _text_encoder(config)
         self.width = self.model.config.hidden_size
         self.name, self.max_length, self.family = config.name, config.max_length, config.family
-        self._tokenizer = None
+        self._tokenizer: Any = None
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         """The ``transformers`` tokenizer of ``name`` (hub name, local folder, or a BERT ``vocab.txt``).
 
         Raises:
@@ -214,7 +217,7 @@ class TextTower(nn.Module):
         return self._tokenizer
 
     def settings(self) -> dict[str, Any]:
-        """What shapes the tokens beside the weights and the tokenizer."""
+        """Return what shapes the tokens beside the weights and the tokenizer."""
         config = encoder_arithmetic(self.model.config)
         return {"model": type(self.model).__name__, "config": config, "max_length": self.max_length}
 
@@ -231,8 +234,8 @@ class TextTower(nn.Module):
         return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
 
-def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """The tower that ``config.backbone`` names.
+def build_vision_tower(config: VisionConfig) -> VisionTower:
+    """Build the tower that ``config.backbone`` names.
 
     Raises:
         UserError: for a name that is neither ``clip_vit`` nor ``timm:<a timm model>``.
@@ -291,9 +294,9 @@ def _text_sizes(config: TextConfig) -> PretrainedConfig:
     return AutoConfig.for_model(kind, **options)
 
 
-def load_tokenizer(name: str):
-    """A tokenizer of ``transformers`` by hub name or folder, or BERT's from a ``vocab.txt``."""
-    from transformers import AutoTokenizer, BertTokenizerFast
+def load_tokenizer(name: str) -> Any:
+    """Read a tokenizer of ``transformers`` by hub name or folder, or BERT's from a ``vocab.txt``."""
+    from transformers import AutoTokenizer, BertTokenizerFast  # noqa: PLC0415  slow to import
 
     if name.endswith(".txt"):
         if not Path(name).is_file():
@@ -302,8 +305,8 @@ def load_tokenizer(name: str):
     return _hub(AutoTokenizer, name)
 
 
-def _hub(loader: type, name: str, **options):
-    """``loader.from_pretrained(name)``, a missing file or network told in one line."""
+def _hub(loader: Any, name: str, **options: Any) -> Any:
+    """Return ``loader.from_pretrained(name)``; a missing file or network is an error of one line."""
     try:
         return loader.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -314,17 +317,14 @@ def _hub(loader: type, name: str, **options):
         ) from error
 
 
-# ----------------------------------------------------------------------------------------------------
-# Whether two pairs of towers make the same features: a hash of all that shapes them.
-
 # buffers that no frozen tower's output depends on
 _INERT = ("position_ids", "num_batches_tracked")
 
 
-def towers_signature(vision_tower: nn.Module, text_tower: nn.Module) -> str | None:
-    """A hash over both towers' classes, settings and weights, and the tokenizer; equal hashes mean equal features.
+def towers_signature(vision_tower: VisionTower, text_tower: TextTower) -> str | None:
+    """Return a hash over both towers' classes, settings and weights, and the tokenizer.
 
-    Weights and tokenizer are read once; the weights again after a change.
+    Equal hashes mean equal features. Weights and tokenizer are read once; the weights again after a change.
 
     Returns:
         64 hexadecimal digits; ``None`` where the tokenizer cannot be read.

@@ -1,4 +1,4 @@
-"""Weights of whole retrievers: found, read without running code, checked against a model, copied into it."""
+"""Files of whole retrievers: found, read without running code, checked against a model, copied into it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path, load_tensors
 from lavis_dcd.common.schema import parse
 
+log = logging.getLogger(__name__)
+
 C = TypeVar("C")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -36,7 +38,7 @@ class SavedWeights(Generic[C]):
 
 @dataclass
 class LoadReport:
-    """What a load did, by tensor name of the file (loaded, ignored) and of the model (missing)."""
+    """The outcome of a load, by tensor name of the file (loaded, ignored) and of the model (missing)."""
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -44,7 +46,8 @@ class LoadReport:
     adapted: list[str] = field(default_factory=list)
 
     def log(self, path: Path) -> None:
-        logging.info(
+        """Log how many tensors of the file at ``path`` were loaded, adapted, missing and ignored."""
+        log.info(
             "%s: %d tensors loaded, %d adapted, %d missing, %d ignored%s",
             path, len(self.loaded), len(self.adapted), len(self.missing), len(self.ignored),
             f" ({', '.join(sorted({k.split('.')[0] for k in self.ignored}))})" if self.ignored else "",
@@ -52,7 +55,9 @@ class LoadReport:
 
 
 def locate(source: str, sha256: str | None = None) -> Path:
-    """A local path for a file name, a hub model's folder, an ``asset:`` name or an address (fetched to the cache).
+    """Return a local path for a file name, a hub model's folder, an ``asset:`` name or an address.
+
+    What is at an address is fetched to the cache.
 
     Raises:
         UserError: no such file, or it cannot be fetched.
@@ -61,17 +66,17 @@ def locate(source: str, sha256: str | None = None) -> Path:
         return Path(fetch(source, sha256=sha256))
     path = Path(asset_path(source))
     if path.is_dir():
-        found = [path / name for name in _HUB_FILES if (path / name).is_file()]
-        if not found:
+        files = [path / name for name in _HUB_FILES if (path / name).is_file()]
+        if not files:
             raise UserError(f"checkpoint {source}: the folder has none of {', '.join(_HUB_FILES)}")
-        return found[0]
+        return files[0]
     if not path.is_file():
         raise UserError(f"checkpoint {source}: no such file")
     return path
 
 
 def read(path: Path, config_class: type[C]) -> SavedWeights[C]:
-    """Tensors of a safetensors, ``.pth`` or Lightning ``.ckpt`` file, with our configuration when it has one.
+    """Return tensors of a safetensors, ``.pth`` or Lightning ``.ckpt`` file, with our configuration when it has one.
 
     Raises:
         UserError: the file is no such file, holds anything but tensors and plain containers, or is another model's.
@@ -88,20 +93,20 @@ def read(path: Path, config_class: type[C]) -> SavedWeights[C]:
         content = load_tensors(path)
         config = content.get("config")
         tensors = content.get("model", content.get("state_dict", content))
-    for name, found in (("tensors", tensors), ("configuration", config or {})):
-        if not isinstance(found, Mapping):
-            raise UserError(f"{path}: {name} as a {type(found).__name__}, expected names and values")
+    for name, value in (("tensors", tensors), ("configuration", config or {})):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}: {name} as a {type(value).__name__}, expected names and values")
     tensors = {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
     if not config:
         return SavedWeights(tensors)
-    own = config_class.__dataclass_fields__["arch"].default  # type: ignore[attr-defined]
-    if config.get("arch", own) != own:
-        raise UserError(f"{path}: holds a {config['arch']}, this model is a {own}; name a file of the same arch")
+    arch = config_class.__dataclass_fields__["arch"].default  # type: ignore[attr-defined]
+    if config.get("arch", arch) != arch:
+        raise UserError(f"{path}: holds a {config['arch']}, this model is a {arch}; name a file of the same arch")
     return SavedWeights(tensors, parse(config_class, config, str(path)))
 
 
 def rank_head_from_matching(named: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Where a pre-trained file has no rank head, start it from the "match" row of the matching head, in place.
+    """Start the rank head from the "match" row of the matching head, in place, where a pre-trained file has none.
 
     As the authors of METER and ViLT do.
     """
@@ -119,96 +124,102 @@ def fill(model: nn.Module, named: Mapping[str, Tensor], report: LoadReport, path
     Raises:
         UserError: shapes that differ, or inference weights that the file lacks.
     """
-    own = model.state_dict()
-    report.ignored += [k for k in named if k not in own]
-    known = {k: v for k, v in named.items() if k in own}
-    wrong = [f"{path}: {k} is {tuple(v.shape)} there, {tuple(own[k].shape)} in the model; make the model's sizes fit"
-             for k, v in known.items() if v.shape != own[k].shape]  # fmt: skip
+    expected = model.state_dict()
+    report.ignored += [k for k in named if k not in expected]
+    known = {k: v for k, v in named.items() if k in expected}
+    wrong = [f"{path}: {k} is {tuple(v.shape)} there, {tuple(expected[k].shape)} in the model; "
+             "make the model's sizes fit"
+             for k, v in known.items() if v.shape != expected[k].shape]  # fmt: skip
     if wrong:
         raise UserError(wrong[:10])
     report.loaded = list(known)
-    report.missing = [k for k in own if k not in known and not k.endswith("position_ids")]
+    report.missing = [k for k in expected if k not in known and not k.endswith("position_ids")]
     if report.missing:
         raise UserError(
-            f"{path}: lacks {len(report.missing)} of the {len(own)} weights that inference reads, among them "
+            f"{path}: lacks {len(report.missing)} of the {len(expected)} weights that inference reads, among them "
             f"{', '.join(report.missing[:3])}; choose a retrieval checkpoint of these sizes"
         )
-    on_meta = any(t.is_meta for t in own.values())
+    on_meta = any(t.is_meta for t in expected.values())
     model.load_state_dict(known, strict=False, assign=on_meta)
     return report
 
 
-def succeed(
-    student: nn.Module, teacher: nn.Module, layers: list[int], stacks: str, hint: str, optional: tuple[str, ...] = ()
-) -> None:
-    """Copy a teacher's fusion layers ``layers`` and all else of the same name into ``student``.
+@dataclass(frozen=True)
+class CheckpointFormat(Generic[C]):
+    """How the files of an arch are read and written; what differs between archs is data.
 
     Args:
-        student, teacher: of one class, with ``config.fusion.layers``.
-        stacks: regular expression of the layer stacks' names, before the layer's number; without groups.
-        hint: what both must have in common, for messages.
-        optional: parts that the student may have anew where the teacher has none.
-
-    Raises:
-        UserError: another architecture, a layer that is not there, other sizes.
-    """
-    if type(teacher) is not type(student):
-        raise UserError(
-            f"model.student.init_from_teacher: a {type(student).__name__} cannot start from a {type(teacher).__name__}"
-        )
-    depth = teacher.config.fusion.layers
-    if len(layers) != student.config.fusion.layers or any(not 0 <= i < depth for i in layers):
-        raise UserError(
-            f"model.student.init_from_teacher.layers: {layers} must name {student.config.fusion.layers} layers "
-            f"of the teacher's 0..{depth - 1}"
-        )
-    source = teacher.state_dict()
-    renamed: dict[str, Tensor] = {}
-    for name, own in student.state_dict().items():
-        match = re.match(rf"({stacks})\.(\d+)\.(.+)$", name)
-        donor = f"{match[1]}.{layers[int(match[2])]}.{match[3]}" if match else name
-        part = name.partition(".")[0]
-        if part in optional and getattr(teacher, part, None) is None:
-            renamed[name] = own
-            continue
-        if donor not in source or source[donor].shape != own.shape:
-            raise UserError(f"model.student: {name} has no counterpart of its shape in the teacher; give both the "
-                            f"same {hint}")  # fmt: skip
-        renamed[name] = source[donor].detach().clone()
-    student.load_state_dict(renamed)
-
-
-def built_from(
-    saved: SavedWeights[C],
-    own: C,
-    portable: Callable[[C], dict[str, Any]],
-    sections: tuple[str, ...],
-    no_modules: Mapping[str, tuple[str, ...]],
-) -> C:
-    """What a model must be built from to take ``saved``: ``own``, unless the file says that it holds other modules.
-
-    In that case the file's modules, with ``own``'s training switches (loss, freezing, memory) and tokenizer.
-
-    Args:
-        portable: a configuration as it goes into a file.
+        config_class: of the configuration in a file of ours.
         sections: the keys of the configuration that say the modules, ``text`` among them.
         no_modules: by section, the keys that shape no module.
+        without_weights: by section, values that take the place of those that point at other files.
+        positions: name of the position embeddings that are interpolated to the model's image size.
+        rename: (model, tensors of a file) -> tensors by the model's names, and the names left aside.
+        adapt: (position embeddings ``[..., tokens, D]``, number of tokens) -> the same at another grid.
     """
-    if saved.config is None or same_modules(portable(saved.config), portable(own), sections, no_modules):
-        return own
-    merged = dataclasses.replace(own, **{k: copy.deepcopy(getattr(saved.config, k)) for k in sections})
-    for name in sections:
-        if hasattr(getattr(merged, name), "freeze"):
-            getattr(merged, name).freeze = getattr(own, name).freeze
-    if own.text.name != type(own.text)().name:
-        merged.text.name = own.text.name  # the file may name a folder of another machine
-    return merged
+
+    config_class: type[C]
+    sections: tuple[str, ...]
+    no_modules: Mapping[str, tuple[str, ...]]
+    without_weights: Mapping[str, Mapping[str, Any]]
+    positions: str
+    rename: Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Tensor], list[str]]]
+    adapt: Callable[[Tensor, int], Tensor]
+
+    def read(self, path: Path) -> SavedWeights[C]:
+        """Return tensors and, for a file of ours, configuration; raises as :func:`read`."""
+        return read(path, self.config_class)
+
+    def portable(self, config: C) -> dict[str, Any]:
+        """Return the configuration as it goes into a file: nothing that points at other weights."""
+        sections = {name: dataclasses.replace(getattr(config, name), **v) for name, v in self.without_weights.items()}
+        nowhere = {"finetuned": None, "pretrained": None, "checkpoint_sha256": None}
+        return dataclasses.asdict(dataclasses.replace(config, **nowhere, **sections))  # type: ignore[type-var,call-overload]
+
+    def built_from(self, saved: SavedWeights[C], config: C) -> C:
+        """Return what a model of ``config`` must be built from to take ``saved``.
+
+        That is ``config`` itself, unless the file says that it holds other modules: then the file's modules, with the
+        model's training switches (loss, freezing, memory) and tokenizer.
+        """
+        if saved.config is None:
+            return config
+        if same_modules(self.portable(saved.config), self.portable(config), self.sections, self.no_modules):
+            return config
+        modules = {name: copy.deepcopy(getattr(saved.config, name)) for name in self.sections}
+        merged: Any = dataclasses.replace(config, **modules)  # type: ignore[type-var]
+        current: Any = config
+        for name in self.sections:
+            if "freeze" in self.no_modules.get(name, ()):
+                getattr(merged, name).freeze = getattr(current, name).freeze
+        if current.text.name != type(current.text)().name:
+            merged.text.name = current.text.name  # the file may name a folder of another machine
+        return merged
+
+    def load_into(self, model: nn.Module, saved: SavedWeights[C], path: Path) -> LoadReport:
+        """Copy ``saved`` into a model; one on the meta device takes the tensors as they are.
+
+        Raises:
+            UserError: shapes that differ, positions that are no square grid, or inference weights that the file lacks.
+        """
+        named, ignored = self.rename(model, saved.tensors)
+        report = LoadReport(ignored=ignored)
+        given, wanted = named.get(self.positions), model.state_dict().get(self.positions)
+        other_grid = given is not None and wanted is not None and given.shape != wanted.shape
+        # another width is no matter of the grid: ``fill`` refuses it
+        if given is not None and wanted is not None and other_grid and given.shape[-1] == wanted.shape[-1]:
+            patches = given.shape[-2] - 1
+            if round(patches**0.5) ** 2 != patches:
+                raise UserError(f"{path}: {patches} patch positions are no square grid")
+            named[self.positions] = self.adapt(given, wanted.shape[-2])
+            report.adapted.append(self.positions)
+        return fill(model, named, report, path)
 
 
 def same_modules(
     one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, ...], ignoring: Mapping[str, tuple[str, ...]]
 ) -> bool:
-    """Whether two plain configurations say the same modules: the sections ``names``, some keys left aside.
+    """Return whether two plain configurations say the same modules: the sections ``names``, some keys left aside.
 
     Args:
         one, other: plain containers of whole configurations.
@@ -216,19 +227,19 @@ def same_modules(
     """
 
     def skeleton(plain: Mapping[str, Any]) -> dict[str, Any]:
-        def kept(name: str) -> Any:
+        def shaping(name: str) -> Any:
             section = plain[name]
             if not isinstance(section, Mapping):
                 return section
             return {k: v for k, v in section.items() if k not in ignoring.get(name, ())}
 
-        return {name: kept(name) for name in names}
+        return {name: shaping(name) for name in names}
 
     return skeleton(one) == skeleton(other)
 
 
 def adapt_positions(positions: Tensor, tokens: int) -> Tensor:
-    """Position embeddings ``[1 + n^2, D]`` at another grid, ``[tokens, D]``: bicubic, the class token's kept.
+    """Return position embeddings ``[1 + n^2, D]`` at another grid, ``[tokens, D]``: bicubic, the class token's kept.
 
     As METER's ``adapt_position_encoding``.
     """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.models.batch import BatchFeatures, info_nce, sample_features
+from lavis_dcd.models.batch import Batch, BatchFeatures, encode_batch, info_nce
 from lavis_dcd.models.meter import MeterRetrieval
 
 SIZES = {
@@ -51,7 +51,7 @@ def test_every_batch_gives_a_finite_loss_and_gradient(joint, ids):
 def test_fusion_loss_over_all_negatives_is_the_listwise_cross_entropy():
     model = tiny(True, negatives=3).eval()
     samples = batch([0, 1, 2, 3])
-    features = sample_features(model, samples)
+    features = encode_batch(model, Batch.of(samples))
     with torch.no_grad():
         table = model.fusion_scores(
             features.images, features.texts, torch.cartesian_prod(torch.arange(4), torch.arange(4))

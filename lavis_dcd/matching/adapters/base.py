@@ -21,6 +21,7 @@ from lavis_dcd.common.schema import parse, plain
 from lavis_dcd.matching.adapters.vocabulary import local_vocabulary
 from lavis_dcd.matching.contract import Matcher, pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.matching.learner import Learner
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class AdapterOptions(CommonOptions):
     sizes: dict[str, Any] = field(default_factory=dict)
 
 
-class Adapter(nn.Module, Matcher):
+class Adapter(Learner, nn.Module, Matcher):
     """A LAVIS model as a matcher: its sub-modules are used, nothing of them is changed or copied.
 
     Sub-classes say how pictures and texts are encoded and pairs scored, and
@@ -77,7 +78,7 @@ class Adapter(nn.Module, Matcher):
     options_class: ClassVar[type[CommonOptions]] = AdapterOptions
     inference_modules: ClassVar[tuple[str, ...]] = ()
     # for distributed training: a loss on scores alone leaves the joint space's parameters without a gradient
-    find_unused_parameters: ClassVar[bool] = True
+    find_unused_parameters: bool = True
 
     def __init__(
         self, model: nn.Module, section: Mapping[str, Any] | None = None, options: CommonOptions | None = None

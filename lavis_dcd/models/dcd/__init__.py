@@ -1,4 +1,4 @@
-"""Distil any matcher into any other: `arch: dcd`."""
+"""Distil any matcher into any other: ``arch: dcd``."""
 
 from lavis_dcd.models.dcd.model import DynamicContrastiveDistillation
 

@@ -1,9 +1,9 @@
-"""Every fault of a distiller's section that can be told without building a model."""
+"""The faults of a distiller's section that can be told without building a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lavis.common.registry import registry
@@ -28,6 +28,7 @@ from lavis_dcd.models.dcd.config import (
     SuccessionConfig,
     model_section,
 )
+from lavis_dcd.models.retriever import AdoptsTowers, ThinsFromTeacher
 
 
 @dataclass
@@ -40,28 +41,29 @@ class _Weight:
 
 
 def inner_models(section: DictConfig) -> dict[str, DictConfig]:
-    """The models inside a distiller's section, each over its own defaults: "teacher", or "teachers.0" and so on, and
-    "student".
+    """Return the models inside a distiller's section, each over its defaults, by name.
+
+    The names are "teacher", or "teachers.0" and so on, and "student".
 
     What the distiller itself reads of their sections (``preprocess``, ``weight``, ``init_from_teacher``) is left out.
-    A student that is thinned from its teacher takes the (first) teacher's `arch`.
+    A student that is thinned from its teacher takes the (first) teacher's ``arch``.
     """
     several = section.get("teachers")
     several = several if isinstance(several, ListConfig) else []
-    given = {"teacher": section.get("teacher"), **{f"teachers.{i}": part for i, part in enumerate(several)}}
-    given = {name: part for name, part in given.items() if isinstance(part, DictConfig) and part}
-    first = next(iter(given.values()), {})
+    teachers = {"teacher": section.get("teacher"), **{f"teachers.{i}": inner for i, inner in enumerate(several)}}
+    given = {name: inner for name, inner in teachers.items() if isinstance(inner, DictConfig) and inner}
+    first: Mapping[str, Any] = next(iter(given.values()), {})
     student = section.get("student")
     if isinstance(student, DictConfig):
         given["student"] = student
-    found: dict[str, DictConfig] = {}
+    inner_sections: dict[str, DictConfig] = {}
     for name, inner in given.items():
         ours = DISTILLER_KEYS[name.partition(".")[0]]
         plain = OmegaConf.masked_copy(inner, [key for key in inner if key not in ours])
         if name == "student" and "init_from_teacher" in inner and "arch" not in plain:
             plain = OmegaConf.merge({"arch": first.get("arch")}, plain)
-        found[name] = OmegaConf.merge(model_defaults(plain).get("model", {}), plain)
-    return found
+        inner_sections[name] = OmegaConf.merge(model_defaults(plain).get("model", {}), plain)
+    return inner_sections
 
 
 def matcher_names(section: Mapping[str, Any]) -> list[str]:
@@ -102,12 +104,12 @@ def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> l
     if found := schema_faults(SuccessionConfig, start, path):
         return found
     learner = registered(registry.get_model_class, student.get("arch"))
-    if start.get("towers") and learner is not None and not hasattr(learner, "adopt_towers"):
+    if start.get("towers") and learner is not None and not issubclass(learner, AdoptsTowers):
         return [f"{path}.towers: {student.arch} has no towers to start; use it with a dual_encoder"]
-    first = next((part for name, part in inner_models(section).items() if name != "student"), {})
+    first: Mapping[str, Any] = next((part for name, part in inner_models(section).items() if name != "student"), {})
     arch = first.get("arch")
     teacher = registered(adapter_for, arch) or registered(registry.get_model_class, arch)
-    if start.get("layers") and teacher is not None and not hasattr(teacher, "init_from_teacher"):
+    if start.get("layers") and teacher is not None and not issubclass(teacher, ThinsFromTeacher):
         return [f"{path}.layers: {arch} cannot be thinned; leave init_from_teacher out, and name the student's arch"]
     return []
 
@@ -126,7 +128,7 @@ def _names_no_weights(section: DictConfig) -> bool:
     none."""
     model = registry.get_model_class(section.arch)
     schema = section_schema(section)
-    known = {*section, *keys_of_types(model)} if schema is None else set(schema.__dataclass_fields__)
+    known = {*section, *keys_of_types(model)} if schema is None else {field.name for field in fields(schema)}
     if not known & {"finetuned", "pretrained"}:
         return False
     return not ((section.get("load_finetuned", True) and section.get("finetuned")) or section.get("pretrained"))
@@ -135,7 +137,7 @@ def _names_no_weights(section: DictConfig) -> bool:
 def section_faults(section: Mapping[str, Any], path: str) -> list[str]:
     """Return what is wrong with a whole ``model:`` section that fits its schema, without building any model.
 
-    Beside :func:`method_faults`, the loss terms that "auto" stands for must go with the rest; the families by which
+    Beside :func:``method_faults``, the loss terms that "auto" stands for must go with the rest; the families by which
     they are chosen are known by the models' names.
     """
     config = parse(DcdConfig, section, path)
@@ -186,7 +188,7 @@ def method_faults(config: DcdConfig, path: str = "model") -> list[str]:
 
 
 def prescreen_faults(config: DcdConfig) -> list[str]:
-    """What is wrong with ``selection.prescreen``, one line per fault."""
+    """Return what is wrong with ``selection.prescreen``, one line per fault."""
     wanted, where = config.selection.prescreen, "model.selection.prescreen"
     if wanted is None:
         return []
@@ -206,7 +208,7 @@ def prescreen_faults(config: DcdConfig) -> list[str]:
 
 
 def bank_faults(config: DcdConfig) -> list[str]:
-    """What does not fit a score bank in a distillation's settings, one line per fault."""
+    """Return what does not fit a score bank in a distillation's settings, one line per fault."""
     sources, bank = config.candidates.sources(), config.candidates.bank
     faults = []
     if config.candidates.source is not None and config.candidates.source not in sources.values() and sources:
@@ -234,17 +236,17 @@ def bank_faults(config: DcdConfig) -> list[str]:
         faults.append("model.candidates.teacher_budget: no teacher runs with source: bank; leave it out (null)")
     if config.loss.reference == "release":
         faults.append("model.loss.reference: release scores all candidates in the step, which source: bank does not")
-    kept = config.selection.hard_negatives
-    if kept is not None and kept > bank.keep:
+    hardest = config.selection.hard_negatives
+    if hardest is not None and hardest > bank.keep:
         faults.append(
-            f"model.selection.hard_negatives: {kept}, but candidates.bank.keep is {bank.keep}; lower the one or raise "
-            "the other and mine again"
+            f"model.selection.hard_negatives: {hardest}, but candidates.bank.keep is {bank.keep}; lower the one or "
+            "raise the other and mine again"
         )
     return faults
 
 
 def build_pools(config: CandidatesConfig) -> list[PoolStrategy]:
-    """The pool of each direction that is trained.
+    """Return the pool of each direction that is trained.
 
     Raises:
         UserError: no direction, an unknown source, a ``count`` that does not belong to it.
@@ -268,7 +270,7 @@ def build_pools(config: CandidatesConfig) -> list[PoolStrategy]:
 
 
 def family_of(section: Mapping[str, Any], path: str) -> str:
-    """ "fusion" or "dual": what the scores of a ``model:`` section's matcher are, without building it.
+    """Return the family of a ``model:`` section's matcher, "fusion" or "dual", without building it.
 
     Raises:
         UserError: an arch that LAVIS does not know.

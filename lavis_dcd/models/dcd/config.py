@@ -55,6 +55,12 @@ class CandidatesConfig:
         }
 
     @property
+    def random_captions(self) -> int:
+        """Captions that are drawn from the data set per picture; 0 where none are."""
+        section = self.image_to_text
+        return section.count or 0 if section is not None and self.sources()["image_to_text"] == "random" else 0
+
+    @property
     def from_bank(self) -> bool:
         """Whether candidates and their teacher scores come from a score bank, so that no teacher runs."""
         return BANK in self.sources().values()

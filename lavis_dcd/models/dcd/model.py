@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lavis_dcd.banks.encoding import autocast_to, device_of
 from lavis_dcd.banks.score_bank import ScoreBank
@@ -24,10 +25,12 @@ from lavis_dcd.distillation.diagnostics import diagnostics
 from lavis_dcd.distillation.objective import build_objective, loss_defaults
 from lavis_dcd.distillation.prescreen import within_budget
 from lavis_dcd.distillation.selection import SELECTION_STRATEGIES, Selection, release_selection, select
-from lavis_dcd.matching.contract import MAIN_VIEW, Matcher, view_of
+from lavis_dcd.matching.contract import MAIN_VIEW, Matcher
 from lavis_dcd.matching.ensemble import Ensemble
+from lavis_dcd.matching.learner import Learner
 from lavis_dcd.matching.recompute import match_recomputed
-from lavis_dcd.models.batch import BatchFeatures, info_nce, own_rows, sample_features, whole_batch
+from lavis_dcd.models.batch import Batch, BatchFeatures, EncodedBatch, encode_batch, info_nce, own_rows, whole_batch
+from lavis_dcd.models.building import module_of
 from lavis_dcd.models.dcd.banked_teachers import BankedTeachers
 from lavis_dcd.models.dcd.build import (
     build_from_bank,
@@ -45,13 +48,14 @@ from lavis_dcd.models.dcd.checks import (
     section_faults,
 )
 from lavis_dcd.models.dcd.config import DcdConfig
-from lavis_dcd.models.dcd.teachers import Teachers, gather_tables, match_tables
+from lavis_dcd.models.dcd.scores import GivesScores, ScoreTable, gather_tables, match_tables
+from lavis_dcd.models.dcd.teachers import Teachers
 
 log = logging.getLogger(__name__)
 
 
 @registry.register_model("dcd")
-class DynamicContrastiveDistillation(BaseModel):
+class DynamicContrastiveDistillation(Learner, BaseModel):
     """Distils any matcher, or several, into any matcher.
 
     Per query and direction: a candidate pool, the teacher's scores on it, the hard samples they select, the
@@ -72,16 +76,19 @@ class DynamicContrastiveDistillation(BaseModel):
         "default": str(packaged_folder("configs") / "models" / "dcd_default.yaml")
     }
 
-    def __init__(self, teacher: Matcher | Teachers | BankedTeachers, student: Matcher, config: DcdConfig):
+    def __init__(self, teacher: Matcher | GivesScores, student: Matcher, config: DcdConfig):
         super().__init__()
         self.config = config
         self.student = student
-        # a plain attribute would register the teachers as sub-modules
-        several = isinstance(teacher, Teachers | BankedTeachers)
-        self.__dict__["teachers"] = teacher if several else Teachers([teacher], amp=config.frozen_amp)
+        self.teachers: GivesScores = (
+            Teachers([teacher], amp=config.frozen_amp) if isinstance(teacher, Matcher) else teacher
+        )
         if faults := method_faults(config):
             raise UserError(faults)
-        check_student(student)
+        check_student(module_of(student))
+        self.random_captions_per_image = config.candidates.random_captions
+        self.needs_score_bank = config.candidates.from_bank
+        self.find_unused_parameters = isinstance(student, Learner) and student.find_unused_parameters
         self.pools = build_pools(config.candidates)
         self.prescreen = build_prescreen(config, self.teachers, student)
         self.loss_config = loss_defaults(config.loss, self.teachers.family, student.family)
@@ -130,71 +137,56 @@ class DynamicContrastiveDistillation(BaseModel):
         teachers = build_teachers(config)
         return cls(teachers, build_student(config, teachers.matchers[0]), config)
 
-    # -- what the runner and the task ask ------------------------------------------------------------------------
+    # -- what the loop and the task read -------------------------------------------------------------------------
 
     @property
     def teacher(self) -> Matcher | Ensemble:
-        """What is evaluated as "teacher"."""
-        return self.teachers.one()
+        """The matcher that is evaluated as "teacher"."""
+        return self.teachers.evaluated_matcher()
 
+    @override
     def matchers(self) -> dict[str, Matcher | Ensemble]:
-        return {**self.teachers.evaluated(), "student": self.student}
+        return {**self.teachers.evaluated_matchers(), "student": self.student}
 
+    @override
     def view_matchers(self) -> dict[str, Matcher]:
-        """Who reads pictures and captions of their own, by view: teachers with other encoders than the student's, and
-        whoever's section names a ``preprocess``.
-        """
-        sections = self.config.sections_by_view(self.teachers.named())
-        named = {**self.teachers.named(), MAIN_VIEW: self.student}
+        # teachers with other encoders than the student's, and whoever's section names a ``preprocess``
+        teachers = self.teachers.by_view()
+        sections = self.config.sections_by_view(teachers)
         return {
-            name: matcher
-            for name, matcher in named.items()
-            if sections[name].get("preprocess") or not matcher.shares_encoders_with(self.student)
+            view: matcher
+            for view, matcher in {**teachers, MAIN_VIEW: self.student}.items()
+            if sections[view].get("preprocess") or not matcher.shares_encoders_with(self.student)
         }
 
+    @override
     def views(self) -> dict[str, dict[str, Any]]:
-        """The ``model:`` sections of :meth:`view_matchers`, whose ``preprocess`` says what they read."""
-        sections = self.config.sections_by_view(self.teachers.named())
-        return {name: sections[name] for name in self.view_matchers()}
+        sections = self.config.sections_by_view(self.teachers.by_view())
+        return {view: sections[view] for view in self.view_matchers()}
 
+    @override
     def exported(self) -> nn.Module:
-        """What the final file holds."""
-        return self.student
+        return module_of(self.student)
 
-    @property
-    def random_captions_per_image(self) -> int:
-        """Captions that the training set must draw per picture (0: none)."""
-        candidates = self.config.candidates
-        drawn = candidates.sources().get("image_to_text") == "random"
-        return candidates.image_to_text.count if drawn else 0
-
-    @property
-    def needs_score_bank(self) -> bool:
-        """Whether the training set must bring candidates and scores out of a score bank."""
-        return self.config.candidates.from_bank
-
+    @override
     def use_score_bank(self, bank: ScoreBank) -> None:
-        """The bank that the samples' scores come from, for :meth:`teacher_fingerprint`."""
-        self.teachers.use(bank)
+        if isinstance(self.teachers, BankedTeachers):
+            self.teachers.use_bank(bank)
 
-    def head_parameter_names(self) -> set[str]:
-        names = getattr(self.student, "head_parameter_names", set)()
-        return {f"student.{name}" for name in names}
-
-    @property
-    def find_unused_parameters(self) -> bool:
-        """Whether some step leaves trainable parameters without a gradient, as distributed training must know."""
-        return bool(getattr(self.student, "find_unused_parameters", False))
-
-    def sharding_units(self) -> list[nn.Module]:
-        """What ``run.strategy: fsdp`` gathers one at a time: the student's."""
-        return self.student.sharding_units()
-
+    @override
     def teacher_fingerprint(self) -> str:
-        """SHA-256 over the teachers' tensors, or over what the score bank with their scores was made from."""
         return self.teachers.fingerprint()
 
-    def _apply(self, fn, recurse: bool = True):
+    @override
+    def head_parameter_names(self) -> set[str]:
+        names = self.student.head_parameter_names() if isinstance(self.student, Learner) else set()
+        return {f"student.{name}" for name in names}
+
+    @override
+    def sharding_units(self) -> list[nn.Module]:
+        return self.student.sharding_units()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicContrastiveDistillation:
         self.teachers.apply(fn)
         return super()._apply(fn, recurse)
 
@@ -207,97 +199,71 @@ class DynamicContrastiveDistillation(BaseModel):
     # -- a training step -----------------------------------------------------------------------------------------
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The distillation loss of a batch; under torchrun that of the global batch, in every process.
+        """Return the distillation loss of a batch; under torchrun that of the global batch, in every process.
 
         Args:
-            samples: LAVIS ``RetrievalDataset`` samples, with ``candidate_text`` / ``candidate_image_id [B, C]``
-                when candidates are drawn from the data set, and with what ``banks.score_candidates`` adds when they
-                come from a score bank; by view where matchers differ in their inputs.
+            samples: a batch, see :class:``lavis_dcd.matching.contract.Samples``; with the candidates of whatever
+                ``model.candidates`` draws from the data set or takes out of a score bank.
 
         Returns:
             0-dim tensors: ``loss``, ``distill_loss``, ``contrastive_loss``, where they have a weight
             ``in_batch_loss`` and ``student_loss``, and, detached, the diagnostics.
         """
-        batch = self._features(samples)
-        all_pairs = self.student.match_all(batch.images, batch.texts) if self.student.family == "dual" else None
-        pools, found = self._prescreened(samples, batch, self._candidates(batch, all_pairs))
-        teacher_scores = self._teacher_scores(samples, batch, pools)
-        selections = [self._select(p, t) for p, t in zip(pools, teacher_scores, strict=True)]
-        student_scores = self._student_scores(batch, selections, all_pairs)
-        selections, student_scores = whole_batch(batch, selections, student_scores)
-        judged = self._unchosen(pools, teacher_scores)
-        results = [
-            self.objective(selection.teacher_scores, scores, selection.valid)
-            for selection, scores in zip(selections, student_scores, strict=True)
-        ]
-        losses = {key: torch.stack([r[key] for r in results]).mean() for key in results[0]}
-        losses |= self._further_losses(samples, batch, all_pairs)
-        for name, weight in (("in_batch_loss", self.loss_config.in_batch_weight),
-                             ("student_loss", self.loss_config.student_weight)):  # fmt: skip
-            if name in losses:
-                losses["loss"] = losses["loss"] + weight * losses[name]
-        return {**losses, **diagnostics(selections, student_scores, judged), **found}
+        batch = Batch.of(samples)
+        features = self._encoded(batch)
+        encoded = EncodedBatch(batch, features, self.student)
+        all_pairs = self.student.match_all(features.images, features.texts) if self.student.family == "dual" else None
+        pools, prescreened = self._prescreened(encoded, self._candidates(features, all_pairs))
+        teacher_tables = self._teacher_tables(encoded, pools)
+        selections = [self._select(pool, table) for pool, table in zip(pools, teacher_tables, strict=True)]
+        student_tables = self._student_tables(features, selections, all_pairs)
+        student_scores = [table.known_scores() for table in student_tables]
+        selections, student_scores = whole_batch(features, selections, student_scores)
+        losses = self._distillation(selections, student_scores)
+        losses = self._with_further_losses(losses, batch, features, all_pairs)
+        unchosen = self._unchosen(pools, teacher_tables)
+        return {**losses, **diagnostics(selections, student_scores, unchosen), **prescreened}
 
-    def _unchosen(
-        self, pools: list[CandidatePool], teacher_scores: Sequence[Tensor | None]
-    ) -> list[tuple[CandidatePool, Tensor | None]]:
-        """The pools by which the teacher can be judged: none where scores have chosen the candidates already."""
-        chosen = self.teachers.selects or self.prescreen or self.config.candidates.teacher_budget is not None
-        return [] if chosen else list(zip(pools, teacher_scores, strict=True))
-
-    def _further_losses(
-        self, samples: Mapping[str, Any], batch: BatchFeatures, all_pairs: Tensor | None
-    ) -> dict[str, Tensor]:
-        found = {}
-        if self.loss_config.in_batch_weight:
-            if all_pairs is None:
-                all_pairs = self.student.match_all(batch.images, batch.texts)
-            found["in_batch_loss"] = info_nce(all_pairs, batch)
-        if self.loss_config.student_weight:
-            found["student_loss"] = self.student.own_loss(view_of(samples))
-        return found
-
-    def _features(self, samples: Mapping[str, Any]) -> BatchFeatures:
+    def _encoded(self, batch: Batch) -> BatchFeatures:
+        """The batch by the student's encoders; in half precision, then widened, where those are frozen."""
         if self.config.frozen_amp == "off" or not self.student.encoders_frozen():
-            return sample_features(self.student, samples)
+            return encode_batch(self.student, batch)
         with autocast_to(device_of(self.student), self.config.frozen_amp):
-            batch = sample_features(self.student, samples)
-        return dataclasses.replace(batch, images=batch.images.float(), texts=batch.texts.float())
+            features = encode_batch(self.student, batch)
+        return dataclasses.replace(features, images=features.images.float(), texts=features.texts.float())
 
-    def _candidates(self, batch: BatchFeatures, all_pairs: Tensor | None) -> list[CandidatePool]:
-        """Our queries, cut to what the teacher may score; a dual student's scores tell what is promising."""
-        pools = [pool.build(batch.context()) for pool in self.pools]
+    def _candidates(self, features: BatchFeatures, all_pairs: Tensor | None) -> list[CandidatePool]:
+        """This process's queries, cut to what the teacher may score; a dual student's scores rank the candidates."""
+        pools = [pool.build(features.context()) for pool in self.pools]
         budget = self.config.candidates.teacher_budget
         if budget is None:
-            return own_rows(batch, pools)
+            return own_rows(features, pools)
         cheap = None if all_pairs is None else all_pairs.detach()
         cut = [
             within_budget(pool, None if cheap is None else cheap[pool.image_rows, pool.text_rows], budget)
             for pool in pools
         ]
-        return own_rows(batch, cut)
+        return own_rows(features, cut)
 
     def _prescreened(
-        self, samples: Mapping[str, Any], batch: BatchFeatures, pools: list[CandidatePool]
+        self, encoded: EncodedBatch, pools: list[CandidatePool]
     ) -> tuple[list[CandidatePool], dict[str, Tensor]]:
         """The pools as ``selection.prescreen`` cuts them and, where it is due, what share of the hardest it kept."""
-        if self.prescreen is None:
+        hardest = self.config.selection.hard_negatives
+        if self.prescreen is None or hardest is None:
             return pools, {}
-        kept = self.prescreen.cut(batch, pools)
-        if not self.prescreen.due(samples):
-            return kept, {}
-        everything = self.teachers.scores(samples, batch, self.student, pools)
-        share = self.prescreen.found(pools, kept, everything, self.config.selection.hard_negatives)
-        return kept, {"prescreen_found": share}
+        cut = self.prescreen.cut(encoded.features, pools)
+        if not self.prescreen.due(encoded.batch.step):
+            return cut, {}
+        share = self.prescreen.found(pools, cut, self.teachers.scores(encoded, pools), hardest)
+        return cut, {"prescreen_found": share}
 
-    def _teacher_scores(
-        self, samples: Mapping[str, Any], batch: BatchFeatures, pools: list[CandidatePool]
-    ) -> Sequence[Tensor | None]:
+    def _teacher_tables(self, encoded: EncodedBatch, pools: list[CandidatePool]) -> list[ScoreTable]:
+        """The pools as the teacher scores them; unscored where nothing depends on its scores."""
         if not self._needs_teacher:
-            return [None for _ in pools]
-        # the published code knows no masks: every candidate counts, and is scored
-        everything = self.config.loss.reference == "release"
-        return self.teachers.scores(samples, batch, self.student, pools, everything)
+            return [ScoreTable.of(pool) for pool in pools]
+        # the published code has no masks: every candidate counts, and is scored
+        return self.teachers.scores(encoded, pools, everything=self.config.loss.reference == "release")
 
     @property
     def _needs_teacher(self) -> bool:
@@ -305,19 +271,56 @@ class DynamicContrastiveDistillation(BaseModel):
         mining = SELECTION_STRATEGIES[how.strategy].needs_teacher and how.hard_negatives is not None
         return mining or how.margin is not None or self.objective.needs_teacher
 
-    def _select(self, pool: CandidatePool, teacher_scores: Tensor | None) -> Selection:
+    def _select(self, pool: CandidatePool, teacher: ScoreTable) -> Selection:
         how = self.config.selection
-        if self.teachers.selects:
-            return select(pool, teacher_scores, None)
-        if self.config.loss.reference == "release":
-            return release_selection(pool, teacher_scores, how.hard_negatives)
-        return select(pool, teacher_scores, how.hard_negatives, strategy=how.strategy, margin=how.margin)
+        if self.teachers.selects_hard_samples:
+            return select(pool, teacher.scores, None)
+        if self.config.loss.reference == "release" and how.hard_negatives is not None:
+            return release_selection(pool, teacher.known_scores(), how.hard_negatives)
+        return select(pool, teacher.scores, how.hard_negatives, strategy=how.strategy, margin=how.margin)
 
-    def _student_scores(
-        self, batch: BatchFeatures, selections: list[Selection], all_pairs: Tensor | None
-    ) -> list[Tensor]:
-        tables = [(s.image_rows, s.text_rows, s.valid) for s in selections]
+    def _student_tables(
+        self, features: BatchFeatures, selections: list[Selection], all_pairs: Tensor | None
+    ) -> list[ScoreTable]:
+        tables = [ScoreTable.of(selection) for selection in selections]
         if all_pairs is not None:
             return gather_tables(all_pairs, tables)
         match = partial(match_recomputed, self.student.match, chunk_pairs=self.config.student_chunk_pairs)
-        return match_tables(match, batch, tables)
+        return match_tables(match, features, tables)
+
+    def _distillation(self, selections: list[Selection], student_scores: list[Tensor]) -> dict[str, Tensor]:
+        """The objective of each direction, and the mean of the two."""
+        by_direction = [
+            self.objective(selection.teacher_scores, scores, selection.valid)
+            for selection, scores in zip(selections, student_scores, strict=True)
+        ]
+        return {key: torch.stack([losses[key] for losses in by_direction]).mean() for key in by_direction[0]}
+
+    def _with_further_losses(
+        self, losses: dict[str, Tensor], batch: Batch, features: BatchFeatures, all_pairs: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The losses with the weighted sum of the student's two losses that do not depend on the teacher."""
+        in_batch_weight, student_weight = self.loss_config.in_batch_weight, self.loss_config.student_weight
+        losses = dict(losses)
+        if in_batch_weight:
+            if all_pairs is None:
+                all_pairs = self.student.match_all(features.images, features.texts)
+            losses["in_batch_loss"] = info_nce(all_pairs, features)
+        if student_weight:
+            losses["student_loss"] = self.student.own_loss(batch.for_lavis())
+        if in_batch_weight:
+            losses["loss"] = losses["loss"] + in_batch_weight * losses["in_batch_loss"]
+        if student_weight:
+            losses["loss"] = losses["loss"] + student_weight * losses["student_loss"]
+        return losses
+
+    def _unchosen(
+        self, pools: list[CandidatePool], teacher_tables: list[ScoreTable]
+    ) -> list[tuple[CandidatePool, Tensor | None]]:
+        """The pools by which the teacher can be judged: none where scores have chosen the candidates already."""
+        chosen = (
+            self.teachers.selects_hard_samples
+            or self.prescreen is not None
+            or self.config.candidates.teacher_budget is not None
+        )
+        return [] if chosen else [(pool, table.scores) for pool, table in zip(pools, teacher_tables, strict=True)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,17 +11,16 @@ from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.prescreen import found_share, most_promising
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.batch import BatchFeatures
+from lavis_dcd.models.building import module_of
 from lavis_dcd.models.dcd.config import PrescreenConfig
-from lavis_dcd.models.dcd.teachers import gather_tables, match_tables
-
-Score = Callable[[list[CandidatePool]], Sequence[Tensor]]
+from lavis_dcd.models.dcd.scores import ScoreTable, gather_tables, score_tables
 
 
 class Prescreen:
-    """Cuts pools to the candidates that a cheap matcher finds most promising.
+    """A cut of pools to the candidates that a cheap matcher scores highest.
 
     Args:
-        config: by whom, how many, and how often the teacher sees all of them to tell what is lost.
+        config: by whom, how many, and how often the teacher scores all of them to tell what is lost.
         matchers: whose scores are cheap, by the names that ``config.by`` may have.
     """
 
@@ -32,37 +30,52 @@ class Prescreen:
 
     @torch.no_grad()
     def cut(self, batch: BatchFeatures, pools: list[CandidatePool]) -> list[CandidatePool]:
-        """The pools with ``keep`` valid candidates per query at most."""
-        cheap = self._cheap(batch, pools)
+        """Return the pools with at most ``keep`` valid candidates per query beside the match."""
+        cheap = self._cheap_scores(batch, pools)
         return [most_promising(pool, scores, self.config.keep) for pool, scores in zip(pools, cheap, strict=True)]
 
-    def due(self, samples: Mapping[str, Any]) -> bool:
-        """Whether the teacher is to score every candidate of this batch, by the step that the samples tell of."""
-        if not self.config.check_every:
-            return False
-        step = int(samples.get("epoch", 0)) * int(samples.get("num_iters_per_epoch", 1)) + int(samples.get("iters", 0))
-        return step % self.config.check_every == 0
+    def due(self, step: int) -> bool:
+        """Return whether the teacher is to score every candidate of the batch of this ``step``, counted from 0."""
+        return bool(self.config.check_every) and step % self.config.check_every == 0
 
     def found(
-        self, pools: list[CandidatePool], kept: list[CandidatePool], teacher_scores: Sequence[Tensor], hardest: int
+        self, pools: list[CandidatePool], cut: list[CandidatePool], teacher: Sequence[ScoreTable], hardest: int
     ) -> Tensor:
-        """The mean over the directions of the share of the teacher's ``hardest`` that were kept, 0-dim."""
-        shares = [found_share(*each, hardest) for each in zip(pools, kept, teacher_scores, strict=True)]
+        """Return the share of the teacher's hardest candidates that the prescreen leaves in, 0-dim.
+
+        Args:
+            pools: per direction, all candidates ``[Q, 1+C]``.
+            cut: the same after :meth:``cut``.
+            teacher: the same, scored by the teacher.
+            hardest: how many of a query's candidates count as its hardest.
+
+        Returns:
+            The mean over the directions.
+        """
+        shares = [
+            found_share(pool, promising, table.known_scores(), hardest)
+            for pool, promising, table in zip(pools, cut, teacher, strict=True)
+        ]
         return torch.stack(shares).mean()
 
-    def _cheap(self, batch: BatchFeatures, pools: list[CandidatePool]) -> Sequence[Tensor | None]:
-        matcher, tables = self._matcher, [(p.image_rows, p.text_rows, p.valid) for p in pools]
+    def _cheap_scores(self, batch: BatchFeatures, pools: list[CandidatePool]) -> Sequence[Tensor | None]:
+        """Return per pool scores ``[Q, 1+C]``, or None where chance decides."""
+        matcher = self._matcher
         if matcher is None:
             return [None for _ in pools]
+        return [table.scores for table in self._scored(matcher, batch, [ScoreTable.of(pool) for pool in pools])]
+
+    def _scored(self, matcher: Matcher, batch: BatchFeatures, tables: list[ScoreTable]) -> list[ScoreTable]:
         if self.config.by == "joint":
             joint = matcher.joint_scores(matcher.embed_images(batch.images), matcher.embed_texts(batch.texts))
             return gather_tables(joint, tables)
         if matcher.family == "dual":
-            return gather_tables(matcher.match_all(batch.images, batch.texts), tables)
+            return score_tables(matcher, batch, tables)
         # the score that ranks is the deterministic one: dropout would shuffle what is promising
-        training = matcher.training
-        matcher.eval()
+        module = module_of(matcher)
+        training = module.training
+        module.eval()
         try:
-            return match_tables(matcher.match, batch, tables)
+            return score_tables(matcher, batch, tables)
         finally:
-            matcher.train(training)
+            module.train(training)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,44 +14,46 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import update_with_tensors
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.ensemble import combine
-from lavis_dcd.matching.contract import Matcher, has_view
+from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
-from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.models.batch import BatchFeatures, sample_features
-
-Match = Callable[[ImageFeatures, TextFeatures, Tensor], Tensor]
+from lavis_dcd.models.batch import BatchFeatures, EncodedBatch, encode_batch
+from lavis_dcd.models.building import module_of
+from lavis_dcd.models.dcd.scores import ScoreTable, score_tables
 
 
 class Teachers:
-    """Teachers in evaluation mode, without gradients; no module, so that nobody registers them as one's part.
+    """Teachers in evaluation mode, without gradients. No module, so that no model registers them as its sub-modules.
 
     Args:
         matchers: one or more.
-        weights: of each one's standardised scores; equal by default.
+        weights: one per matcher, of its standardised scores; equal by default.
         amp: "off", or the precision in which they encode and score ("bf16").
     """
 
     def __init__(self, matchers: Sequence[Matcher], weights: Sequence[float] | None = None, amp: str = "off") -> None:
         self.matchers, self._amp = list(matchers), amp
         self.weights = list(weights or [1.0] * len(self.matchers))
-        # keeps the weights' checks, and stands for all of them in evaluations
+        # checks the weights, and stands for all of them in evaluations
         try:
             self._ensemble = Ensemble(self.matchers, self.weights)
         except ValueError as error:
             raise UserError(f"model.teachers: {error}") from error
-        for matcher in self.matchers:
-            matcher.requires_grad_(False)
-            matcher.eval()
+        self._modules = [module_of(matcher) for matcher in self.matchers]
+        for module in self._modules:
+            module.requires_grad_(False)
+            module.eval()
 
-    # whether the samples bring the hard samples, chosen already
-    selects = False
+    @property
+    def selects_hard_samples(self) -> bool:
+        """Never: they score the candidates that a pool has."""
+        return False
 
-    def evaluated(self) -> dict[str, Matcher | Ensemble]:
-        """By name, what is evaluated beside the student."""
-        return {"teacher": self.one()}
+    def evaluated_matchers(self) -> dict[str, Matcher | Ensemble]:
+        """Return what is evaluated beside the student, by name."""
+        return {"teacher": self.evaluated_matcher()}
 
-    def one(self) -> Matcher | Ensemble:
-        """What is evaluated as "teacher"."""
+    def evaluated_matcher(self) -> Matcher | Ensemble:
+        """Return the only teacher, or the ensemble of several."""
         return self.matchers[0] if len(self.matchers) == 1 else self._ensemble
 
     @property
@@ -59,90 +61,67 @@ class Teachers:
         """ "dual" where all are dual encoders."""
         return self._ensemble.family
 
-    def named(self) -> dict[str, Matcher]:
-        """By the name of the view that each reads."""
+    def by_view(self) -> dict[str, Matcher]:
+        """Return each teacher by the name of the view that it reads."""
         if len(self.matchers) == 1:
             return {"teacher": self.matchers[0]}
         return {f"teacher.{i}": matcher for i, matcher in enumerate(self.matchers)}
 
     def fingerprint(self) -> str:
-        """SHA-256 over all teachers' tensors, names and shapes included, and their weights."""
+        """Return a SHA-256 over all teachers' tensors, names and shapes included, and their weights."""
         digest = hashlib.sha256()
         if len(self.matchers) > 1:
             digest.update(repr(self.weights).encode())
-        for matcher in self.matchers:
-            update_with_tensors(digest, sorted(matcher.state_dict().items()))
+        for module in self._modules:
+            update_with_tensors(digest, sorted(module.state_dict().items()))
         return digest.hexdigest()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Moves and casts, as ``nn.Module._apply``."""
-        for matcher in self.matchers:
-            matcher._apply(fn)
+        """Move or cast all tensors, as ``nn.Module._apply``."""
+        for module in self._modules:
+            module._apply(fn)
 
     def eval(self) -> None:
-        for matcher in self.matchers:
-            matcher.eval()
+        """Put every teacher into evaluation mode."""
+        for module in self._modules:
+            module.eval()
 
     @torch.no_grad()
     def scores(
-        self,
-        samples: Mapping[str, Any],
-        seen: BatchFeatures,
-        seen_by: Matcher,
-        pools: Sequence[CandidatePool],
-        everything: bool = False,
-    ) -> list[Tensor]:
-        """Scores ``[Q, 1+C]`` per pool, invalid entries 0; several teachers standardised per query and averaged.
+        self, encoded: EncodedBatch, pools: Sequence[CandidatePool], everything: bool = False
+    ) -> list[ScoreTable]:
+        """Return each pool ``[Q, 1+C]`` scored; of several teachers standardised per query and averaged.
 
         Args:
-            samples: the batch, from which teachers with encoders of their own encode.
-            seen: its features by ``seen_by``, for teachers that share its encoders.
-            pools: the candidates.
-            everything: score invalid entries too.
+            encoded: the batch, with features that serve the teachers which share the encoder and read its view. The
+                others encode it anew.
+            pools: the candidates of each direction.
+            everything: score invalid entries, too.
         """
-        tables = [(p.image_rows, p.text_rows, p.valid | everything) for p in pools]
-        # features of a view of one's own serve nobody else, whoever shares the encoders
-        common: list[tuple[Matcher, BatchFeatures]] = [(seen_by, seen)]
-        of_teachers = []
-        for view, matcher in self.named().items():
-            own = has_view(samples, view)
-            batch = next((found for other, found in common if not own and matcher.shares_encoders_with(other)), None)
-            with autocast_to(seen.images.device, self._amp):
-                if batch is None:
-                    batch = sample_features(matcher, samples, view)
-                    common += [] if own else [(matcher, batch)]
-                of_teachers.append(score_tables(matcher, batch, tables))
+        tables = [ScoreTable.of(pool, everything) for pool in pools]
+        by_encoder: list[tuple[Matcher, BatchFeatures]] = [(encoded.encoder, encoded.features)]
+        by_teacher = [
+            self._tables_of(view, matcher, encoded, by_encoder, tables) for view, matcher in self.by_view().items()
+        ]
         return [
-            combine([tables_of[i] for tables_of in of_teachers], tables[i][2], self.weights) for i in range(len(tables))
+            replace(table, scores=combine([scored.known_scores() for scored in of_table], table.valid, self.weights))
+            for table, of_table in zip(tables, zip(*by_teacher, strict=True), strict=True)
         ]
 
-
-def score_tables(matcher: Matcher, batch: BatchFeatures, tables: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    """Scores of tables (image rows, text rows, validity), by one product where the matcher is a dual encoder."""
-    if matcher.family == "dual":
-        return gather_tables(matcher.match_all(batch.images, batch.texts), tables)
-    return match_tables(matcher.match, batch, tables)
-
-
-def gather_tables(scores: Tensor, tables: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    """Entries of all pairs' ``scores [I, T]``, float32 ``[Q, N]`` per table; invalid ones are 0."""
-    return [scores[image, text].float().masked_fill(~valid, 0.0) for image, text, valid in tables]
-
-
-def match_tables(match: Match, batch: BatchFeatures, tables: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    """Scores of every valid entry, each distinct pair matched once; invalid entries are 0 and carry no gradient.
-
-    Args:
-        tables: per direction image rows, text rows and validity, each ``[Q, N]``.
-
-    Returns:
-        float32 ``[Q, N]`` per direction.
-    """
-    pairs = torch.cat([torch.stack([image[valid], text[valid]], dim=1) for image, text, valid in tables])
-    distinct, inverse = pairs.unique(dim=0, return_inverse=True)
-    scores = match(batch.images, batch.texts, distinct).float()[inverse]
-    sizes = [int(valid.sum()) for _, _, valid in tables]
-    return [
-        torch.zeros(valid.shape, device=scores.device).masked_scatter(valid, part)
-        for (_, _, valid), part in zip(tables, scores.split(sizes), strict=True)
-    ]
+    def _tables_of(
+        self,
+        view: str,
+        matcher: Matcher,
+        encoded: EncodedBatch,
+        by_encoder: list[tuple[Matcher, BatchFeatures]],
+        tables: list[ScoreTable],
+    ) -> list[ScoreTable]:
+        """Return ``tables`` as one teacher scores them; features that others can use are added to ``by_encoder``."""
+        # features of a view that only this teacher reads serve no other, whoever shares its encoders
+        shared = not encoded.batch.has_view(view)
+        features = next((f for encoder, f in by_encoder if shared and matcher.shares_encoders_with(encoder)), None)
+        with autocast_to(encoded.features.images.device, self._amp):
+            if features is None:
+                features = encode_batch(matcher, encoded.batch, view)
+                by_encoder += [(matcher, features)] if shared else []
+            return score_tables(matcher, features, tables)

@@ -12,18 +12,19 @@ import torch
 from lavis.common.registry import registry
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import F, ImageFeatures, TextFeatures
 from lavis_dcd.models import weights
-from lavis_dcd.models.batch import BatchFeatures, info_nce, sample_features
-from lavis_dcd.models.dual_encoder import weights as dual_encoder_weights
+from lavis_dcd.models.batch import Batch, BatchFeatures, encode_batch, info_nce
 from lavis_dcd.models.dual_encoder.config import DualEncoderConfig
 from lavis_dcd.models.dual_encoder.pooling import EmbeddingHead
+from lavis_dcd.models.dual_encoder.weights import DUAL_ENCODER_FILES
 from lavis_dcd.models.retriever import TwoTowers, model_types
-from lavis_dcd.models.towers import TextTower, build_vision_tower
+from lavis_dcd.models.towers import TextTower, VisionTower, build_vision_tower
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class DualEncoder(TwoTowers):
     family: ClassVar[str] = "dual"
     has_joint_space = True
     config_class = DualEncoderConfig
-    files = dual_encoder_weights
+    files = DUAL_ENCODER_FILES
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types("dual_encoder", "base", "small", "tiny")
 
     def _build(self, config: DualEncoderConfig) -> None:
@@ -61,7 +62,7 @@ class DualEncoder(TwoTowers):
             if frozen:
                 tower.requires_grad_(False)
 
-    def _check_class_token(self, vision_tower: nn.Module) -> None:
+    def _check_class_token(self, vision_tower: VisionTower) -> None:
         mapped = vision_tower.adds_class_token and vision_tower.num_tokens > 1
         if self.config.head.image_pooling == "cls" and mapped:
             raise UserError(
@@ -97,37 +98,40 @@ class DualEncoder(TwoTowers):
         Raises:
             UserError: a teacher without such towers, or with other widths than this model's heads.
         """
-        if not all(isinstance(getattr(teacher, name, None), nn.Module) for name in ("vision_tower", "text_tower")):
+        if not isinstance(teacher, TwoTowers):
             raise UserError(
                 f"model.student.init_from_teacher.towers: {type(teacher).__name__} has no towers that a dual_encoder "
                 "could take over; name vision and text of the student's own instead, with weights"
             )
-        towers = {}
-        for part in ("vision", "text"):
-            own, theirs = getattr(self, f"{part}_tower"), getattr(teacher, f"{part}_tower")
-            if own.width != theirs.width:
+        towers: dict[str, nn.Module] = {"vision": teacher.vision_tower, "text": teacher.text_tower}
+        widths = {"vision": (self.vision_tower.width, teacher.vision_tower.width),
+                  "text": (self.text_tower.width, teacher.text_tower.width)}  # fmt: skip
+        for side, (width, teacher_width) in widths.items():
+            if width != teacher_width:
                 raise UserError(
-                    f"model.student.{part}: {own.width} channels, the teacher's tower has {theirs.width}; leave {part} "
+                    f"model.student.{side}: {width} channels, the teacher's tower has {teacher_width}; leave {side} "
                     "out of the student's section, it is the teacher's then"
                 )
-            towers[part] = theirs
-        self._check_class_token(towers["vision"])
-        frozen = {part: share or getattr(self.config, part).freeze for part in towers}
-        sections = {part: dataclasses.replace(getattr(teacher.config, part), freeze=frozen[part]) for part in towers}
+        self._check_class_token(teacher.vision_tower)
+        frozen = {side: share or getattr(self.config, side).freeze for side in towers}
+        sections = {side: dataclasses.replace(getattr(teacher.config, side), freeze=frozen[side]) for side in towers}
         self.config = dataclasses.replace(self.config, **copy.deepcopy(sections))
-        for part, tower in towers.items():
+        for side, tower in towers.items():
             adopted = tower if share else copy.deepcopy(tower)
-            setattr(self, f"{part}_tower", adopted.requires_grad_(not frozen[part]))
+            setattr(self, f"{side}_tower", adopted.requires_grad_(not frozen[side]))
         self.train(self.training)
 
     # -- the matching contract -----------------------------------------------------------------------------------
 
+    @override
     def fusion_parameters(self) -> int:
         return 0
 
+    @override
     def embed_images(self, images: ImageFeatures) -> Tensor:
         return self.image_head(images)
 
+    @override
     def embed_texts(self, texts: TextFeatures) -> Tensor:
         return self.text_head(texts)
 
@@ -136,6 +140,7 @@ class DualEncoder(TwoTowers):
         """The inverse temperature, at most 100 as in CLIP."""
         return self.logit_scale.exp().clamp(max=100.0)
 
+    @override
     def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         image_rows, image_index = pairs[:, 0].unique(return_inverse=True)
         text_rows, text_index = pairs[:, 1].unique(return_inverse=True)
@@ -145,30 +150,22 @@ class DualEncoder(TwoTowers):
         bytes_per_pair = _VECTORS_PER_PAIR * image_embeds.element_size() * image_embeds.shape[1]
         cosines = [
             # index_select, not indexing: its gradient is an index_add, many times faster on a CPU
-            (image_embeds.index_select(0, part[:, 0]) * text_embeds.index_select(0, part[:, 1])).sum(dim=-1)
-            for part in pair_chunks(local, bytes_per_pair, self.config.match_memory_mb)
+            (image_embeds.index_select(0, chunk[:, 0]) * text_embeds.index_select(0, chunk[:, 1])).sum(dim=-1)
+            for chunk in pair_chunks(local, bytes_per_pair, self.config.match_memory_mb)
         ]
         return self.scale * torch.cat(cosines)
 
+    @override
     def joint_scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         # half precision would tell cosines apart by the third digit only
         with torch.autocast(image_embeds.device.type, enabled=False):
             return image_embeds.float() @ text_embeds.float().T
 
+    @override
     def match_all(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         return self.scale * self.joint_scores(self.embed_images(images), self.embed_texts(texts))
 
     # -- training ------------------------------------------------------------------------------------------------
-
-    def head_parameter_names(self) -> set[str]:
-        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
-        prefixes = tuple(self.config.fast_parameters)
-        return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
-
-    @property
-    def find_unused_parameters(self) -> bool:
-        """Whether some step leaves trainable parameters without a gradient, as distributed training must know."""
-        return False
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Symmetric InfoNCE over all pairs of a training batch (LAVIS's ``RetrievalDataset`` samples).
@@ -178,7 +175,7 @@ class DualEncoder(TwoTowers):
         Returns:
             ``loss`` and ``contrastive_loss``, the same 0-dim tensor.
         """
-        batch = sample_features(self, samples)
+        batch = encode_batch(self, Batch.of(samples))
         loss = contrastive_loss(self.match_all(batch.images, batch.texts), batch, self.config.loss.label_smoothing)
         return {"loss": loss, "contrastive_loss": loss}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -12,7 +14,13 @@ from lavis_dcd.models.dual_encoder.config import HeadConfig
 _ATTENTION_WIDTH = 128
 
 
-class MeanPooling(nn.Module):
+class Pooling(nn.Module):
+    """Tokens of a tower to one vector each of ``out_width`` channels."""
+
+    out_width: int
+
+
+class MeanPooling(Pooling):
     """The mean of the real tokens."""
 
     def __init__(self, width: int, heads: int):
@@ -29,7 +37,7 @@ class MeanPooling(nn.Module):
         return torch.bmm(weights[:, None], tokens)[:, 0]
 
 
-class FirstPooling(nn.Module):
+class FirstPooling(Pooling):
     """The first token, where an encoder keeps its class token."""
 
     def __init__(self, width: int, heads: int):
@@ -41,7 +49,7 @@ class FirstPooling(nn.Module):
         return tokens[:, 0]
 
 
-class AttentionPooling(nn.Module):
+class AttentionPooling(Pooling):
     """``heads`` weighted means, each with learned weights over the real tokens, side by side.
 
     The weights are a softmax over the tokens of Linear(D -> 128), tanh, Linear(128 -> heads), as in Lin et al.,
@@ -62,7 +70,7 @@ class AttentionPooling(nn.Module):
         return torch.bmm(weights.transpose(1, 2), tokens).flatten(1)
 
 
-class MeanMaxPooling(nn.Module):
+class MeanMaxPooling(Pooling):
     """The mean of the real tokens and, beside it, each channel's maximum over them."""
 
     def __init__(self, width: int, heads: int):
@@ -78,7 +86,7 @@ class MeanMaxPooling(nn.Module):
         return torch.cat([self.mean(tokens, mask), real.amax(dim=1)], dim=-1)
 
 
-class AttentionMeanPooling(nn.Module):
+class AttentionMeanPooling(Pooling):
     """The mean of the real tokens and, beside it, the heads of :class:`AttentionPooling`."""
 
     def __init__(self, width: int, heads: int):
@@ -92,7 +100,7 @@ class AttentionMeanPooling(nn.Module):
         return torch.cat([self.mean(tokens, mask), self.attention(tokens, mask)], dim=-1)
 
 
-POOLINGS: dict[str, type[nn.Module]] = {
+POOLINGS: dict[str, Callable[[int, int], Pooling]] = {
     "mean": MeanPooling,
     "cls": FirstPooling,
     "attention": AttentionPooling,
@@ -119,7 +127,7 @@ class EmbeddingHead(nn.Module):
         self.pooling = POOLINGS[kind](width, config.pooling_heads)
         pooled = self.pooling.out_width
         if config.hidden == 0:
-            layers = [nn.Dropout(config.dropout), nn.Linear(pooled, config.dim, bias=False)]
+            layers: list[nn.Module] = [nn.Dropout(config.dropout), nn.Linear(pooled, config.dim, bias=False)]
         else:
             layers = [
                 nn.LayerNorm(pooled),
@@ -133,7 +141,7 @@ class EmbeddingHead(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Features of B items -> float32 ``[B, dim]``, each of length 1."""
-        tokens = features.tokens.to(self.projection[-1].weight.dtype)
+        tokens = features.tokens.to(next(self.projection[-1].parameters()).dtype)
         mask = features.mask
         if self.training and self.token_dropout:
             mask = drop_tokens(features.full_mask(), self.token_dropout)
@@ -141,6 +149,6 @@ class EmbeddingHead(nn.Module):
 
 
 def drop_tokens(mask: Tensor, rate: float) -> Tensor:
-    """``mask [B, N]`` with real tokens left out at random; a row that would lose all of them keeps all."""
-    kept = mask & (torch.rand(mask.shape, device=mask.device) > rate)
-    return torch.where(kept.any(dim=1, keepdim=True), kept, mask)
+    """Return ``mask [B, N]`` with real tokens left out at random; a row that would lose all of them keeps all."""
+    left = mask & (torch.rand(mask.shape, device=mask.device) > rate)
+    return torch.where(left.any(dim=1, keepdim=True), left, mask)

@@ -40,6 +40,7 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """``[B, N, width]`` -> tanh of a linear map of the first token, ``[B, width]``."""
         return torch.tanh(self.dense(hidden[:, 0]))
 
 
@@ -102,13 +103,13 @@ def start_from_text(text_layers: nn.ModuleList, image_layers: nn.ModuleList, don
     for side in (text_layers, image_layers):
         for layer, donor in zip(side, chosen, strict=True):
             weights = donor.state_dict()
-            own = layer.state_dict()
-            wrong = [k for k, v in weights.items() if k in own and own[k].shape != v.shape]
+            expected = layer.state_dict()
+            wrong = [k for k, v in weights.items() if k in expected and expected[k].shape != v.shape]
             if wrong:
                 raise UserError(
                     "model.fusion.init_from_text: fusion width and mlp_ratio must be the text tower's "
-                    f"({wrong[0]} is {tuple(weights[wrong[0]].shape)} there, {tuple(own[wrong[0]].shape)} here)"
+                    f"({wrong[0]} is {tuple(weights[wrong[0]].shape)} there, {tuple(expected[wrong[0]].shape)} here)"
                 )
             layer.load_state_dict(weights, strict=False)
-            nn.init.zeros_(layer.crossattention.output.dense.weight)
-            nn.init.zeros_(layer.crossattention.output.dense.bias)
+            for parameter in layer.get_submodule("crossattention.output.dense").parameters():
+                nn.init.zeros_(parameter)

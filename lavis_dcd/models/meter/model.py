@@ -9,19 +9,20 @@ from typing import Any, ClassVar
 import torch
 from lavis.common.registry import registry
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path
 from lavis_dcd.matching.attention import Shortcuts, additive_mask
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
-from lavis_dcd.models.batch import sample_features
-from lavis_dcd.models.meter import weights as meter_weights
+from lavis_dcd.models.batch import Batch, encode_batch
 from lavis_dcd.models.meter.config import MeterConfig
 from lavis_dcd.models.meter.fusion import JointHead, Pooler, fusion_layers, start_from_text
 from lavis_dcd.models.meter.stack import CoAttentionStack, EncodedItems
+from lavis_dcd.models.meter.weights import METER_FILES
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
-from lavis_dcd.models.retriever import TwoTowers, model_types
+from lavis_dcd.models.retriever import LayeredRetriever, Succession, TwoTowers, model_types
 from lavis_dcd.models.towers import TextTower, build_vision_tower
 
 MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more captions
@@ -29,7 +30,7 @@ PAIRS_TO_GROUP = 16  # pairs per picture from which on a chunk is likely to hold
 
 
 @registry.register_model("meter_retrieval")
-class MeterRetrieval(TwoTowers):
+class MeterRetrieval(LayeredRetriever, TwoTowers):
     """Scores a pair by a co-attention stack over CLIP-ViT (or timm) and RoBERTa (or BERT) tokens.
 
     Features are the towers' own tokens: image ``[B, N, vision width]``, text ``[B, L, text width]`` with mask.
@@ -38,7 +39,13 @@ class MeterRetrieval(TwoTowers):
     """
 
     config_class = MeterConfig
-    files = meter_weights
+    files = METER_FILES
+    # a joint head that the teacher lacks stays as it is: the student's own
+    succession = Succession(
+        stacks=r"cross_modal_(?:image|text)_layers",
+        sizes="towers, fusion width and joint head",
+        optional=("joint_head",),
+    )
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types(
         "meter_retrieval", "coco", "flickr", "pretrain_288", "student_coco", "student_flickr", "quickstart"
     )
@@ -79,6 +86,8 @@ class MeterRetrieval(TwoTowers):
             if frozen:
                 tower.requires_grad_(False)
         self.retrieval_loss = RetrievalLoss(config.loss)
+        # the fusion's, before it starts or where its score does not count
+        self.find_unused_parameters = config.loss.fusion_start > 0 or not config.fusion_score
 
     def _initialise(self) -> None:
         """METER's initialisation: normal(0, 0.02) weights, zero biases, in everything but the towers."""
@@ -94,26 +103,17 @@ class MeterRetrieval(TwoTowers):
             nn.init.normal_(self.image_cls, std=0.02)
             nn.init.normal_(self.image_positions, std=0.02)
 
-    # -- starting from a teacher ---------------------------------------------------------------------------------
-
-    def init_from_teacher(self, teacher: nn.Module, layers: list[int], share_encoders: bool = False) -> None:
-        """Start from a METER teacher ("succession"): its fusion layers ``layers``, projections, poolers and heads.
-
-        Every tensor is copied, so training this model leaves the teacher as it is. With ``share_encoders`` the
-        towers are the teacher's own modules.
-
-        Raises:
-            UserError: when the teacher is no METER, has no such layer, or other sizes.
-        """
-        meter_weights.succeed(self, teacher, layers)
-        if share_encoders:
-            self.vision_tower, self.text_tower = teacher.vision_tower, teacher.text_tower
+    @override
+    def _share_encoders(self, teacher: MeterRetrieval) -> None:
+        self.vision_tower, self.text_tower = teacher.vision_tower, teacher.text_tower
 
     # -- the matching contract -----------------------------------------------------------------------------------
 
+    @override
     def embed_images(self, images: ImageFeatures) -> Tensor:
         return self._joint().embed_images(images)
 
+    @override
     def embed_texts(self, texts: TextFeatures) -> Tensor:
         return self._joint().embed_texts(texts)
 
@@ -133,18 +133,21 @@ class MeterRetrieval(TwoTowers):
             raise UserError("this meter_retrieval has no joint space: set model.joint_head (and train it)")
         return self.joint_head
 
+    @override
     def fusion_parameters(self) -> int:
         if not self.config.fusion_score:
             return 0
         per_pair = (self.cross_modal_text_layers, self.cross_modal_image_layers, self.cross_modal_text_pooler,
                     self.cross_modal_image_pooler, self.rank_output)  # fmt: skip
-        return sum(p.numel() for part in per_pair for p in part.parameters())
+        return sum(p.numel() for module in per_pair for p in module.parameters())
 
+    @override
     def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
-        scores = self.fusion_scores(images, texts, pairs) if self.config.fusion_score else 0.0
-        if self.joint_head is not None:
-            scores = scores + self.joint_pair_scores(images, texts, pairs)
-        return scores
+        if self.joint_head is None:
+            return self.fusion_scores(images, texts, pairs)
+        if not self.config.fusion_score:
+            return self.joint_pair_scores(images, texts, pairs)
+        return self.fusion_scores(images, texts, pairs) + self.joint_pair_scores(images, texts, pairs)
 
     def joint_pair_scores(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         """The joint head's scaled cosine of each pair, ``[P]``."""
@@ -221,24 +224,14 @@ class MeterRetrieval(TwoTowers):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def head_parameter_names(self) -> set[str]:
-        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
-        prefixes = tuple(self.config.fast_parameters)
-        return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
-
-    @property
-    def find_unused_parameters(self) -> bool:
-        """Whether some step leaves trainable parameters without a gradient, as distributed training must know."""
-        return self.config.loss.fusion_start > 0 or not self.config.fusion_score
-
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The model's own retrieval loss on a training batch (LAVIS's ``RetrievalDataset`` samples).
 
         Returns:
             ``loss``, ``fusion_loss`` and, with a joint head, ``joint_loss``: 0-dim tensors.
         """
-        batch = sample_features(self, samples)
-        return self.retrieval_loss(self, batch, float(samples.get("progress", 1.0)))
+        batch = Batch.of(samples)
+        return self.retrieval_loss(self, encode_batch(self, batch), batch.progress)
 
 
 def _order(image_index: Tensor, lengths: Tensor) -> Tensor:

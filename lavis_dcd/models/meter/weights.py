@@ -3,18 +3,15 @@ but tensors and plain containers."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.models import weights
 from lavis_dcd.models.meter.config import MeterConfig
-from lavis_dcd.models.weights import LoadReport, SavedWeights, adapt_positions, fill, rank_head_from_matching
+from lavis_dcd.models.weights import CheckpointFormat, adapt_positions, rank_head_from_matching
 
 # what inference never reads: CLIP's text half, RoBERTa's pooler, the pre-training heads
 _UNUSED = re.compile(
@@ -28,36 +25,10 @@ _FUSION = (
     "cross_modal_text_pooler",
     "rank_output",
 )
-_POSITIONS = "vision_tower.vit.embeddings.position_embedding.weight"
-_ARCHITECTURE = ("vision", "text", "fusion", "joint_head", "fusion_score")
-# keys of those sections that shape no module
-_NO_MODULES = {"vision": ("freeze", "image_size"), "text": ("freeze", "name", "max_length"),
-               "fusion": ("dropout",), "joint_head": ("dropout", "temperature")}  # fmt: skip
-
-
-def read(path: Path) -> SavedWeights[MeterConfig]:
-    """Tensors and, for a file of ours, configuration; raises as :func:`lavis_dcd.models.weights.read`."""
-    return weights.read(path, MeterConfig)
-
-
-def portable(config: MeterConfig) -> dict[str, Any]:
-    """The configuration as it goes into a file: nothing that points at other weights."""
-    stripped = dataclasses.replace(
-        config, finetuned=None, pretrained=None, checkpoint_sha256=None,
-        vision=dataclasses.replace(config.vision, weights=None),
-        text=dataclasses.replace(config.text, load_weights=False),
-        fusion=dataclasses.replace(config.fusion, init_from_text=False),
-    )  # fmt: skip
-    return dataclasses.asdict(stripped)
-
-
-def built_from(saved: SavedWeights, own: MeterConfig) -> MeterConfig:
-    """See :func:`lavis_dcd.models.weights.built_from`."""
-    return weights.built_from(saved, own, portable, _ARCHITECTURE, _NO_MODULES)
 
 
 def to_own_names(tensors: Mapping[str, Tensor], part: str, fusion_depth: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Official names -> ours; ``part`` picks the teacher's or the student's (``stu_*``) fusion.
+    """Rename official tensors to ours; ``part`` picks the teacher's or the student's (``stu_*``) fusion.
 
     ``auto`` takes the student's when the file has one of exactly ``fusion_depth`` layers and the teacher's has not.
 
@@ -126,29 +97,25 @@ def _clip_block(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {layer + rest: tensor}
 
 
-def load_into(model: nn.Module, saved: SavedWeights, path: Path) -> LoadReport:
-    """Copy ``saved`` into a MeterRetrieval; a model on the meta device takes the tensors as they are.
-
-    Raises:
-        UserError: shapes that differ, or inference weights that the file lacks.
-    """
-    named, ignored = to_own_names(saved.tensors, model.config.checkpoint_part, model.config.fusion.layers)
-    own = model.state_dict()
-    report = LoadReport(ignored=ignored)
-    if _POSITIONS in named and _POSITIONS in own and named[_POSITIONS].shape != own[_POSITIONS].shape:
-        named[_POSITIONS] = adapt_positions(named[_POSITIONS], len(own[_POSITIONS]))
-        report.adapted.append(_POSITIONS)
-    return fill(model, named, report, path)
+def _rename(model: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    return to_own_names(tensors, model.config.checkpoint_part, model.config.fusion.layers)
 
 
-def succeed(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
-    """Copy a METER teacher's fusion layers ``layers`` and all else of the same name into ``student``.
-
-    A joint head that the teacher lacks stays as it is: the student's own.
-
-    Raises:
-        UserError: another architecture, a layer that is not there, other sizes.
-    """
-    stacks = r"cross_modal_(?:image|text)_layers"
-    weights.succeed(student, teacher, layers, stacks, "towers, fusion width and joint head",
-                    optional=("joint_head",))  # fmt: skip
+METER_FILES = CheckpointFormat(
+    config_class=MeterConfig,
+    sections=("vision", "text", "fusion", "joint_head", "fusion_score"),
+    no_modules={
+        "vision": ("freeze", "image_size"),
+        "text": ("freeze", "name", "max_length"),
+        "fusion": ("dropout",),
+        "joint_head": ("dropout", "temperature"),
+    },
+    without_weights={
+        "vision": {"weights": None},
+        "text": {"load_weights": False},
+        "fusion": {"init_from_text": False},
+    },
+    positions="vision_tower.vit.embeddings.position_embedding.weight",
+    rename=_rename,
+    adapt=adapt_positions,
+)

@@ -10,26 +10,27 @@ from lavis.common.registry import registry
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from transformers import ViltModel
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path
 from lavis_dcd.matching.attention import Shortcuts, additive_mask
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
-from lavis_dcd.models.batch import sample_features
+from lavis_dcd.models.batch import Batch, encode_batch
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
-from lavis_dcd.models.retriever import Retriever, model_types
+from lavis_dcd.models.retriever import LayeredRetriever, Succession, model_types
 from lavis_dcd.models.towers import load_tokenizer
-from lavis_dcd.models.vilt import weights as vilt_weights
 from lavis_dcd.models.vilt.config import ViltConfig, transformers_config
 from lavis_dcd.models.vilt.stack import BlockStack, PairSide
+from lavis_dcd.models.vilt.weights import VILT_FILES
 
 MATCH_CHUNK = 256  # pairs matched together where memory would allow more: larger chunks pad more tokens
 _TEXT, _IMAGE = 0, 1  # rows of the modality embedding
 
 
 @registry.register_model("vilt_retrieval")
-class ViltRetrieval(Retriever):
+class ViltRetrieval(LayeredRetriever):
     """Scores a pair by the whole of ``transformers``' ViLT over the text's and the picture's tokens.
 
     Features are the embeddings that enter the first block, modality included: image ``[B, 1 + patches, width]``,
@@ -44,7 +45,8 @@ class ViltRetrieval(Retriever):
     """
 
     config_class = ViltConfig
-    files = vilt_weights
+    files = VILT_FILES
+    succession = Succession(stacks=r"vilt\.encoder\.layer", sizes="image, text and fusion sizes")
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types(
         "vilt_retrieval", "coco", "flickr", "student_coco", "student_flickr", "tiny"
     )
@@ -64,23 +66,13 @@ class ViltRetrieval(Retriever):
         self._tokenizer = None
         self.shortcuts = Shortcuts() if config.fusion.shortcuts else Shortcuts.none()
 
-    # -- starting from a teacher ---------------------------------------------------------------------------------
-
-    def init_from_teacher(self, teacher: nn.Module, layers: list[int], share_encoders: bool = False) -> None:
-        """Start from a ViLT teacher ("succession"): its blocks ``layers``, embeddings, pooler and rank head.
-
-        Every tensor is copied, so training this model leaves the teacher as it is. With ``share_encoders`` the
-        embeddings are the teacher's own module.
-
-        Raises:
-            UserError: when the teacher is no ViLT, has no such block, or other sizes.
-        """
-        vilt_weights.succeed(self, teacher, layers)
-        if share_encoders:
-            self.vilt.embeddings = teacher.vilt.embeddings
+    @override
+    def _share_encoders(self, teacher: ViltRetrieval) -> None:
+        self.vilt.embeddings = teacher.vilt.embeddings
 
     # -- the matching contract -----------------------------------------------------------------------------------
 
+    @override
     def encoder_modules(self) -> list[nn.Module]:
         return [self.vilt.embeddings]
 
@@ -102,6 +94,7 @@ class ViltRetrieval(Retriever):
             self._tokenizer = tokenizer
         return self._tokenizer
 
+    @override
     def encode_images(self, images: Tensor) -> ImageFeatures:
         patch = self.config.image.patch_size
         if images.shape[-2] % patch or images.shape[-1] % patch:
@@ -135,6 +128,7 @@ class ViltRetrieval(Retriever):
         tokens = torch.cat([cls, (patches + grid).flatten(2).transpose(1, 2)], dim=1)
         return embeddings.dropout(tokens) + embeddings.token_type_embeddings.weight[_IMAGE]
 
+    @override
     def encode_texts(self, texts: list[str]) -> TextFeatures:
         batch = self.tokenizer(
             texts, padding="longest", truncation=True, max_length=self.config.text.max_length, return_tensors="pt"
@@ -147,6 +141,7 @@ class ViltRetrieval(Retriever):
         words = embeddings.text_embeddings(input_ids=ids)
         return TextFeatures(words + embeddings.token_type_embeddings.weight[_TEXT], mask.bool())
 
+    @override
     def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         return self.fusion_scores(images, texts, pairs)
 
@@ -197,18 +192,14 @@ class ViltRetrieval(Retriever):
     def joint_logits(self, images: ImageFeatures, texts: TextFeatures) -> None:
         """Return None: there is no joint space."""
 
-    def head_parameter_names(self) -> set[str]:
-        """Parameters that learn at ``run.head_lr_multiplier`` times the base rate."""
-        prefixes = tuple(self.config.fast_parameters)
-        return {name for name, _ in self.named_parameters() if prefixes and name.startswith(prefixes)}
-
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """The model's own retrieval loss on a training batch (LAVIS's ``RetrievalDataset`` samples).
 
         Returns:
             ``loss`` and ``fusion_loss``: 0-dim tensors.
         """
-        return self.retrieval_loss(self, sample_features(self, samples), float(samples.get("progress", 1.0)))
+        batch = Batch.of(samples)
+        return self.retrieval_loss(self, encode_batch(self, batch), batch.progress)
 
 
 def _real_grids(images: Tensor, patch: int) -> Tensor:

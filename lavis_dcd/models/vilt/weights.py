@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from torch import Tensor, cat, nn
+from torch import Tensor, cat
 from torch.nn import functional as nnf
 
-from lavis_dcd.common.errors import UserError
-from lavis_dcd.models import weights
 from lavis_dcd.models.vilt.config import ViltConfig
-from lavis_dcd.models.weights import LoadReport, SavedWeights, fill, rank_head_from_matching
+from lavis_dcd.models.weights import CheckpointFormat, rank_head_from_matching
 
 _POSITIONS = "vilt.embeddings.position_embeddings"
-_SECTIONS = ("image", "text", "fusion")
-# keys of those sections that shape no module
-_NO_MODULES = {"image": ("image_size",), "text": ("name", "max_length"), "fusion": ("dropout",)}
 
 # the authors' names -> transformers'
 _TOP = {
@@ -40,24 +32,8 @@ _BLOCK = {
 }
 
 
-def read(path: Path) -> SavedWeights[ViltConfig]:
-    """Tensors and, for a file of ours, configuration; raises as :func:`lavis_dcd.models.weights.read`."""
-    return weights.read(path, ViltConfig)
-
-
-def portable(config: ViltConfig) -> dict[str, Any]:
-    """The configuration as it goes into a file: nothing that points at other weights."""
-    stripped = dataclasses.replace(config, finetuned=None, pretrained=None, checkpoint_sha256=None)
-    return dataclasses.asdict(stripped)
-
-
-def built_from(saved: SavedWeights[ViltConfig], own: ViltConfig) -> ViltConfig:
-    """See :func:`lavis_dcd.models.weights.built_from`."""
-    return weights.built_from(saved, own, portable, _SECTIONS, _NO_MODULES)
-
-
 def to_own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names -> ours, which are the hub's; names that are neither stay as they are.
+    """Rename the authors' tensors to ours, which are the hub's; names that are neither stay as they are.
 
     A block's fused ``qkv`` becomes query, key and value.
     """
@@ -83,7 +59,7 @@ def _block(layer: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def adapt_positions(positions: Tensor, tokens: int) -> Tensor:
-    """Position embeddings ``[1, 1 + n^2, D]`` at another grid, ``[1, tokens, D]``; the class token's is kept.
+    """Return position embeddings ``[1, 1 + n^2, D]`` at another grid, ``[1, tokens, D]``; the class token's is kept.
 
     Bilinear with aligned corners, as ViLT itself fits the grid to every picture.
     """
@@ -93,27 +69,12 @@ def adapt_positions(positions: Tensor, tokens: int) -> Tensor:
     return cat([positions[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1).to(positions.dtype)
 
 
-def load_into(model: nn.Module, saved: SavedWeights[ViltConfig], path: Path) -> LoadReport:
-    """Copy ``saved`` into a ViltRetrieval; a model on the meta device takes the tensors as they are.
-
-    Raises:
-        UserError: shapes that differ, a position grid that is not square, or inference weights that the file lacks.
-    """
-    named = to_own_names(saved.tensors)
-    report = LoadReport()
-    positions, wanted = named.get(_POSITIONS), model.state_dict()[_POSITIONS]
-    if positions is not None and positions.shape != wanted.shape and positions.shape[2:] == wanted.shape[2:]:
-        if round((positions.shape[1] - 1) ** 0.5) ** 2 != positions.shape[1] - 1:
-            raise UserError(f"{path}: {positions.shape[1] - 1} patch positions are no square grid")
-        named[_POSITIONS] = adapt_positions(positions, wanted.shape[1])
-        report.adapted.append(_POSITIONS)
-    return fill(model, named, report, path)
-
-
-def succeed(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
-    """Copy a ViLT teacher's blocks ``layers`` and all else of the same name into ``student``.
-
-    Raises:
-        UserError: another architecture, a block that is not there, other sizes.
-    """
-    weights.succeed(student, teacher, layers, r"vilt\.encoder\.layer", "image, text and fusion sizes")
+VILT_FILES = CheckpointFormat(
+    config_class=ViltConfig,
+    sections=("image", "text", "fusion"),
+    no_modules={"image": ("image_size",), "text": ("name", "max_length"), "fusion": ("dropout",)},
+    without_weights={},
+    positions=_POSITIONS,
+    rename=lambda model, tensors: (to_own_names(tensors), []),
+    adapt=adapt_positions,
+)

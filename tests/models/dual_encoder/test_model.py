@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.models.batch import sample_features
+from lavis_dcd.models.batch import Batch, encode_batch
 from lavis_dcd.models.dual_encoder import DualEncoder
 from lavis_dcd.models.meter import MeterRetrieval
 
@@ -124,7 +124,7 @@ def test_own_loss_is_infonce_over_all_pairs_but_captions_of_the_same_picture(smo
     samples = batch([0, 1, 1, 2, 0])
     losses = model(samples)
     with torch.no_grad():
-        features = sample_features(model, samples)
+        features = encode_batch(model, Batch.of(samples))
         table = model.match_all(features.images, features.texts).double()
     owners = [0, 1, 1, 2, 0]
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.models.meter import MeterRetrieval
-from lavis_dcd.models.meter import weights as meter_weights
+from lavis_dcd.models.meter.weights import METER_FILES, to_own_names
+from lavis_dcd.models.weights import SavedWeights
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -124,7 +125,7 @@ def test_full_size_manifest_loads_with_nothing_missing(name, layers, released):
     section = {"vision": {}, "text": {"config": full_roberta()}, "fusion": {"layers": layers}}
     with torch.device("meta"):
         model = MeterRetrieval.from_config(section)
-    report = meter_weights.load_into(model, meter_weights.SavedWeights(tensors), Path("released.ckpt"))
+    report = METER_FILES.load_into(model, SavedWeights(tensors), Path("released.ckpt"))
     assert report.missing == [] and report.adapted == []
     assert len(report.loaded) + len(report.ignored) >= len(manifest)
     own = {k for k in model.state_dict() if not k.endswith("position_ids")}
@@ -195,9 +196,7 @@ def test_our_own_file_rebuilds_a_thinned_student(tmp_path, teacher, recorded):
 
 def test_pretrained_file_starts_the_rank_head_from_the_matching_head():
     tensors = load_file(GOLDEN / "meter_tiny_state_dict.safetensors")
-    named, _ = meter_weights.to_own_names(
-        {k: v for k, v in tensors.items() if not k.startswith("rank_output")}, "teacher", 6
-    )
+    named, _ = to_own_names({k: v for k, v in tensors.items() if not k.startswith("rank_output")}, "teacher", 6)
     torch.testing.assert_close(named["rank_output.weight"], tensors["itm_score.fc.weight"][1:])
 
 

@@ -17,8 +17,8 @@ from lavis_dcd.matching.attention import Shortcuts
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.models.dcd import DynamicContrastiveDistillation
 from lavis_dcd.models.vilt import ViltRetrieval
-from lavis_dcd.models.vilt import weights as vilt_weights
 from lavis_dcd.models.vilt.config import ViltConfig, transformers_config
+from lavis_dcd.models.vilt.weights import VILT_FILES
 from lavis_dcd.models.weights import SavedWeights
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
@@ -193,7 +193,7 @@ def test_full_size_manifest_loads_with_nothing_missing(kind):
     section.load_finetuned = False
     with torch.device("meta"):
         model = ViltRetrieval.from_config(section)
-    report = vilt_weights.load_into(model, SavedWeights(tensors), Path("released.ckpt"))
+    report = VILT_FILES.load_into(model, SavedWeights(tensors), Path("released.ckpt"))
     assert report.missing == [] and report.adapted == []
     assert {name.split(".")[0] for name in report.ignored} == {"itm_score"}
     assert {k for k in model.state_dict() if not k.endswith("position_ids")} <= set(report.loaded)
