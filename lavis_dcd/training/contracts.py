@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +58,7 @@ class TrainTask:
 
     def gallery(
         self, matchers: Mapping[str, Any], dataset: Any, run: RunConfig, device: torch.device | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> Sequence[Mapping[str, Any]]:
         """Return queries with what each matcher finds, for the report; by default none."""
         return []
 
@@ -105,7 +105,7 @@ class ForeignTask(TrainTask):
     @override
     def gallery(
         self, matchers: Mapping[str, Any], dataset: Any, run: RunConfig, device: torch.device | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> Sequence[Mapping[str, Any]]:
         return getattr(self._task, "gallery", super().gallery)(matchers, dataset, run, device)
 
 

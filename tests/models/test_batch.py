@@ -1,4 +1,4 @@
-"""A training batch: parsed once, every distinct item encoded once, InfoNCE over it; steps are tested with the distiller."""
+"""A training batch: parsed once, every distinct item encoded once; steps are tested with the distiller."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_pictures_and_captions_are_encoded_once_and_found_again():
 
 
 def test_infonce_leaves_other_captions_of_a_picture_out():
-    batch = sample_features(ColourMatcher(), colour_samples(6))
+    batch = encode_batch(ColourMatcher(), Batch.of(colour_samples(6)))
     logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pictures, texts = batch.image_ids.tolist(), batch.text_image_ids.tolist()
     forward, backward = [], []

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from stubs import StubMatcher
-from torch import nn
 
 import lavis_dcd.models.meter  # noqa: F401  it registers itself
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.models.building import as_matcher, build_matcher, full_section
+from lavis_dcd.models.building import build_matcher, full_section
 
 METER = {"arch": "meter_retrieval", "model_type": "quickstart"}
 
@@ -52,10 +50,3 @@ def test_a_models_fault_is_told_at_the_place_of_its_section(monkeypatch):
     assert caught.value.faults == [
         "model.teacher.width: too narrow", "model.teacher: no weights", "run.seed: odd", "model.teacher.x: told",
     ]  # fmt: skip
-
-
-def test_a_matcher_is_one_already_and_a_strange_model_is_refused():
-    matcher = StubMatcher()
-    assert as_matcher(matcher, {}) is matcher
-    with pytest.raises(UserError, match="model"):
-        as_matcher(nn.Linear(1, 1), {"arch": "nothing_of_ours"})
