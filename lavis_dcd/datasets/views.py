@@ -7,7 +7,7 @@ import logging
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
@@ -18,6 +18,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.config.job_file import model_defaults
 from lavis_dcd.datasets.tree import original, plain_sets, replace_plain_sets
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher
+from lavis_dcd.matching.learner import as_learner
 
 log = logging.getLogger(__name__)
 
@@ -233,17 +234,6 @@ def build_view(section: Mapping[str, Any], path: str, learner: bool = False) -> 
     return View(**built, words=words)
 
 
-@runtime_checkable
-class HasViews(Protocol):
-    """A model some of whose matchers read pictures and captions in their own way."""
-
-    def views(self) -> Mapping[str, Mapping[str, Any]]:
-        """The ``model:`` sections that say how, by view."""
-
-    def view_matchers(self) -> Mapping[str, Matcher]:
-        """The matchers by view."""
-
-
 class MatcherViews:
     """How the matchers of a model read, and the evaluation sets as they do, each made once.
 
@@ -260,16 +250,14 @@ class MatcherViews:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> MatcherViews:
-        """Those that ``model.views()`` and ``model.view_matchers()`` name; none for other models."""
-        if not isinstance(model, HasViews):
-            return cls()
-        by_name = {}
-        for name, section in model.views().items():
+        """Return the views that the model's ``views()`` and ``view_matchers()`` name; none for most models."""
+        learner, by_name = as_learner(model), {}
+        for name, section in learner.views().items():
             view = build_view(section, _place(name), learner=name == MAIN_VIEW)
             if view != View():
                 by_name[name] = view
                 log.info("%s reads %s", name, view)
-        return cls(by_name, model.view_matchers() if by_name else {})
+        return cls(by_name, learner.view_matchers() if by_name else {})
 
     def dataset_for(self, matcher: Matcher, dataset: Any) -> Any:
         """The set as this matcher reads it; the set itself for a matcher without a view."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+from typing_extensions import override
+
+T = TypeVar("T")
 
 
 class Learner:
@@ -56,3 +59,60 @@ class Learner:
         Each must run by its ``forward`` alone, equally often in every process at each step.
         """
         return []
+
+
+class ForeignLearner(Learner):
+    """A model that does not inherit from `Learner` (LAVIS's own, a plug-in's): the hooks that it has, else the
+    defaults, with the model in the place of the view.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        for name in ("random_captions_per_image", "needs_score_bank", "find_unused_parameters"):
+            setattr(self, name, getattr(model, name, getattr(Learner, name)))
+
+    @override
+    def matchers(self) -> dict[str, Any]:
+        return self._answer("matchers", {"model": self.model})
+
+    @override
+    def view_matchers(self) -> dict[str, Any]:
+        return self._answer("view_matchers", {})
+
+    @override
+    def views(self) -> dict[str, dict[str, Any]]:
+        return self._answer("views", {})
+
+    @override
+    def exported(self) -> nn.Module:
+        return self._answer("exported", self.model)
+
+    @override
+    def checkpoint(self) -> dict[str, Any]:
+        content = self._answer("checkpoint", None)
+        return {"model": self.model.state_dict()} if content is None else content
+
+    @override
+    def use_score_bank(self, bank: Any) -> None:
+        getattr(self.model, "use_score_bank", super().use_score_bank)(bank)
+
+    @override
+    def teacher_fingerprint(self) -> str:
+        return self._answer("teacher_fingerprint", "")
+
+    @override
+    def head_parameter_names(self) -> set[str]:
+        return self._answer("head_parameter_names", set())
+
+    @override
+    def sharding_units(self) -> list[nn.Module]:
+        return self._answer("sharding_units", [])
+
+    def _answer(self, hook: str, default: T) -> T:
+        method = getattr(self.model, hook, None)
+        return default if method is None else method()
+
+
+def as_learner(model: nn.Module) -> Learner:
+    """Return the model itself if it is a `Learner`, else a view of it that has every hook."""
+    return model if isinstance(model, Learner) else ForeignLearner(model)

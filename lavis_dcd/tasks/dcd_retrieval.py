@@ -31,6 +31,7 @@ from lavis_dcd.evaluation.shortlist import ShortlistError
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
+from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.mining.score_cache import KeptScores
 from lavis_dcd.models.building import build_matcher
 from lavis_dcd.training.contracts import TrainTask
@@ -54,12 +55,6 @@ def run_config(run: Any) -> RunConfig:
         return run
     section = plain(run)
     return parse(RunConfig, {key: section[key] for key in RUN_KEYS if section.get(key) is not None}, "run")
-
-
-def matchers_of(model: nn.Module) -> dict[str, Matcher | Ensemble]:
-    """Return what can be evaluated, by name: ``model.matchers()``, else the model itself as "model"."""
-    matchers = getattr(model, "matchers", None)
-    return {"model": cast(Matcher, model)} if matchers is None else dict(matchers())
 
 
 @registry.register_task("dcd_retrieval")
@@ -142,7 +137,7 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         }
 
     def _adopt(self, model: nn.Module, run: Any) -> None:
-        self.run, self._matchers = run, matchers_of(model)
+        self.run, self._matchers = run, dict(as_learner(model).matchers())
         self._views = MatcherViews.of_model(model)
 
     def _check_pair(self, datasets: Mapping[str, Any], run: RunConfig) -> None:
@@ -169,13 +164,13 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         Raises:
             UserError: the model trains from a score bank that :meth:`build_model` has not loaded, or of other rows.
         """
-        count, seed = getattr(model, "random_captions_per_image", 0), run_config(self.run).seed
+        learner, seed = as_learner(model), run_config(self.run).seed
         wrap: Callable[[Any], Any]
-        if getattr(model, "needs_score_bank", False):
+        if learner.needs_score_bank:
             if self._scores is None:
                 raise UserError("model.candidates: the score bank is not loaded; build the model with this task")
             wrap = partial(self._scores.around, seed=seed)
-        elif count:
+        elif count := learner.random_captions_per_image:
             wrap = partial(RandomCaptions, count=count, seed=seed)
         else:
             return dataset

@@ -17,9 +17,10 @@ import torch
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.common.processes import ALONE
 from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.reporting.table import format_table
 from lavis_dcd.training import checkpoint
-from lavis_dcd.training.contracts import TrainTask, as_learner
+from lavis_dcd.training.contracts import TrainTask
 from lavis_dcd.training.devices import Process
 from lavis_dcd.training.logs import WEIGHTS_OF_STEP, MetricsLog
 from lavis_dcd.training.run_folder import write_results

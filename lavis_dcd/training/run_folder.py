@@ -15,8 +15,8 @@ import yaml
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.training.checkpoint import FOLDER
-from lavis_dcd.training.contracts import as_learner
 from lavis_dcd.training.devices import map_leaves
 from lavis_dcd.training.strategy import Strategy
 

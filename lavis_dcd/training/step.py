@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.seeding import seed_everything, seed_for
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.training.contracts import TrainTask, as_learner
+from lavis_dcd.matching.learner import as_learner
+from lavis_dcd.training.contracts import TrainTask
 from lavis_dcd.training.devices import autocast, to_device
 from lavis_dcd.training.health import Health, LiveBuffers, blame
 from lavis_dcd.training.logs import scalars_of

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lavis_dcd.training.contracts import as_learner
+from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.training.devices import Process, map_leaves
 
 log = logging.getLogger(__name__)

@@ -20,10 +20,11 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.seeding import seed_everything, seed_for
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.tree import batch_groups
+from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.reporting.report import write_report
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.best_checkpoint import BestCheckpoint
-from lavis_dcd.training.contracts import as_learner, as_task
+from lavis_dcd.training.contracts import as_task
 from lavis_dcd.training.devices import MemoryPeaks, this_process
 from lavis_dcd.training.interrupt import InterruptGuard
 from lavis_dcd.training.logs import MetricsLog, StepLog, log_file, progress

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lavis_dcd.matching.learner import Learner
-from lavis_dcd.training.contracts import ForeignLearner, ForeignTask, TrainTask, as_learner, as_task
+from lavis_dcd.matching.learner import ForeignLearner, Learner, as_learner
+from lavis_dcd.training.contracts import ForeignTask, TrainTask, as_task
 
 
 class Some(nn.Linear):

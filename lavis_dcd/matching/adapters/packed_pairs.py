@@ -292,7 +292,7 @@ def plan_chunks(pictures: list[int], lengths: list[int], fits: Fits) -> Iterator
         by_picture.setdefault(picture, []).append(row)
     chunks = [chunk for rows in by_picture.values() for chunk in _of_one_picture(rows, lengths, fits)]
     chunks.sort(key=lambda chunk: -chunk[1].tokens)
-    return (rows for rows, _ in _joined_neighbours(chunks, fits))
+    return (rows for rows, _ in _joined_neighbours(chunks, pictures, fits))
 
 
 def _of_one_picture(rows: list[int], lengths: list[int], fits: Fits) -> Iterator[_Chunk]:
@@ -308,14 +308,18 @@ def _of_one_picture(rows: list[int], lengths: list[int], fits: Fits) -> Iterator
     yield taken, sizes
 
 
-def _joined_neighbours(chunks: list[_Chunk], fits: Fits) -> Iterator[_Chunk]:
-    """Yield neighbouring chunks joined while they fit and their pictures have alike numbers of tokens."""
+def _joined_neighbours(chunks: list[_Chunk], pictures: list[int], fits: Fits) -> Iterator[_Chunk]:
+    """Yield neighbouring chunks joined while they fit and their pictures have alike numbers of tokens.
+
+    Two chunks of one picture stay apart: side by side they would be padded as one, larger than either.
+    """
     if not chunks:
         return
     taken, sizes = chunks[0]
     for rows, added in chunks[1:]:
         larger = sizes.joined(added)
-        if fits(larger) and larger.most_tokens <= 2 * larger.fewest_tokens:
+        apart = pictures[taken[-1]] != pictures[rows[0]]
+        if apart and fits(larger) and larger.most_tokens <= 2 * larger.fewest_tokens:
             taken, sizes = [*taken, *rows], larger
         else:
             yield taken, sizes

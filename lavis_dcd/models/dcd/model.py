@@ -27,7 +27,7 @@ from lavis_dcd.distillation.prescreen import within_budget
 from lavis_dcd.distillation.selection import SELECTION_STRATEGIES, Selection, release_selection, select
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher
 from lavis_dcd.matching.ensemble import Ensemble
-from lavis_dcd.matching.learner import Learner
+from lavis_dcd.matching.learner import Learner, as_learner
 from lavis_dcd.matching.recompute import match_recomputed
 from lavis_dcd.models.batch import Batch, BatchFeatures, EncodedBatch, encode_batch, info_nce, own_rows, whole_batch
 from lavis_dcd.models.building import module_of
@@ -88,7 +88,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         check_student(module_of(student))
         self.random_captions_per_image = config.candidates.random_captions
         self.needs_score_bank = config.candidates.from_bank
-        self.find_unused_parameters = isinstance(student, Learner) and student.find_unused_parameters
+        self.find_unused_parameters = as_learner(module_of(student)).find_unused_parameters
         self.pools = build_pools(config.candidates)
         self.prescreen = build_prescreen(config, self.teachers, student)
         self.loss_config = loss_defaults(config.loss, self.teachers.family, student.family)
@@ -179,12 +179,12 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
 
     @override
     def head_parameter_names(self) -> set[str]:
-        names = self.student.head_parameter_names() if isinstance(self.student, Learner) else set()
+        names = as_learner(module_of(self.student)).head_parameter_names()
         return {f"student.{name}" for name in names}
 
     @override
     def sharding_units(self) -> list[nn.Module]:
-        return self.student.sharding_units()
+        return as_learner(module_of(self.student)).sharding_units()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicContrastiveDistillation:
         self.teachers.apply(fn)

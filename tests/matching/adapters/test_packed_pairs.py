@@ -309,6 +309,7 @@ def test_captions_lose_their_padding_wherever_it_lies():
     pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 30)), max_size=40),
     most=st.integers(1, 12), tokens=st.integers(1, 200),
 )  # fmt: skip
+@example(pairs=[(0, 1), (0, 1), (4, 3), (4, 10), (4, 3)], most=4, tokens=12)  # two chunks of one picture
 def test_chunks_hold_each_pair_once_within_what_fits(pairs, most, tokens):
     pictures, lengths = [picture for picture, _ in pairs], [length for _, length in pairs]
 
