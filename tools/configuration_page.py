@@ -120,8 +120,8 @@ PARTS: list[Part] = [
     ("Processors", "The keys of a `vis_processor` or `text_processor`, beside its `name`.", [
         ("dcd_image_eval", IMAGES, "ImageConfig"),
         ("dcd_image_train", IMAGES, "TrainImageConfig"),
-        ("vilt_image_eval", VILT_IMAGES, "ViltImageConfig"),
-        ("vilt_image_train", VILT_IMAGES, "TrainViltImageConfig"),
+        ("vilt_image_eval", VILT_IMAGES, "ViltImageKeys"),
+        ("vilt_image_train", VILT_IMAGES, "ViltTrainImageKeys"),
         ("dcd_caption", "processors/captions.py", "CaptionConfig"),
     ]),
 ]  # fmt: skip
