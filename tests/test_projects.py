@@ -153,6 +153,7 @@ def test_a_student_with_a_joint_head_of_its_own(job, retrieval_files, golden_met
 # -- COCO's official captions ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_coco_captions_train_on_the_mini_set(job_file, shared_folder):
     data = shared_folder / "data" / "coco_val2017_mini"
     if not data.is_dir():

@@ -42,10 +42,11 @@ def test_a_fault_names_its_place(section, start):
     assert len(lines) == 1 and lines[0].startswith(start)
 
 
-def test_lavis_own_processors_are_checked_by_what_their_source_reads():
+def test_an_unknown_key_of_lavis_own_processors_is_a_warning(caplog):
     assert "blip_caption" in registry.list_processors()
     sound = {"text_processor": {"train": {"name": "blip_caption", "prompt": "a "}}}
     wrong = {"text_processor": {"train": {"name": "blip_caption", "promt": "a "}}}
-    assert processors_faults(OmegaConf.create(sound), "p") == []
-    (line,) = processors_faults(OmegaConf.create(wrong), "p")
+    assert processors_faults(OmegaConf.create(sound), "p") == [] and not caplog.messages
+    assert processors_faults(OmegaConf.create(wrong), "p") == []
+    (line,) = caplog.messages
     assert line.startswith("p.text_processor.train.promt: ") and "prompt" in line

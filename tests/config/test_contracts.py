@@ -25,9 +25,13 @@ class Holder(WithSchema):
     def inner_faults(cls, section, path):
         return []
 
+    @classmethod
+    def matcher_names(cls, section):
+        return []
+
 
 class Half(nn.Module):
-    """One of the two methods of a contract is no contract."""
+    """One of the methods of a contract is no contract."""
 
     @classmethod
     def inner_models(cls, section):

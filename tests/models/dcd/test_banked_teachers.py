@@ -339,6 +339,7 @@ def bank_by_hand(tmp_path: Path, monkeypatch, cache) -> Callable[[dict], Path]:
     return leave
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", ["off", "memory"])
 @pytest.mark.parametrize("candidates", [{"source": "bank"}, {"source": "bank", "text_to_image": None}])
 def test_a_job_trains_from_its_bank(sections, bank_by_hand, job_file, cached, candidates):

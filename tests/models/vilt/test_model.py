@@ -386,6 +386,7 @@ def test_gradients_equal_those_of_one_chunk(recorded):
     assert any(float(g.abs().max()) > 0 for name, g in whole.items() if "patch_embeddings" in name)
 
 
+@pytest.mark.slow
 def test_training_raises_the_match_over_the_rest(tmp_path):
     section = with_words(tiny_section(), tmp_path)
     section["fusion"]["dropout"] = 0.0
