@@ -99,5 +99,5 @@ def _import_faults(name: str, origin: str, load: Callable[[], object]) -> list[s
 def _set_cache_root() -> None:
     from lavis.common.registry import registry
 
-    # register_path refuses a name it knows, and LAVIS has put a path on its authors' machine there.
+    # register_path refuses a name that it has, and LAVIS has put a path on its authors' machine there.
     registry.mapping["paths"]["cache_root"] = str(cache_root())

@@ -78,7 +78,7 @@ class EncodingSettings:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where encoded rows wait for their pairs.
+    """The place where encoded rows wait for their pairs.
 
     Args:
         device: of the rows in memory; the encoder's by default.

@@ -187,7 +187,7 @@ class FeatureBank:
         return self.text_store.streamed([self.caption_rows[c] for c in captions], TextFeatures, masked=True)
 
     def serves(self, matcher: Matcher) -> bool:
-        """Whether ``matcher`` would make the same features."""
+        """Return whether ``matcher`` would make the same features."""
         return self.matcher is not None and (matcher is self.matcher or matcher.shares_encoders_with(self.matcher))
 
     @property

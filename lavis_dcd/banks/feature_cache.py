@@ -120,7 +120,7 @@ def refuse_random_readings(datasets: Mapping[str, Any]) -> None:
 
 
 def draws_at_random(read: Callable[[int], Any], count: int) -> bool:
-    """Whether ``read(row)`` of some of ``count`` rows gives several results under several seeds.
+    """Return whether ``read(row)`` of some of ``count`` rows gives several results under several seeds.
 
     The generators of Python, NumPy and torch are as before afterwards.
     """

@@ -84,7 +84,7 @@ class RowStore:
 
 
 class RowSource(Protocol):
-    """Where the rows of streamed features come from."""
+    """The source of the rows of streamed features."""
 
     def read(self, rows: Tensor, tokens: Tensor, embeds: Tensor | None) -> None:
         """Fill ``tokens [B, N, D]``, with zeros behind a row's tokens, and ``embeds [B, ...]``.

@@ -22,7 +22,7 @@ SCORES = {direction: f"{direction}_scores" for direction in DIRECTIONS}
 
 @dataclass(frozen=True)
 class Choice:
-    """How a row's hard samples are chosen of those that the bank keeps, see ``distillation.selection.select``."""
+    """The choice of a row's hard samples among those that the bank keeps, see ``distillation.selection.select``."""
 
     hard_negatives: int | None = 7
     strategy: str = "hardest"

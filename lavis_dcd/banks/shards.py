@@ -170,7 +170,7 @@ def _opened(path: Path) -> Shard:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether ``folder`` holds a whole bank: ``meta.json``, written last, and every file as long as it says."""
+    """Return whether ``folder`` holds a whole bank: ``meta.json``, written last, and every file as long as it says."""
     try:
         files = json.loads((folder / META).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())

@@ -135,7 +135,7 @@ def _refusal(url: str, seconds: float) -> str | None:
         with urllib.request.urlopen(request, timeout=seconds):
             return None
     except urllib.error.HTTPError as error:
-        # Some servers know no HEAD; they are there all the same.
+        # Some servers refuse HEAD; they are there all the same.
         return None if error.code in (403, 405, 501) else reason(error)
     except (OSError, HTTPException) as error:
         return reason(error)

@@ -30,7 +30,7 @@ class ProcessGroup:
 
     @property
     def alone(self) -> bool:
-        """Whether no other process shares the work."""
+        """Return whether no other process shares the work."""
         return self.size == 1
 
     def share(self, count: int) -> range:

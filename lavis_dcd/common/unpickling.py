@@ -69,8 +69,8 @@ _STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 
-# What trainers leave in their files: of the standard library these names, of other packages classes (which a capital
-# letter begins) and the functions that put tensors and arrays together.
+# Harmless things that trainers leave in files: of the standard library these names, of other packages classes (which a
+# capital letter begins) and the functions that put tensors and arrays together.
 _HARMLESS = {
     "argparse": {"Namespace"},
     "builtins": {

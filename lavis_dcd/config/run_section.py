@@ -61,7 +61,7 @@ class RunConfig:
     grad_clip: float | None = None  # the largest gradient norm
     max_bad_steps: int = 5  # steps with a NaN or infinite loss or gradient are skipped; so many in a row end the job
 
-    # What is evaluated, and when
+    # Evaluations: of what, and when
     train_splits: list[str] = field(default_factory=lambda: ["train"])  # joined to one training set
     valid_splits: list[str] = field(default_factory=list)  # the first one's mean recall chooses the best weights
     test_splits: list[str] = field(default_factory=list)  # of the final table; none: the validation splits
@@ -197,7 +197,7 @@ _NOT_NEGATIVE = ("num_workers", "seed", "min_lr", "weight_decay", "warmup_steps"
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """How evaluation sets are scored: the keys of ``run:`` that it reads.
+    """The way in which evaluation sets are scored: the keys of ``run:`` that it reads.
 
     Args:
         k_test: rerank that many per query; ``None`` scores every pair.

@@ -85,7 +85,7 @@ def original(dataset: Any) -> Any:
 
 
 def is_evaluation_set(dataset: Any) -> bool:
-    """Whether the set has LAVIS's retrieval evaluation shape: captions apart from the pictures."""
+    """Return whether the set has LAVIS's retrieval evaluation shape: captions apart from the pictures."""
     return hasattr(dataset, "text") and hasattr(dataset, "img2txt")
 
 

@@ -29,7 +29,7 @@ Processor = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class View:
-    """How one matcher reads pictures and captions; ``None`` leaves the data set's own processor.
+    """One matcher's reading of pictures and captions; ``None`` leaves the data set's own processor.
 
     Args:
         vis_train, text_train: while another matcher trains on the same pictures and captions.
@@ -86,7 +86,7 @@ class MultiText(_Several):
 
 
 def alike(one: Processor, other: Processor) -> bool:
-    """Whether two processors surely make the same of an item (up to their random draws): equal in all they hold."""
+    """Return whether two processors surely make the same of an item (up to random draws): equal in all they hold."""
     if one is other:
         return True
     if type(one) is not type(other):
@@ -205,7 +205,7 @@ def preprocess_of(section: Mapping[str, Any], explicit_only: bool = False) -> di
 
 
 def build_view(section: Mapping[str, Any], path: str, learner: bool = False) -> View:
-    """How the matcher of a ``model:`` section reads pictures and captions.
+    """Return the reading of pictures and captions by the matcher of a ``model:`` section.
 
     One that does not learn reads training data as it reads evaluation data, without random changes, unless its
     section (not the YAML of its type) names a ``train`` processor.
@@ -235,7 +235,7 @@ def build_view(section: Mapping[str, Any], path: str, learner: bool = False) -> 
 
 
 class MatcherViews:
-    """How the matchers of a model read, and the evaluation sets as they do, each made once.
+    """The readings of a model's matchers, and the evaluation sets so read, each made once.
 
     Args:
         by_name: of the views; those that change nothing are left out.

@@ -28,7 +28,7 @@ FAMILIES = (FUSION, DUAL)
 # models the paper's terms compare like with like. Where either is a dual encoder, a squared error would pull the
 # student's learned scale to the teacher's; KL over the candidates forgives a shift and has a temperature, and the
 # listwise cross-entropy is what a dual encoder's scale is made for.
-# What "auto" means: (distill, contrastive)
+# The terms that "auto" stands for: (distill, contrastive)
 PAPER_TERMS = ("mse", "bce")
 ACROSS_SCALES = ("kl", "listwise_ce")
 
@@ -46,15 +46,15 @@ class LossConfig:
             ``loss_defaults``.
         contrastive: a name in CONTRASTIVE_LOSSES, or "auto".
         weighting: a name in WEIGHTINGS.
-        gamma: how sharply the weightings that know it favour what the teacher is sure of; >= 0.
+        gamma: how sharply the weightings that have it favour what the teacher is sure of; >= 0.
         temperature: of the KL term; the other terms have none, so there it must be 1 (the release's cancels
             out).
-        entropy_floor: least contrastive weight, before normalising, in the weightings that know it; >= 0.
+        entropy_floor: least contrastive weight, before normalising, in the weightings that have it; >= 0.
         student_weight: weight of the student's own training loss, beside this objective; >= 0.
         in_batch_weight: weight of InfoNCE over all pairs of the batch, beside this objective; >= 0. None: 1 for a
             dual encoder as student, 0 for a fusion model.
 
-    The last two name losses that the model adds; the objective knows candidates only.
+    The last two name losses that the model adds; the objective has candidates only.
     """
 
     reference: str = "paper"

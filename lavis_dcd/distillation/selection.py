@@ -128,7 +128,7 @@ def release_selection(pool: CandidatePool, teacher_scores: Tensor, hard_negative
 
     The pairs are the match and the K hardest candidates, as in ``select``; the teacher's scores stay the 1+K
     highest of all 1+C candidates in descending order. So wherever the teacher ranks the match r-th, the first
-    r columns disagree, and a match outside its first 1+K has no score at all. The published code knows no
+    r columns disagree, and a match outside its first 1+K has no score at all. The published code has no
     masks: every candidate counts.
 
     Args:

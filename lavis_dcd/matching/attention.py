@@ -46,7 +46,7 @@ class Shortcuts:
 
     @property
     def any(self) -> bool:
-        """Whether any shortcut is taken."""
+        """Return whether any shortcut is taken."""
         return self != Shortcuts.none()
 
 

@@ -39,7 +39,7 @@ class Ensemble(nn.Module):
 
     @property
     def has_joint_space(self) -> bool:
-        """Whether every member can make a shortlist."""
+        """Return whether every member can make a shortlist."""
         return all(member.has_joint_space for member in members_of(self))
 
     def fusion_parameters(self) -> int:

@@ -78,7 +78,7 @@ class Features:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """Return the device of the tensors."""
         return self.tokens.device
 
     @classmethod

@@ -17,7 +17,7 @@ class Learner:
     random_captions_per_image: int = 0
     # Whether the training set must bring candidates and scores out of a score bank
     needs_score_bank: bool = False
-    # Whether some step leaves trainable parameters without a gradient, as distributed training must know
+    # Whether some step leaves trainable parameters without a gradient, which distributed training must be told
     find_unused_parameters: bool = False
 
     def matchers(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Process(Protocol):
 
     @property
     def world_size(self) -> int:
-        """How many there are."""
+        """Return the number of processes."""
 
     @property
     def patient(self) -> Any:

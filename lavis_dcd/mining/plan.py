@@ -93,7 +93,7 @@ class Plan:
 
 
 class WorkFolder:
-    """Where a mining that is not finished keeps its plan and the scores of finished shards.
+    """The folder in which an unfinished mining keeps its plan and the scores of finished shards.
 
     Args:
         folder: below the bank's.

@@ -20,7 +20,7 @@ TILE_MB = 128  # of one block of cheap scores
 
 @dataclass(frozen=True)
 class Pairing:
-    """Who belongs to whom in a training set: R rows, I distinct pictures, T distinct captions.
+    """The matches of a training set: R rows, I distinct pictures, T distinct captions.
 
     A caption that stands at several pictures is one caption, and a match of each of them.
 

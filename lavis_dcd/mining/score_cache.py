@@ -96,7 +96,7 @@ def _parsed(section: Mapping[str, Any]) -> DcdConfig | None:
     if section_schema(section) is not DcdConfig:
         return None
     config = parse(DcdConfig, section, "model")
-    # a setting that cannot work would ask for a bank that is not needed
+    # a setting that cannot work would want a bank that is not needed
     if faults := method_faults(config):
         raise UserError(faults)
     return config

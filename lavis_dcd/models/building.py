@@ -19,7 +19,7 @@ def full_section(section: Mapping[str, Any], path: str) -> DictConfig:
     """Return ``section`` over the defaults of its ``arch`` and ``model_type``, as LAVIS merges them.
 
     Raises:
-        UserError: an arch or model type that LAVIS does not know.
+        UserError: an arch or model type that is not registered with LAVIS.
     """
     arch = section.get("arch")
     model_class = registry.get_model_class(arch) if arch else None

@@ -39,7 +39,7 @@ class TrainsOnPairs(Protocol):
 
     @property
     def scores_pairs(self) -> bool:
-        """Whether a fusion scores pairs; without one only the joint space learns."""
+        """Return whether a fusion scores pairs; without one only the joint space learns."""
 
     def joint_logits(self, images: ImageFeatures, texts: TextFeatures) -> Tensor | None:
         """Return logits ``[I, T]`` of the joint space with gradients, or None where the model has none."""

@@ -77,7 +77,7 @@ class AdoptsTowers(Protocol):
 
 @dataclass(frozen=True)
 class Succession:
-    """Which tensors of a teacher a student of the same arch starts from.
+    """The tensors of a teacher that a student of the same arch starts from.
 
     Args:
         stacks: regular expression of the layer stacks' names, before the layer's number; without groups.

@@ -119,7 +119,7 @@ def fill(model: nn.Module, named: Mapping[str, Tensor], report: LoadReport, path
     """Copy ``named``, in the model's own names, into it; a model on the meta device takes the tensors as they are.
 
     Returns:
-        ``report`` with what was loaded, and what the model does not know added to ``ignored``.
+        ``report`` with what was loaded, and what the model lacks added to ``ignored``.
 
     Raises:
         UserError: shapes that differ, or inference weights that the file lacks.
@@ -146,7 +146,7 @@ def fill(model: nn.Module, named: Mapping[str, Tensor], report: LoadReport, path
 
 @dataclass(frozen=True)
 class CheckpointFormat(Generic[C]):
-    """How the files of an arch are read and written; what differs between archs is data.
+    """The reading and writing of an arch's files; what differs between archs is data.
 
     Args:
         config_class: of the configuration in a file of ours.

@@ -38,7 +38,7 @@ class Series:
 
     @property
     def is_dashed(self) -> bool:
-        """Whether the line is drawn dashed."""
+        """Return whether the line is drawn dashed."""
         return self.dashed or self.level is not None
 
 

@@ -193,7 +193,7 @@ class BestCheckpoint:
 
     @property
     def matchers(self) -> Mapping[str, Any]:
-        """What can be evaluated, by name."""
+        """Return what can be evaluated, by name."""
         return as_learner(self._strategy.bare_model).matchers()
 
     @property

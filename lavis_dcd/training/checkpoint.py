@@ -38,7 +38,7 @@ _FIELDS = {
     *("config", "teacher_fingerprint", "data"),
 }
 _HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})",')
-# What JSON does not know is written as a dictionary with one of these as its only key.
+# Values that JSON lacks are written as a dictionary with one of these as its only key.
 _TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
 
 

@@ -1,4 +1,4 @@
-"""What the training loop calls of a task and of a model, and adapters for those that were written without it."""
+"""The contracts of the training loop with a task and a model, and adapters for those that were written without it."""
 
 from __future__ import annotations
 

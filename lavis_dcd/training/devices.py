@@ -1,4 +1,4 @@
-"""Where a job runs: its device, its precision, torchrun's processes, and the memory that its phases take."""
+"""The place where a job runs: its device, its precision, torchrun's processes, and the memory that its phases take."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files."""
+        """Return whether this process writes the files."""
         return self.rank == 0
 
     @property

@@ -31,7 +31,7 @@ _SCORES = {"teacher_": "teacher scores", "student_": "student scores"}
 
 @dataclass(frozen=True)
 class Blame:
-    """What was NaN or infinite in one process's part of a step.
+    """The values that were NaN or infinite in one process's part of a step.
 
     Args:
         terms: in words, causes first: scores, then parts of the loss, else the gradient's parameter groups.

@@ -75,7 +75,7 @@ class ScalarMeans:
 
     @property
     def steps(self) -> int:
-        """How many steps were added."""
+        """Return the number of steps added."""
         return max(self._counts.values(), default=0)
 
     def clear(self) -> None:

@@ -95,7 +95,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, run: RunConfig, total: int)
 
 
 class Progress(TypedDict, total=False):
-    """Where the job stands, which every sample of a step carries: LAVIS's own three, and the share that is done."""
+    """The job's position, which every sample of a step carries: LAVIS's own three, and the share that is done."""
 
     epoch: int
     iters: int

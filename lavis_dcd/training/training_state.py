@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass
 class Position:
-    """How far a job has come, in optimizer steps, and with how many processes."""
+    """The progress of a job, in optimizer steps, and with how many processes."""
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -39,7 +39,7 @@ class Position:
 
 
 class Origin(TypedDict):
-    """What a job is made of: a checkpoint of another origin is not continued.
+    """The origin of a job: a checkpoint of another origin is not continued.
 
     `config` is {"model", "datasets", "run"} in plain containers, `data` the training set's `data_fingerprint`.
     """

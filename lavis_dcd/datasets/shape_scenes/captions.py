@@ -117,7 +117,7 @@ class Mention:
 
 @dataclass(frozen=True)
 class Claims:
-    """What a caption says: the things, ("left" | "above", i, j) between them, whether nothing else is there, and,
+    """The claims of a caption: the things, ("left" | "above", i, j) between them, whether nothing else is there, and,
     perhaps, where a lone thing is."""
 
     mentions: tuple[Mention, ...]
@@ -135,7 +135,7 @@ class Caption:
 
 
 def is_true(claims: Claims, scene: Scene) -> bool:
-    """Whether the claims hold in the scene, for some way of matching mentions to things."""
+    """Return whether the claims hold in the scene, for some way of matching mentions to things."""
     if claims.only and len(scene.things) != len(claims.mentions):
         return False
     if claims.place and scene.layout != claims.place:

@@ -49,7 +49,7 @@ class Thing:
 
 @dataclass(frozen=True, order=True)
 class Scene:
-    """What a scene shows. Equal scenes have the same full description.
+    """The things that a scene shows. Equal scenes have the same full description.
 
     Args:
         layout: a place of `PLACES` for one thing, else a key of `RELATIONS`.

@@ -236,7 +236,7 @@ class Adapter(Learner, nn.Module, Matcher):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Return the device of the parameters."""
         return next(self.parameters()).device
 
     def fusion_modules(self) -> list[nn.Module]:

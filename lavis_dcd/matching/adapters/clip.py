@@ -241,7 +241,7 @@ class ClipAdapter(Adapter):
 
     @property
     def quick_gelu(self) -> bool:
-        """Whether the wrapped model runs OpenAI's approximation of GELU."""
+        """Return whether the wrapped model runs OpenAI's approximation of GELU."""
         return any(type(module).__name__ == "QuickGELU" for module in self.model.modules())
 
     @override
@@ -337,7 +337,7 @@ class ClipAdapter(Adapter):
     @override
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return LAVIS's InfoNCE over the batch, 0-dim ``loss``, and ``logit_scale_exp``."""
-        # LAVIS makes its loss at first use and asks the process group for its size; a single process has no group
+        # LAVIS makes its loss at first use and takes its size from the process group, which a single process lacks
         if self.model._loss is None and not is_dist_avail_and_initialized():
             self.model._loss = ClipLoss()
         return super().forward(samples)

@@ -36,7 +36,7 @@ class FusionOptions(Protocol):
 
     @property
     def grad_checkpoint(self) -> bool:
-        """Whether training recomputes the fusing layers."""
+        """Return whether training recomputes the fusing layers."""
 
     @property
     def match_memory_mb(self) -> float:
@@ -67,7 +67,7 @@ class FusionAdapter(Protocol):
 
 @dataclass(frozen=True)
 class PaddedGrid:
-    """Where the rows of a packed tensor lie in a padded one, ``[rows, columns]``.
+    """The places of a packed tensor's rows in a padded one, ``[rows, columns]``.
 
     Args:
         slots: int64 ``[n]``, ascending: row times columns plus column.
@@ -87,7 +87,7 @@ class PaddedGrid:
 
     @property
     def full(self) -> bool:
-        """Whether there is no padding."""
+        """Return whether there is no padding."""
         return len(self.slots) == self.rows * self.columns
 
     @property

@@ -45,7 +45,7 @@ class BankedTeachers:
         """Return the stand-in for the teachers that a section names; none of them is built.
 
         Raises:
-            UserError: neither or both of ``teacher`` and ``teachers``, or an arch that LAVIS does not know.
+            UserError: neither or both of ``teacher`` and ``teachers``, or an arch that is not registered with LAVIS.
         """
         if bool(config.teacher) == bool(config.teachers):
             raise UserError("model: give either teacher: (one section) or teachers: (a list of sections)")

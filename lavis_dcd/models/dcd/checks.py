@@ -124,8 +124,7 @@ def _preprocess_faults(section: Any, path: str) -> list[str]:
 
 
 def _names_no_weights(section: DictConfig) -> bool:
-    """Whether the arch takes its weights by ``finetuned`` or ``pretrained`` and the section, over its defaults, names
-    none."""
+    """Return whether the arch takes weights by ``finetuned`` or ``pretrained``, and the section names none."""
     model = registry.get_model_class(section.arch)
     schema = section_schema(section)
     known = {*section, *keys_of_types(model)} if schema is None else {field.name for field in fields(schema)}
@@ -273,7 +272,7 @@ def family_of(section: Mapping[str, Any], path: str) -> str:
     """Return the family of a ``model:`` section's matcher, "fusion" or "dual", without building it.
 
     Raises:
-        UserError: an arch that LAVIS does not know.
+        UserError: an arch that is not registered with LAVIS.
     """
     arch = full_section(section, path).arch
     family = getattr(adapter_for(arch) or registry.get_model_class(arch), "family", None)

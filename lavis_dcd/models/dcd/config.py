@@ -14,7 +14,7 @@ IN_BATCH, BANK = "in_batch", "bank"
 
 @dataclass
 class PoolConfig:
-    """Where the candidates of one direction come from."""
+    """The source of the candidates of one direction."""
 
     # in_batch: all other items of the batch | random: drawn from the data set | bank: mined before the training, with
     # the teacher's scores; null: as candidates.source says
@@ -62,7 +62,7 @@ class CandidatesConfig:
 
     @property
     def from_bank(self) -> bool:
-        """Whether candidates and their teacher scores come from a score bank, so that no teacher runs."""
+        """Return whether candidates and their teacher scores come from a score bank, so that no teacher runs."""
         return BANK in self.sources().values()
 
 
@@ -79,7 +79,7 @@ class PrescreenConfig:
 
 @dataclass
 class SelectionConfig:
-    """Which candidates reach the student."""
+    """The choice of the candidates that reach the student."""
 
     hard_negatives: int | None = 7  # K, per query; null: all of the pool
     strategy: str = "hardest"  # hardest: by teacher score | random
@@ -142,7 +142,7 @@ class DcdConfig:
 
     @property
     def teacher_sections(self) -> list[tuple[str, dict[str, Any]]]:
-        """Where each teacher's section stands, and the section."""
+        """Return each teacher's section with the path where it stands."""
         if self.teachers:
             return [(f"model.teachers.{i}", section) for i, section in enumerate(self.teachers)]
         return [("model.teacher", self.teacher or {})]

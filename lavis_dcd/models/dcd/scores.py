@@ -66,7 +66,7 @@ class GivesScores(Protocol):
 
     @property
     def selects_hard_samples(self) -> bool:
-        """Whether the candidates of a batch are the teacher's hard samples already, so that none are selected."""
+        """Return whether the candidates of a batch are the teacher's hard samples already: none are selected."""
 
     @property
     def family(self) -> str:

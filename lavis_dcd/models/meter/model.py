@@ -119,7 +119,7 @@ class MeterRetrieval(LayeredRetriever, TwoTowers):
 
     @property
     def scores_pairs(self) -> bool:
-        """Whether the co-attention scores pairs; without it the joint head does alone."""
+        """Return whether the co-attention scores pairs; without it the joint head does alone."""
         return self.config.fusion_score
 
     def joint_logits(self, images: ImageFeatures, texts: TextFeatures) -> Tensor | None:
