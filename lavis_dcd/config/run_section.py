@@ -117,8 +117,6 @@ class RunConfig:
             found.append(f"run.warmup: {self.warmup!r} is a fraction of all steps, 0 to 1 (see run.warmup_steps)")
         if self.amp == "fp16" and self.device == "cpu":
             found.append(FP16_ON_CPU)
-        if self.strategy not in ("ddp", "fsdp"):
-            found.append(f"run.strategy: {self.strategy!r} must be 'ddp' or 'fsdp'")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"run.betas: {self.betas!r} must be two numbers in [0, 1)")
         if not self.train_splits and not self.evaluate:

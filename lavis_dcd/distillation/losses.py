@@ -3,8 +3,8 @@
 Masked entries never contribute, whatever they hold, and a row whose match (column 0) is masked is 0. All of
 it is computed in float32 at least, whatever precision the scores arrive in.
 
-What may change per query without changing a row, on the teacher's side and on the student's (shift: a constant
-added; scale: a factor above 0; monotone: any map that keeps the order):
+The changes of a query's scores that leave its row as it is, on the teacher's side and on the student's (shift: a
+constant added; scale: a factor above 0; monotone: any map that keeps the order):
 
     term         teacher                 student
     mse          -                       -
