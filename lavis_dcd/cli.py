@@ -33,7 +33,8 @@ def job_parser(program: str, description: str) -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="K=V",
-        help="settings over those of the file, as in run.max_epoch=3; a key that nothing reads is an error",
+        help="settings over those of the file, as in run.max_epoch=3; a key that nothing reads is an error "
+        "(in sections of LAVIS's own classes a warning)",
     )
     parser.add_argument(
         "--plugins",

@@ -36,7 +36,8 @@ INTRO = """\
 
 A job is one YAML file with three sections: `model:`, `datasets:` and `run:`. `--options key=value ...` on the command
 line goes over the file, as in `--options run.max_steps=100 model.loss.alpha=0.5`. A key that nothing reads is an error
-that names the nearest keys, and the whole configuration is checked before anything is built.
+that names the nearest keys (in sections of LAVIS's own classes, which state no keys, a warning), and the whole
+configuration is checked before anything is built.
 
 This page lists every key with its type and default. Where a model's or a data set's default file (under `configs/`)
 gives another value for a key, that file wins over the default here; the job file wins over both.
