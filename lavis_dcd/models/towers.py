@@ -44,6 +44,10 @@ class VisionConfig:
     grid: int | None = None  # timm maps only: average-pool the map to grid x grid tokens
     freeze: bool = False  # the tower does not learn
 
+    def __post_init__(self) -> None:
+        if self.backbone == "clip_vit" and (self.patch_size < 1 or self.image_size % self.patch_size):
+            raise ValueError(f"image_size: {self.image_size} is no multiple of patch_size {self.patch_size}")
+
 
 @dataclass
 class TextConfig:
@@ -70,10 +74,6 @@ class ClipVisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        if config.image_size % config.patch_size:
-            raise UserError(
-                f"model.vision.image_size: {config.image_size} is not a multiple of patch_size {config.patch_size}"
-            )
         self.vit = CLIPVisionTransformer(
             CLIPVisionConfig(
                 hidden_size=config.width,

@@ -492,6 +492,8 @@ def test_the_keys_of_the_caption_processor_are_known():
     ("model", "expected"),
     [
         ({"fusion": {"width": 70, "heads": 12}}, "model.fusion: width: 70 is no multiple of heads 12"),
+        ({"vision": {"patch_size": 20}}, "model.vision: image_size: 384 is no multiple of patch_size 20"),
+        ({"checkpoint_part": "both"}, "model.checkpoint_part: 'both' is not one of auto, teacher, student"),
         ({"fusion_score": False}, "model: fusion_score: false, and there is no joint_head: nothing would score a pair"),
     ],
 )

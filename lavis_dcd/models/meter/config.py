@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lavis_dcd.models.retrieval_loss import RetrievalLossConfig
 from lavis_dcd.models.towers import TextConfig, VisionConfig
@@ -48,7 +49,8 @@ class MeterConfig:
     load_finetuned: bool = True  # read the file that finetuned names; false: start from pretrained or at random
     finetuned: str | None = None  # file or address of retrieval weights
     pretrained: str | None = None  # file or address of pre-trained weights, read when finetuned is not
-    checkpoint_part: str = "auto"  # auto | teacher | student: which fusion stack of a file that carries both
+    # which fusion stack of a file that carries both; auto: by the number of layers
+    checkpoint_part: Literal["auto", "teacher", "student"] = "auto"
     checkpoint_sha256: str | None = None  # of the file at the address above
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
