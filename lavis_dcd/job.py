@@ -84,7 +84,7 @@ def check_job(sections: DictConfig, path: Path, options: Sequence[str] = ()) -> 
         config.run.project = path.stem
     checked, files = check_sections(config), required_files(config)
     faults = checked.faults + missing_faults(files)
-    if checked.run is not None and checked.run.runner == _RUNNER:
+    if checked.run is not None and config.run.runner == _RUNNER:
         faults += device_faults(checked.run)
     if faults or checked.run is None:
         raise UserError(faults)
@@ -119,7 +119,7 @@ def _check_variant(sections: DictConfig, variant: Variant, path: Path, options: 
 
 def _run(job: Job) -> None:
     now = time.strftime("%Y%m%d-%H%M%S")
-    if job.run.runner != _RUNNER:
+    if job.run_cfg.runner != _RUNNER:
         _build_and_run(job, now)
         return
     with on_its_place(job) as place:

@@ -53,7 +53,8 @@ def check_sections(config: DictConfig) -> CheckedSections:
     run, faults = _check_run(config.run)
     model, of_model = _check_model(config.model, "model")
     faults += of_model + _datasets_faults(config.datasets)
-    if run is not None and not of_model:
+    # another runner may have a schema of its own
+    if isinstance(run, RunConfig) and not of_model:
         faults += _shortlist_faults(run, config.model)
     return CheckedSections(faults, run, model)
 
