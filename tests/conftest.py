@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import setuptools  # noqa: F401  replaces distutils, before threads of torch's compiler import the two at the same time
 
 ROOT = Path(__file__).resolve().parent.parent
 
