@@ -142,6 +142,7 @@ def test_scores_are_the_teachers_own_pair_by_pair(job, tmp_path, retrieval_files
     assert bank.settings == {**BANK, "by": "joint", "seed": 1, "amp": "off"}
 
 
+@pytest.mark.slow
 def test_the_shortlist_is_the_top_of_the_joint_space(job, tmp_path):
     job({"random": 0, "shortlist": 3, "keep": 9})
     bank, rows = mined(), training_rows(tmp_path)

@@ -160,6 +160,7 @@ def bare_machine(tmp_path, monkeypatch, cache, offline) -> Path:
     return work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_project_file_on_a_bare_machine_names_what_is_missing_and_where_it_comes_from(name, bare_machine):
     with pytest.raises(UserError) as caught:

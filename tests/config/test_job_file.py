@@ -221,10 +221,15 @@ def test_offline_every_missing_file_is_named_with_its_source(job, cache, offline
     assert not cache.exists()
 
 
-PACKAGED = sorted((packaged_folder("projects") / "dcd").rglob("*.yaml"))
+# all jobs but one of each kind are left to the slow tests
+QUICK = ("quickstart", "meter_coco", "blip_coco_to_dual_encoder")
+PACKAGED = [
+    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+    for path in sorted((packaged_folder("projects") / "dcd").rglob("*.yaml"))
+]
 
 
-@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PACKAGED)
 def test_every_packaged_job_is_sound(path, monkeypatch, cache):
     from lavis_dcd.config.checks import job_faults
     from lavis_dcd.variants import expand, split_off
