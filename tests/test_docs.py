@@ -59,7 +59,7 @@ WITH_LINKS = [page for page in PAGES if re.search(r"\]\(", page.read_text(encodi
 def test_commands_name_jobs_and_settings_that_exist(command, tmp_path, monkeypatch):
     import lavis  # noqa: F401
 
-    from lavis_dcd.config.checks import job_faults
+    from lavis_dcd.config.checks import check_sections
     from lavis_dcd.config.job_file import merge_defaults, read_job
     from lavis_dcd.variants import split_off
 
@@ -68,7 +68,7 @@ def test_commands_name_jobs_and_settings_that_exist(command, tmp_path, monkeypat
     words = shlex.split(command)
     options = words[words.index("--options") + 1 :] if "--options" in words else []
     own, _ = split_off(read_job(words[words.index("--cfg-path") + 1], options)[0])
-    assert job_faults(merge_defaults(own)) == []
+    assert check_sections(merge_defaults(own)).faults == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)

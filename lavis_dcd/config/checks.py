@@ -59,11 +59,6 @@ def check_sections(config: DictConfig) -> CheckedSections:
     return CheckedSections(faults, run, model)
 
 
-def job_faults(config: DictConfig) -> list[str]:
-    """Return one line per fault of a merged job; empty when it is sound."""
-    return check_sections(config).faults
-
-
 def model_faults(section: DictConfig, path: str) -> list[str]:
     """Return the faults of a model section, those of the models inside it (a teacher, a student) included."""
     return _check_model(section, path)[1]

@@ -231,7 +231,7 @@ PACKAGED = [
 
 @pytest.mark.parametrize("path", PACKAGED)
 def test_every_packaged_job_is_sound(path, monkeypatch, cache):
-    from lavis_dcd.config.checks import job_faults
+    from lavis_dcd.config.checks import check_sections
     from lavis_dcd.variants import expand, split_off
 
     for name in re.findall(r"\$\{oc\.env:(\w+)", path.read_text(encoding="utf-8")):
@@ -239,7 +239,7 @@ def test_every_packaged_job_is_sound(path, monkeypatch, cache):
     own, comparison = split_off(read_yaml(path))
     runs = expand(comparison, own.run, cache) if comparison else []
     for settings in [variant.settings for variant in runs] or [{}]:
-        found = job_faults(merge_defaults(OmegaConf.merge(own, settings)))
+        found = check_sections(merge_defaults(OmegaConf.merge(own, settings))).faults
         # data and weights that a user brings are not there
         assert [fault for fault in found if str(cache) not in fault] == []
 
