@@ -22,20 +22,26 @@ def name_fault(value: object, field: str) -> str | None:
     """
     if not isinstance(value, str):
         return f"{field}: {shown(value)} is a {type(value).__name__}, expected a name; put it in quotes"
-    way_out = f"{field}: {shown(value)} cannot be a folder's name: %s; give a name of letters, digits, - and _"
-    if not value or value != value.strip():
-        return way_out % ("it is empty" if not value.strip() else "it begins or ends with a space")
-    if "/" in value or "\\" in value:
-        return way_out % "it has a / or \\ (outputs go below run.output_dir, which may have them)"
-    if value.startswith("."):
-        return way_out % "it begins with a dot"
+    reason = _reason(value)
+    if reason is None:
+        return None
+    return f"{field}: {shown(value)} cannot be a folder's name: {reason}; give a name of letters, digits, - and _"
+
+
+def _reason(name: str) -> str | None:
+    if not name.strip():
+        return "it is empty"
+    if name != name.strip():
+        return "it begins or ends with a space"
+    if "/" in name or "\\" in name:
+        return "it has a / or \\ (outputs go below run.output_dir, which may have them)"
+    if name.startswith("."):
+        return "it begins with a dot"
     # C: control characters, direction marks, lone surrogates, unassigned ones; Zl, Zp: ends of lines
-    if any(unicodedata.category(c).startswith("C") or unicodedata.category(c) in ("Zl", "Zp") for c in value):
-        return way_out % "it has a character that cannot be printed"
-    size = len(value.encode())
-    if size > LONGEST_NAME:
-        return way_out % f"it has {size} bytes, {LONGEST_NAME} fit"
-    return None
+    if any(unicodedata.category(c).startswith("C") or unicodedata.category(c) in ("Zl", "Zp") for c in name):
+        return "it has a character that cannot be printed"
+    size = len(name.encode())
+    return f"it has {size} bytes, {LONGEST_NAME} fit" if size > LONGEST_NAME else None
 
 
 def folder_name(title: str) -> str:
