@@ -19,7 +19,8 @@ def test_usual_names_pass(name):
     [
         ("", "empty"), ("  ", "empty"), (" a", "space"), ("..", "dot"), (".", "dot"), (".hidden", "dot"),
         ("a/b", "/"), ("../../x", "/"), ("/tmp/x", "/"), ("a\\b", "/"), ("a\0b", "printed"), ("a\nb", "printed"),
-        ("a\u202eb", "printed"), ("a\ud800", "printed"), ("a\u2028b", "printed"), ("a" * 201, "201 bytes"), ("%s/%d", "/"),
+        ("a\u202eb", "printed"), ("a\ud800", "printed"), ("a\u2028b", "printed"), ("a" * 201, "201 bytes"),
+        ("%s/%d", "/"),
         ("ü" * 101, "202 bytes"), (3, "int"), (None, "NoneType"), (["a"], "list"),
     ],
 )  # fmt: skip
