@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import signal
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -391,6 +393,33 @@ def test_an_exif_block_of_one_stretch_under_many_names_turns_nothing(tmp_path):
     block = b"MM\0*\0\0\0\x08" + struct.pack(">H", 29_999) + entries + bytes(600_000)
     (tmp_path / "x.png").write_bytes(png(8, 8, before=chunk(b"eXIf", block)))
     assert load_picture(_set(tmp_path / "x.png"), 0).size == (8, 8)
+
+
+def test_odd_entries_are_no_flood_of_warnings(tmp_path):
+    from lavis_dcd.plugins import register_all
+
+    entries = b"".join(struct.pack("<HHII", number, 7, 100_000, 8) for number in range(1000, 3000))
+    block = b"II*\0\x08\0\0\0" + struct.pack("<H", 2000) + entries
+    (tmp_path / "x.png").write_bytes(png(8, 8, before=chunk(b"eXIf", block)))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        load_picture(_set(tmp_path / "x.png"), 0)
+        assert len(seen) > 100
+        seen.clear()
+        register_all()
+        load_picture(_set(tmp_path / "x.png"), 0)
+    assert seen == []
+
+
+def test_there_is_one_opener():
+    package = Path(opener.__file__).parent.parent
+    openers = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open", "read_image")
+    }
+    assert openers == {"datasets/opener.py"}
 
 
 def test_a_strip_outside_of_the_file(tmp_path):
