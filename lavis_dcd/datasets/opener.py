@@ -1,8 +1,9 @@
 """The one opener of picture files, for checks, training and reports alike: no file runs a program or fills the memory.
 
-Pillow reads some sixty formats, one of which (EPS) is a program that it has Ghostscript run, and it believes a file's
-name in nothing. So only the formats of `formats_read` are tried, on a regular file that is already open, within bounds
-of bytes, sides, proportions and pixels, and with a meter on the reading: a sound file of that size needs no more.
+Pillow reads some sixty formats, one of which (EPS) is a program that it has Ghostscript run, and it goes by a file's
+content, not by its name. So only the formats of `formats_read` are tried, on a regular file that is already open,
+within bounds of bytes, sides, proportions and pixels, and with a meter on the reading: a sound file of that size needs
+no more.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _NOT_READ = {
     b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"8BPS": "PSD", b"\0\0\1\0": "ICO", b"<svg": "SVG",
     b"<?xm": "XML", b"<htm": "HTML", b"<!do": "HTML", b"<!DO": "HTML", b"\xd7\xcd\xc6\x9a": "WMF",
-    b"\0\0\0\x0c": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", b"\0\0\0\x0cJXL": "JPEG XL", b"\xff\x0a": "JPEG XL",
 }  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def formats_read() -> dict[str, str]:
         try:
             importlib.import_module(_HEIC_PLUGIN).register_heif_opener()
             formats["HEIF"] = "HEIC"
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # foreign code, which may raise anything
             log.warning("HEIC pictures are not read: %s cannot be imported (%s)", _HEIC_PLUGIN, one_line(str(error)))
     return formats
 
@@ -167,7 +168,9 @@ def _unknown(start: bytes) -> str:
     names = ", ".join(formats_read().values())
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC and "HEIF" not in formats_read():
         return f"HEIC, which takes a plug-in (pip install lavis-dcd[heic]); or save it as one of {names}"
-    name = _NOT_READ.get(start[:4]) or ("FLI" if start[4:6] in (b"\x11\xaf", b"\x12\xaf") else None)
+    name = next((name for first, name in _NOT_READ.items() if start.startswith(first)), None)
+    if start[4:6] in (b"\x11\xaf", b"\x12\xaf"):
+        name = "FLI"
     if name is not None:
         return f"{name}, none of the formats that are read ({names}); save it as one of them"
     return f"no picture of a format that is read ({names}); save it as one of them"

@@ -171,6 +171,7 @@ def _spider(path: Path) -> None:
 FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "PDF": (_saved("PDF"), "PDF, none"),
     "ICO": (_saved("ICO"), "ICO, none"),
+    "JPEG XL": (lambda path: path.write_bytes(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99)), "JPEG XL, none"),
     "JPEG 2000": (_saved("JPEG2000"), "JPEG 2000, none"),
     "PSD": (lambda path: path.write_bytes(b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 8, 8, 8, 3) + bytes(300)),
             "PSD, none"),
