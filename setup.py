@@ -70,6 +70,7 @@ setup(
         "pillow",
     ],
     extras_require={
+        "heic": ["pillow-heif"],  # pictures of phones; see lavis_dcd/datasets/opener.py
         "test": ["pytest", "pytest-xdist", "hypothesis", "setuptools>=64,<81", "wheel"],
         "lint": ["ruff", "mypy", "import-linter", "types-PyYAML", "types-tqdm"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]"],

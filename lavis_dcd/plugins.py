@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import entry_points
@@ -50,6 +51,8 @@ def register_all() -> None:
     _set_cache_root()
     # one of LAVIS's data sets switches this on for the whole process: a picture cut short would train as half grey
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    # one line per odd entry of a TIFF or an EXIF block, tens of thousands a file, of which none is about pixels
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
     refresh_zoos()
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from jobs import assert_finished
-from PIL import Image
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.datasets import lavis_sets
 from lavis_dcd.job import load_config
 
 pytest.importorskip("lavis")
@@ -328,8 +328,8 @@ def test_clip_at_64_px_learns_from_albef_at_96_px(
     wording = {"name": "blip_caption", "prompt": "picture of "}
     teacher["preprocess"] = {"vis_processor": {"eval": half}, "text_processor": {"eval": wording}}
     by_albef, by_clip = inputs_of(AlbefAdapter), inputs_of(ClipAdapter)
-    opened, really_open = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda file, *rest: opened.append(Path(file).name) or really_open(file, *rest))
+    opened, really_open = [], lavis_sets.open_picture
+    monkeypatch.setattr(lavis_sets, "open_picture", lambda file: opened.append(Path(file).name) or really_open(file))
     folder = job_file(
         {
             "model": {

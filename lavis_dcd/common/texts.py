@@ -30,6 +30,11 @@ def one_line(text: str, longest: int = 400) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def cut(text: str, longest: int) -> str:
+    """Return the text with an ellipsis in the place of what is beyond ``longest`` characters."""
+    return text if len(text) <= longest else f"{text[: longest - 1].rstrip()}…"
+
+
 def size_in_words(size: float) -> str:
     """Return a number of bytes as people read it."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

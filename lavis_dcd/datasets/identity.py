@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from lavis_dcd.common.files import sha256_of
+from lavis_dcd.common.regular import IrregularError
+from lavis_dcd.datasets.opener import picture_sha256
 from lavis_dcd.datasets.pictures import MakesPictures, load_picture
 from lavis_dcd.datasets.tree import original, plain_sets
 
@@ -24,7 +25,7 @@ Content = Literal["sample", "all"]
 SAMPLE = 1000  # of a set's distinct picture files: 160 MB of COCO's, read in a second
 DRAWN_SAMPLE = 64
 _READERS = 8
-_SCHEME = "pictures 3"  # 3: upright, on white, 16 bits scaled; contents of a sample
+_SCHEME = "pictures 4"  # 4: upright (a TIFF, too), on white, 16 bits scaled; contents of a sample
 
 
 def rows_digests(datasets: Mapping[str, Any]) -> dict[str, str]:
@@ -98,8 +99,8 @@ def _file_state(path: str, read: bool, content: Content) -> tuple[Any, ...]:
     try:
         facts = os.stat(path)
         if not stat.S_ISREG(facts.st_mode):
-            return ("no file",)  # opening a FIFO or a device could take for ever
+            return ("no file",)
         time = None if content == "all" else facts.st_mtime_ns
-        return facts.st_size, time, sha256_of(path) if read else None
-    except (OSError, ValueError):
+        return facts.st_size, time, picture_sha256(path) if read else None
+    except (OSError, ValueError, IrregularError):
         return ("unreadable",)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import one_line
+from lavis_dcd.datasets.opener import open_picture, reason_of
 from lavis_dcd.datasets.tree import original, plain_sets
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LARGE = 32_000_000  # pixels of a picture that is verified with no other such beside it, for the memory's sake
+_one_large = threading.Lock()
 _WIDE_FORMATS = ("PNG", "PPM")  # mode "I" of these holds 16 bits
 
 
@@ -63,14 +65,17 @@ def load_picture(dataset: Any, index: int, side: int | None = None) -> Image.Ima
         return dataset.picture(index)
     path = os.path.join(dataset.vis_root, dataset.annotation[index]["image"])
     try:
-        with whole_files_only(), Image.open(path) as opened:
+        with open_picture(path) as opened:
             if side is not None:
                 opened.draft("RGB", (2 * side, 2 * side))
             return as_seen(opened)
     except Exception as error:  # PIL's readers of damaged files raise a dozen kinds of errors, which name no file
-        raise UserError(
-            f"{one_line(path)}: no readable picture ({reason_of(error, path)}); run.verify=full finds all such files"
-        ) from error
+        raise UserError(unreadable(path, reason_of(error))) from error
+
+
+def unreadable(path: str, reason: str) -> str:
+    """What is told of a file that cannot be read while a job is at work."""
+    return f"{one_line(path)}: no readable picture ({reason}); run.verify=full finds all such files"
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
@@ -80,7 +85,6 @@ def as_seen(picture: Image.Image) -> Image.Image:
         ValueError: its values have no fixed range (32 bits).
     """
     check_mode(picture)
-    turn = _TURNS.get(_orientation(picture))
     if picture.mode.startswith("I"):
         wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
         made = Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -89,6 +93,7 @@ def as_seen(picture: Image.Image) -> Image.Image:
         made = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
     else:
         made = picture.convert("RGB")
+    turn = _TURNS.get(_orientation(picture))  # once it is decoded: Pillow turns a TIFF by itself, and drops the entry
     return made if turn is None else made.transpose(turn)
 
 
@@ -109,51 +114,6 @@ def _orientation(picture: Image.Image) -> Any:
         return None
 
 
-def reason_of(error: Exception, path: str) -> str:
-    """The reason why a picture could not be read, in a user's words."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return "missing"
-    if isinstance(error, IsADirectoryError):
-        return "it is a folder"
-    if isinstance(error, PermissionError):
-        return "no permission to read it"
-    if isinstance(error, Image.DecompressionBombError):
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        return f"more than {most} pixels, which may be an attack on memory; make it smaller"
-    if isinstance(error, UnidentifiedImageError):
-        return "the file is empty" if os.path.getsize(path) == 0 else "no picture, or of an unknown format"
-    return one_line(str(getattr(error, "strerror", None) or error or type(error).__name__))
-
-
-class _Strictness:
-    """The number of strict readers at work, and PIL's switch as it was before the first of them."""
-
-    def __init__(self) -> None:
-        self.lock, self.inside, self.before = threading.Lock(), 0, False
-
-
-_strictness = _Strictness()
-
-
-@contextmanager
-def whole_files_only() -> Iterator[None]:
-    """Have PIL refuse pictures that are cut short. Several threads may be inside.
-
-    `import lavis` allows them for the whole process: their rest would be grey, unnoticed.
-    """
-    with _strictness.lock:
-        if not _strictness.inside:
-            _strictness.before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        _strictness.inside += 1
-    try:
-        yield
-    finally:
-        with _strictness.lock:
-            _strictness.inside -= 1
-            if not _strictness.inside:
-                ImageFile.LOAD_TRUNCATED_IMAGES = _strictness.before
-
-
 def verify_pictures(dataset: Any, mode: str = "fast") -> None:
     """Check the picture files of a LAVIS data set (``annotation`` and ``vis_root``) or a concatenation of some.
 
@@ -169,7 +129,7 @@ def verify_pictures(dataset: Any, mode: str = "fast") -> None:
     if mode == "off":
         return
     paths = list(dict.fromkeys(path for plain in plain_sets(dataset, "").values() for path in _files(plain)))
-    with whole_files_only(), ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
         faults = [fault for fault in pool.map(lambda path: _fault(path, mode), paths) if fault]
     if not faults:
         log.info("%d pictures verified (%s)", len(paths), mode)
@@ -193,15 +153,17 @@ def _files(dataset: Any) -> list[str]:
 
 def _fault(path: str, mode: str) -> str | None:
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             check_mode(picture)
             if mode == "full":
+                large = picture.width * picture.height > _LARGE
                 # An eighth of a JPEG's pixels, yet all of its stream: of 4,400 cut and scrambled photographs it finds
                 # the very same as a full decoding, in half (224 px) to a quarter (12 megapixels) of the time.
                 picture.draft(None, (1, 1))
-                picture.load()
+                with _one_large if large else nullcontext():
+                    picture.load()
     except FileNotFoundError:
         return f"{one_line(path)}: missing"
     except Exception as error:  # PIL's readers of damaged files raise a dozen kinds of errors
-        return f"{one_line(path)}: no readable picture ({reason_of(error, path)})"
+        return f"{one_line(path)}: no readable picture ({reason_of(error)})"
     return None

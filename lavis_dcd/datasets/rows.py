@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.datasets.datasets.retrieval_datasets import RetrievalDataset, RetrievalEvalDataset
 from lavis.processors.base_processor import BaseProcessor
+from PIL import Image
 
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.texts import one_line
 from lavis_dcd.datasets.pictures import load_picture
+
+
+def processed(dataset: Any, row: Mapping[str, Any], picture: Image.Image) -> Any:
+    """What the set's processor makes of a row's picture.
+
+    Raises:
+        UserError: the processor refuses the picture, which is then named.
+    """
+    try:
+        return dataset.vis_processor(picture)
+    except UserError as error:
+        raise UserError([f"{one_line(str(row['image']))}: {line}" for line in error.faults]) from error
 
 
 class RetrievalRows(RetrievalDataset):
@@ -34,7 +50,7 @@ class RetrievalRows(RetrievalDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.annotation[index]
         return {
-            "image": self.vis_processor(load_picture(self, index)),
+            "image": processed(self, row, load_picture(self, index)),
             "text_input": self.text_processor(row["caption"]),
             "image_id": self.img_ids[row["image_id"]],
             "instance_id": row["instance_id"],
@@ -68,4 +84,5 @@ class RetrievalEvalRows(RetrievalEvalDataset):
             self.txt2img.update(dict.fromkeys(self.img2txt[index], index))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.vis_processor(load_picture(self, index)), "index": index}
+        row = self.annotation[index]
+        return {"image": processed(self, row, load_picture(self, index)), "index": index}

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.texts import one_line
+from lavis_dcd.datasets.duplicates import equal_files
+from lavis_dcd.datasets.pictures import MakesPictures
 from lavis_dcd.datasets.tree import annotation_rows, plain_sets
 
 log = logging.getLogger(__name__)
@@ -42,26 +46,41 @@ def _size(fraction: float, count: int) -> int:
     return max(1, round(fraction * count)) if fraction > 0 else 0
 
 
-def check_annotations(datasets: Mapping[str, Any]) -> list[str]:
-    """One warning, also logged, per pair of splits that share pictures.
+def check_annotations(datasets: Mapping[str, Any], contents: bool = True) -> list[str]:
+    """One warning, also logged, per pair of splits that share pictures, and per pair that shares them by content.
 
     Args:
         datasets: {split: LAVIS data set}, wrappers and concatenations included.
+        contents: also compare the files' contents, which finds a picture under two names; see `equal_files` for how
+            much is read.
     """
     pictures = {split: _pictures(dataset) for split, dataset in datasets.items()}
-    names, warnings = list(pictures), []
-    for i, one in enumerate(names):
-        for two in names[i + 1 :]:
-            shared = sorted(pictures[one] & pictures[two])
-            if shared:
-                some = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
-                way = f", or {two} measures what was trained on" if one == "train" else ""
-                warnings.append(
-                    f"{len(shared)} pictures are in both {one} and {two}: {some}; take them out of one{way}"
-                )
+    warnings = []
+    for one, two in combinations(pictures, 2):
+        shared = sorted(pictures[one] & pictures[two])
+        if shared:
+            some = ", ".join(map(one_line, shared[:3])) + (", ..." if len(shared) > 3 else "")
+            warnings.append(f"{len(shared)} pictures are in both {one} and {two}: {some}; {_way_out(one, two)}")
+    files = {split: sorted(_files(dataset)) for split, dataset in datasets.items()} if contents else {}
+    for (one, two), pairs in equal_files(files).items():
+        some = ", ".join(f"{one_line(second)} (there {one_line(first)})" for first, second in pairs[:3])
+        some += ", ..." if len(pairs) > 3 else ""
+        warnings.append(f"{len(pairs)} pictures of {two} are in {one} under other names: {some}; {_way_out(one, two)}")
     for line in warnings:
         log.warning(line)
     return warnings
+
+
+def _way_out(one: str, two: str) -> str:
+    return "take them out of one" + (f", or {two} measures what was trained on" if one == "train" else "")
+
+
+def _files(dataset: Any) -> set[str]:
+    return {
+        _file(plain, row)
+        for plain, row in annotation_rows(dataset)
+        if getattr(plain, "vis_root", None) is not None and not isinstance(plain, MakesPictures)
+    }
 
 
 def _pictures(dataset: Any) -> set[str]:

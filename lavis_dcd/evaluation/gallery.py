@@ -13,17 +13,20 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_dcd.banks.encoding import EvaluationSet
+from lavis_dcd.common.texts import cut, visible
 from lavis_dcd.evaluation.evaluator import Evaluation
 from lavis_dcd.evaluation.metrics import Matches, match_ranks
 
 PICTURE_SIDE = 160
 TOP = 5
+LONGEST_CAPTION = 500  # characters that are shown
+_LOOKED_AT = 10_000  # characters that are searched for them
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text_to_image", "image_to_text"
 
 
 class Shown(TypedDict, total=False):
-    """A caption as ``text``, or a picture as ``picture``, a JPEG data address."""
+    """A caption as ``text``, cut to ``LONGEST_CAPTION``, or a picture as ``picture``, a JPEG data address."""
 
     text: str
     picture: str
@@ -64,7 +67,8 @@ def gallery_items(
     pictures = _Pictures(load_picture)
 
     def captions(row: int) -> Shown:
-        return {"text": dataset.text[row]}
+        # visible characters alone, so that its marks of writing direction turn nothing else on the page
+        return {"text": cut(visible(dataset.text[row][:_LOOKED_AT]), LONGEST_CAPTION)}
 
     scores_t2i = {name: evaluation.scores_t2i for name, evaluation in evaluations.items()}
     scores_i2t = {name: evaluation.scores_i2t for name, evaluation in evaluations.items()}

@@ -14,7 +14,11 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 from typing_extensions import Self
 
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
+
+MOST_SIDE = 4096  # pixels of a side that is asked for
+MOST_RESIZED = 178_956_970  # pixels of a resized picture, before it is cut
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -77,13 +81,27 @@ class PictureProcessor(BaseProcessor):
         return cls(parse(cls.config_class, cfg, "vis_processor"))
 
 
+def check_scaled(width: int, height: int, side: int) -> None:
+    """Check what a picture becomes whose shorter side is scaled to ``side``.
+
+    Raises:
+        UserError: more than `MOST_RESIZED` pixels.
+    """
+    longer = side * max(width, height) // max(1, min(width, height))
+    if side * longer > MOST_RESIZED:
+        raise UserError(
+            f"a picture of {width} x {height} pixels would be scaled to {longer} x {side}, to be cut to a square: "
+            f"use resize: squash, a smaller image_size than {side}, or take it out of the annotations"
+        )
+
+
 @dataclass(frozen=True)
 class ImageConfig:
     """Keys of `dcd_image_eval`.
 
     Args:
         name: LAVIS's processor name.
-        image_size: side of the square result in pixels.
+        image_size: side of the square result in pixels, at most 4096.
         mean, std: per channel, on values in [0, 1]; CLIP's.
         interpolation: of the resizing.
         resize: "squash" gives the whole picture, its proportions lost (as METER does); "crop" scales the shorter
@@ -100,6 +118,8 @@ class ImageConfig:
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise ValueError(f"image_size: {self.image_size} is not positive")
+        if self.image_size > MOST_SIDE:
+            raise ValueError(f"image_size: {self.image_size} is more than {MOST_SIDE}")
         if min(self.std) <= 0:
             raise ValueError(f"std: {list(self.std)} must be positive")
 
@@ -117,9 +137,16 @@ class _ImageProcessor(PictureProcessor):
         super().__init__(config)
         augmentation = config.transforms() if isinstance(config, AugmentationConfig) else []
         self.transform = transforms.Compose([*augmentation, *_to_tensor(config)])
+        self._scaled_side = config.image_size if config.resize == "crop" else None
 
     def __call__(self, item: Image.Image) -> torch.Tensor:
-        """PIL picture -> FloatTensor [3, image_size, image_size]."""
+        """PIL picture -> FloatTensor [3, image_size, image_size].
+
+        Raises:
+            UserError: a picture so narrow that it would be scaled to more pixels than memory should hold.
+        """
+        if self._scaled_side is not None:
+            check_scaled(*item.size, self._scaled_side)
         return self.transform(item)
 
 

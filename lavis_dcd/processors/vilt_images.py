@@ -11,7 +11,7 @@ from torch.nn import functional as nnf
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode, normalize, resize, to_tensor
 
-from lavis_dcd.processors.images import AugmentationConfig, PictureProcessor
+from lavis_dcd.processors.images import MOST_SIDE, AugmentationConfig, PictureProcessor
 
 # ViLT's; with them no pixel of 8 bits becomes 0, which is how the model tells padding
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -45,6 +45,8 @@ class ViltImageKeys:
             raise ValueError(f"shorter: {self.shorter} is less than multiple {self.multiple}")
         if self.longer is not None and self.longer < self.shorter:
             raise ValueError(f"longer: {self.longer} is less than shorter {self.shorter}")
+        if self.limit > MOST_SIDE:
+            raise ValueError(f"the longer side may have {self.limit} pixels, which is more than {MOST_SIDE}")
 
     @property
     def limit(self) -> int:

@@ -13,13 +13,15 @@ from markupsafe import Markup
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
-from lavis_dcd.common.texts import memory_in_words
+from lavis_dcd.common.texts import cut, memory_in_words, visible
 from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED, Series, line_chart
 from lavis_dcd.reporting.table import Row, body, format_table, headline, tiles, used_columns
 
 __all__ = ["RunFiles", "chart_sections", "format_table", "write_report"]
 
 FOLDS = "1k_"
+LONGEST_TEXT = 1000  # characters
+PICTURE = "picture"  # the key of a picture's address
 SCORES, MISRANKED = "_score", "_misranked"
 COLOURS = {"student": 1, "teacher": 2}  # the same in every chart
 WORDS = {
@@ -58,6 +60,9 @@ class ChartSection(TypedDict):
 class RunFiles:
     """The files of a run folder that a report is made from.
 
+    As read, their texts hold visible characters alone (no marks of writing direction, which would turn what stands
+    beside them), and are cut to ``LONGEST_TEXT``; pictures and the configuration are whole.
+
     Args:
         results: of ``results.json``.
         config: the text of ``config.yaml``.
@@ -85,10 +90,10 @@ class RunFiles:
             raise UserError(f"no report without {path}, which an evaluation writes: {error}") from error
         lines = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines() if line.endswith("}")]
         return cls(
-            results,
-            _text(folder / "config.yaml"),
-            [line for line in lines if line.get("kind") == "train"],
-            [line for line in lines if line.get("kind") == "eval"],
+            _readable(results),
+            visible(_text(folder / "config.yaml")),
+            [_readable(line) for line in lines if line.get("kind") == "train"],
+            [_readable(line) for line in lines if line.get("kind") == "eval"],
         )
 
 
@@ -289,6 +294,17 @@ def _losses(run: RunFiles) -> list[str]:
     """Return the names of the losses: the total, then its parts in order."""
     keys = {key for line in run.train for key in line if key == "loss" or key.endswith("_loss")}
     return sorted(keys, key=lambda key: (key != "loss", key))
+
+
+def _readable(value: Any) -> Any:
+    """Return results with their texts as ``RunFiles`` has them."""
+    if isinstance(value, str):
+        return cut(visible(value), LONGEST_TEXT)
+    if isinstance(value, Mapping):
+        return {_readable(key): item if key == PICTURE else _readable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    return value
 
 
 def _text(path: Path) -> str:

@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from lavis_dcd.common.texts import cut, visible
+
+LONGEST_NAME = 80  # characters of a row's name
+
 # of results.json: see ResultRow; a spread of several runs stands beside its figure as ``<key>_std``
 Row = Mapping[str, Any]
 
@@ -132,7 +136,7 @@ def body(rows: Sequence[Row], columns: Sequence[Column]) -> list[Line]:
     best = {column.key: _best(compared, column) for column in columns}
     return [
         Line(
-            str(row.get("name", "")),
+            cut(" ".join(visible(str(row.get("name", ""))).split()), LONGEST_NAME),
             [_cell(row, column, row in compared and row.get(column.key) == best[column.key]) for column in columns],
             row.get("name") == "teacher",
         )

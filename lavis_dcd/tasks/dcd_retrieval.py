@@ -19,6 +19,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.common.schema import parse, plain
 from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
+from lavis_dcd.datasets.lavis_sets import with_opener
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
@@ -98,7 +99,10 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         Raises:
             UserError: pictures that are missing or broken, all of them listed.
         """
-        datasets = super().build_datasets(cfg)
+        datasets = {
+            builder: {split: with_opener(dataset) for split, dataset in splits.items()}
+            for builder, splits in super().build_datasets(cfg).items()
+        }
         mode = run_config(cfg.run_cfg).verify
         faults: list[str] = []
         for splits in datasets.values():
@@ -110,7 +114,7 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         if faults:
             raise UserError(faults)
         for splits in datasets.values():
-            check_annotations(splits)
+            check_annotations(splits, contents=mode != "off")
         return datasets
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Any], run: Any, device: Any = None) -> dict[str, Any]:

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from lavis_dcd.common import regular
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.datasets.opener import formats_read
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
 WAY = "put them in place or take their rows out of the annotations (run.verify=off skips this check, training then " \
       "fails at the first of them)"  # fmt: skip
-UNKNOWN = "no picture, or of an unknown format"
+NAMES = ", ".join(formats_read().values())
+UNKNOWN = f"no picture of a format that is read ({NAMES}); save it as one of them"
 
 
 def _set(root: Path, *names: str) -> SimpleNamespace:
@@ -66,7 +69,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (Path.mkdir, "it is a folder"),
     "empty": (Path.touch, "the file is empty"),
     "text": (lambda file: file.write_text("no picture"), UNKNOWN),
-    "html": (lambda file: file.write_text("<html>404 Not Found</html>"), UNKNOWN),
+    "html": (
+        lambda file: file.write_text("<html>404 Not Found</html>"),
+        f"HTML, none of the formats that are read ({NAMES}); save it as one of them",
+    ),
     "zeros": (lambda file: file.write_bytes(bytes(5000)), UNKNOWN),
     "only a PNG's first bytes": (lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n"), UNKNOWN),
     "bomb": (_bomb, BOMB),
@@ -129,7 +135,8 @@ def test_no_permission_as_the_system_tells_it(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(tmp_path / "x.png"))
 
-    monkeypatch.setattr(Image, "open", refuse)
+    _noise().save(tmp_path / "x.png")
+    monkeypatch.setattr(regular.os, "open", refuse)
     with pytest.raises(UserError) as caught:
         verify_pictures(_set(tmp_path, "x.png"))
     assert caught.value.faults[0] == f"{tmp_path}/x.png: no readable picture (no permission to read it)"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavis_dcd.common.texts import half_character, memory_in_words, one_line, shown, size_in_words, visible
+from lavis_dcd.common.texts import cut, half_character, memory_in_words, one_line, shown, size_in_words, visible
 
 ANY = st.text(st.characters(exclude_categories=[]), max_size=60)
 
@@ -67,3 +67,13 @@ def test_sizes(size, words):
 def test_memory_names_the_gpu_where_there_is_one():
     assert memory_in_words({"host_mb": 812}) == "812 MB"
     assert memory_in_words({"host_mb": 1812, "gpu_mb": 1234}) == "1,812 MB, on the GPU 1,234 MB"
+
+
+@given(ANY, st.integers(1, 70))
+def test_cut_texts_start_alike_and_say_that_they_are_cut(text, longest):
+    made = cut(text, longest)
+    assert len(made) <= max(longest, 1)
+    if len(text) <= longest:
+        assert made == text
+    else:
+        assert made.endswith("…") and text.startswith(made[:-1])

@@ -59,6 +59,36 @@ def test_pictures_in_two_splits_are_warned_of_by_their_files(caplog):
     )
 
 
+def test_one_picture_under_two_names_is_warned_of(tmp_path, caplog):
+    (tmp_path / "other").mkdir()
+    for name in ("a.jpg", "other/z.jpg", "other/y.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"different" if name == "b.jpg" else b"one thing")
+    sets = {"train": rows(str(tmp_path), "a.jpg", "b.jpg"), "test": rows(str(tmp_path / "other"), "z.jpg", "y.jpg")}
+    with caplog.at_level(logging.WARNING):
+        lines = check_annotations(sets)
+    assert (
+        lines
+        == caplog.messages
+        == [
+            f"2 pictures of test are in train under other names: {tmp_path}/other/y.jpg (there {tmp_path}/a.jpg), "
+            f"{tmp_path}/other/z.jpg (there {tmp_path}/a.jpg); take them out of one, or test measures what was "
+            "trained on"
+        ]
+    )
+    assert check_annotations(sets, contents=False) == []
+
+
+def test_drawn_pictures_are_no_files(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "b").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    drawn = {split: rows("", name) for split, name in (("train", "a"), ("val", "b"))}
+    assert len(check_annotations(drawn)) == 1
+    for dataset in drawn.values():
+        dataset.picture = lambda index: None
+    assert check_annotations(drawn) == []
+
+
 def test_sets_side_by_side_get_distinct_numbers_and_a_shared_file_keeps_one():
     one, two = rows("/d", "a.jpg", "a.jpg", "b.jpg"), rows("/e", "a.jpg", "../d/b.jpg")
     no_ids = SimpleNamespace(annotation=[{"image": "z"}])

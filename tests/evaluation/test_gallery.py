@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lavis_dcd.evaluation.evaluator import Evaluation
-from lavis_dcd.evaluation.gallery import gallery_items
+from lavis_dcd.evaluation.gallery import LONGEST_CAPTION, gallery_items
 from lavis_dcd.evaluation.metrics import match_ranks
 
 
@@ -65,3 +65,13 @@ def test_the_gallery_is_the_same_for_the_same_seed_and_takes_what_there_is() -> 
 
     assert items(0) == items(0)
     assert len(items(0)) == 4 + 2  # every query there is
+
+
+def test_captions_are_cut_and_lose_their_marks_of_direction() -> None:
+    numbers, found = numbers_of(2), {"model": scored(2)}
+    numbers.text = ["\u202e0 here", "0 " + "x" * 1_000_000, "\u2066" * 600 + "1 shown", "1 here"]
+    items = gallery_items(found, numbers, lambda row: Image.new("RGB", (8, 8)))
+    told = {item["query"]["text"] for item in items if "text" in item["query"]}
+    told |= {answer["text"] for item in items for answer in item["results"]["model"] if "text" in answer}
+    assert told == {"0 here", "0 " + "x" * (LONGEST_CAPTION - 3) + "…", "1 shown", "1 here"}
+    assert len(json.dumps(items)) < 30_000

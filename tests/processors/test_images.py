@@ -51,6 +51,20 @@ def test_squash_keeps_the_whole_picture_and_crop_its_middle():
     assert bool((cropped == 1).all())
 
 
+@pytest.mark.parametrize("kind", [EVAL, TRAIN])
+def test_a_picture_is_not_scaled_to_millions_of_pixels_to_be_cut(kind):
+    narrow = Image.new("L", (1, 65535))
+    crop = processor(kind, image_size=64, resize="crop")
+    with pytest.raises(UserError) as caught:
+        crop(narrow)
+    assert caught.value.faults == [
+        "a picture of 1 x 65535 pixels would be scaled to 4194240 x 64, to be cut to a square: use resize: squash, a "
+        "smaller image_size than 64, or take it out of the annotations"
+    ]
+    assert crop(Image.new("RGB", (2, 400))).shape == (3, 64, 64)  # the proportions that picture files may have
+    assert processor(kind, image_size=64)(narrow.convert("RGB")).shape == (3, 64, 64)
+
+
 def test_interpolation_changes_the_pixels():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8))
     made = [
@@ -97,6 +111,7 @@ def test_randaugment_varies_and_follows_the_seed():
         (EVAL, {"image_sizes": 224}, "vis_processor.image_sizes: unknown key; did you mean image_size"),
         (EVAL, {"augment": "flip"}, "vis_processor.augment: unknown key"),
         (EVAL, {"image_size": 0}, "vis_processor: image_size: 0 is not positive"),
+        (EVAL, {"image_size": 4097}, "vis_processor: image_size: 4097 is more than 4096"),
         (EVAL, {"image_size": "big"}, "vis_processor.image_size: 'big' (text) is not an integer"),
         (EVAL, {"std": [0.5, 0.0, 0.5]}, "vis_processor: std: [0.5, 0.0, 0.5] must be positive"),
         (EVAL, {"mean": [0.5]}, "vis_processor.mean: [0.5] has 1 items, expected 3"),

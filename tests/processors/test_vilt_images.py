@@ -127,6 +127,8 @@ def test_randaugment_varies_follows_the_seed_and_leaves_no_pixel_at_zero():
         (EVAL, {"augment": "flip"}, "vis_processor.augment: unknown key"),
         (EVAL, {"multiple": 0}, "vis_processor: multiple: 0 is not positive"),
         (EVAL, {"shorter": 16}, "vis_processor: shorter: 16 is less than multiple 32"),
+        (EVAL, {"longer": 4097}, "vis_processor: the longer side may have 4097 pixels, which is more than 4096"),
+        (EVAL, {"shorter": 3000}, "vis_processor: the longer side may have 4998 pixels, which is more than 4096"),
         (EVAL, {"longer": 300}, "vis_processor: longer: 300 is less than shorter 384"),
         (TRAIN, {"augment": "mixup"}, "vis_processor.augment: 'mixup' is not one of none, flip, randaugment"),
         (TRAIN, {"randaugment_ops": 0}, "vis_processor: randaugment_ops: 0 is not positive"),

@@ -132,6 +132,53 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
     assert html.count("&lt;script&gt;") >= 7
 
 
+TURNED = "\u202egnp.toh\u2066s\u200f \x1b[31m"  # marks of writing direction, and a terminal's command
+PLAIN = "gnp.tohs [31m"
+
+
+def _with_texts(folder: Path, text: str) -> Path:
+    """A run folder in which every text of the user's is this one."""
+    rows = [row("teacher", 480.0), row(text, 300.0, how=text), row("student", 468.0)]
+    answers = [{"text": text, "right": False, "score": 0.5}]
+    gallery = [{"direction": "image_to_text", "query": {"picture": PICTURE}, "ranks": {text: 2},
+                "results": {text: answers}},
+               {"direction": "text_to_image", "query": {"text": text}, "ranks": {text: 2},
+                "results": {text: [{"picture": PICTURE, "right": False, "score": 0.5}]}}]  # fmt: skip
+    run_folder(folder, rows, title=text, split=text, machine={text: text}, gallery=gallery)
+    (folder / "config.yaml").write_text(f"title: {text}\n")
+    lines = [{"kind": "train", "step": s, "epoch": 0.1, "loss": 1.0 * s, text: 1.0} for s in (1, 2)]
+    lines += [evaluated(text, s, r_sum=1.0, txt_r1=1.0) | {"split": text} for s in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_no_text_turns_the_page_or_commands_the_terminal(tmp_path: Path) -> None:
+    html = write_report(_with_texts(tmp_path, TURNED)).read_text()
+    assert not re.search("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\x1b]", html)
+    title = re.search("<title>(.*)</title>", html)
+    assert title is not None and title[1] == f"{PLAIN} · {PLAIN}"
+    # title and heading, split, row and how, machine, gallery, configuration, charts
+    assert Page(html).text.count(PLAIN) >= 12
+    assert format_table([row(TURNED, 1.0)]).splitlines()[2].startswith(PLAIN)
+
+
+def test_texts_of_a_megabyte_are_cut(tmp_path: Path) -> None:
+    text = "a caption " * 100_000
+    html = write_report(_with_texts(tmp_path, text)).read_text()
+    assert len(html) < 100_000 + len(text)  # the configuration is shown whole
+    assert "a caption…" in Page(html).text
+    assert max(map(len, format_table([row(text, 1.0)]).splitlines())) < 250
+    assert html.count(PICTURE) == 2
+
+
+def test_a_picture_is_kept_whole_and_a_caption_like_one_is_not(tmp_path: Path) -> None:
+    long = PICTURE + "A" * 50_000
+    gallery = [{"direction": "image_to_text", "query": {"picture": long}, "ranks": {"m": 2},
+                "results": {"m": [{"text": long, "right": False, "score": 0.5}]}}]  # fmt: skip
+    html = write_report(run_folder(tmp_path, gallery=gallery)).read_text()
+    assert html.count("A" * 50_000) == 1
+
+
 def test_a_run_without_training_or_gallery_still_reports(tmp_path: Path) -> None:
     results = {"title": "plain", "split": "val", "rows": [row("model", 300.0)]}
     (tmp_path / "results.json").write_text(json.dumps(results))
