@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
+from lavis_dcd.common.address_secrets import HIDDEN, shown_address
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.names import name_fault
 from lavis_dcd.common.texts import one_line
@@ -18,16 +19,9 @@ _LONGEST = 4096
 _LEGAL = "-._~:/?#[]@!$&'()*+,;=%"  # beside letters and digits (RFC 3986)
 _ILLEGAL = re.compile(rf"[^A-Za-z0-9{re.escape(_LEGAL)}]|%(?![0-9A-Fa-f]{{2}})")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://|https?:", re.IGNORECASE)
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>]+")
 _PORTS = {"http": 80, "https": 443}
-_HIDDEN = "***"
 _SUM_DIGITS = {"sha256": 64, "md5": 32}
 
-# query values that may be shown; any other may be a password, a token or a signature
-_SHOWN = {
-    "download", "raw", "dl", "alt", "v", "version", "rev", "revision", "ref", "format", "id", "export", "confirm",
-    "file", "filename", "name", "path",
-}  # fmt: skip
 # query parameters that say who may read and until when, and change while the file stays: by the one that signs
 _SIGNED = {
     "x-amz-signature": re.compile(r"x-amz-.*"),
@@ -84,12 +78,7 @@ class Address:
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
         host += f":{parts.port}" if parts.port else ""
         url = parts._replace(netloc=host, fragment="", path=parts.path or "/").geturl()
-        shown = parts._replace(
-            netloc=_HIDDEN + at + host if at else host,
-            path=re.sub(r";[^/]*", f";{_HIDDEN}", parts.path),
-            query=_shown_query(parts.query),
-            fragment="",
-        ).geturl()
+        shown = shown_address(parts._replace(netloc=f"{user}@{host}" if at else host, fragment="").geturl())
         authorization = "Basic " + base64.b64encode(unquote_to_bytes(user)).decode() if at else None
         return cls(url, one_line(shown), _key(parts, user.partition(":")[0]), authorization, _sums(parts.fragment))
 
@@ -132,29 +121,12 @@ class Address:
         return self.shown
 
 
-def without_secrets(text: str) -> str:
-    """Return any text with the secrets in its addresses hidden."""
-    return _IN_TEXT.sub(lambda match: _hidden(match[0]), text)
-
-
-def _hidden(text: str) -> str:
-    """Return an address, which need not be a sound one, without its secrets."""
-    scheme, separator, rest = text.partition("://")
-    rest = rest.partition("#")[0]
-    where, mark, query = rest.partition("?")
-    host, slash, path = where.partition("/")
-    if "@" in host:
-        host = f"{_HIDDEN}@{host.rpartition('@')[2]}"
-    path = re.sub(r";[^/]*", f";{_HIDDEN}", path)
-    return scheme + separator + host + slash + path + mark + _shown_query(query)
-
-
 def _shortened(text: str) -> str:
     """Return what may be shown of an address that is none: one line, no secret."""
     scheme, separator, rest = text.partition("://")
     if "@" in rest:  # a password that is not encoded may hold any mark
-        rest = f"{_HIDDEN}@{rest.rpartition('@')[2]}"
-    return one_line(_hidden(scheme + separator + rest) if separator else text, 120)
+        rest = f"{HIDDEN}@{rest.rpartition('@')[2]}"
+    return one_line(shown_address(scheme + separator + rest) if separator else text, 120)
 
 
 def _fault(text: str) -> str | None:
@@ -202,17 +174,6 @@ def _last_part_fault(name: str) -> str | None:
             "the address of one file"
         )
     return None
-
-
-def _shown_query(query: str) -> str:
-    shown = []
-    for item in query.split("&"):
-        name, equals, _ = item.partition("=")
-        if unquote(name).lower() in _SHOWN or not item:
-            shown.append(item)
-        else:
-            shown.append(name + equals + _HIDDEN if equals else _HIDDEN)
-    return "&".join(shown)
 
 
 def _key(parts: SplitResult, user: str) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 
 from typing_extensions import Self, override
 
-from lavis_dcd.common.address import Address, without_secrets
+from lavis_dcd.common.address import Address
+from lavis_dcd.common.address_secrets import without_secrets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import one_line
 

@@ -8,29 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError
 from lavis.common.registry import registry
 from lavis.models.clip_models.pretrained import download_pretrained, get_pretrained_url
 from omegaconf import DictConfig, ListConfig
-from timm.models import hub as timm_hub
 from transformers.utils import hub as transformers_hub
 
-from lavis_dcd.common.address import looks_like_address, sum_fault, without_secrets
+from lavis_dcd.common.address import looks_like_address, sum_fault
+from lavis_dcd.common.address_secrets import without_secrets
 from lavis_dcd.common.download import address_fault, cached_path, fetch, unreachable
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import ASSET_PREFIX, asset_path, cache_root, sha256_of
 from lavis_dcd.common.texts import one_line
 from lavis_dcd.config.checks import inner_models
 from lavis_dcd.config.contracts import ChecksItself, HasSchema, tells
+from lavis_dcd.matching.adapters.lavis_files import BLIP2_TOWERS, cached_by_lavis
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.adapters.vocabulary import HUB_NAME
-
-# LAVIS's code has these addresses inside the functions that build the towers
-_BLIP2 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
-_BLIP2_TOWERS = {"eva_clip_g": f"{_BLIP2}/eva_vit_g.pth", "clip_L": f"{_BLIP2}/clip_vit_L.pth"}
 
 
 @dataclass(frozen=True)
@@ -172,9 +168,9 @@ def _adapted_files(model: type, section: Mapping[str, Any], path: str) -> Iterat
     if config and Path(str(config)).is_absolute():
         yield _local(f"{path}.med_config_path", str(config), "name a file that does, or leave it out")
     if hasattr(model, "init_Qformer") and not section.get("sizes"):
-        tower = _BLIP2_TOWERS.get(str(section.get("vit_model", "eva_clip_g")))
+        tower = BLIP2_TOWERS.get(str(section.get("vit_model", "eva_clip_g")))
         if tower:
-            yield RequiredFile(f"{path}.vit_model", _lavis_cached(tower), tower)
+            yield RequiredFile(f"{path}.vit_model", cached_by_lavis(tower), tower)
 
 
 def _weights(model: type, field: str, source: str, sha256: str | None) -> RequiredFile:
@@ -187,7 +183,7 @@ def _weights(model: type, field: str, source: str, sha256: str | None) -> Requir
     if fault := address_fault(source):
         return RequiredFile(field, Path(), fault=fault)
     ours = tells(model, HasSchema)
-    return RequiredFile(field, cached_path(source) if ours else _lavis_cached(source), source, sha256=sha256)
+    return RequiredFile(field, cached_path(source) if ours else cached_by_lavis(source), source, sha256=sha256)
 
 
 def _local(field: str, source: str, note: str) -> RequiredFile:
@@ -220,13 +216,7 @@ def _hub_or_local(field: str, source: str) -> RequiredFile:
 
 def fetched_places(url: str) -> list[Path]:
     """Return where the file at an address lies once it was fetched, for this package's models and for LAVIS's own."""
-    return [] if address_fault(url) else [cached_path(url), _lavis_cached(url)]
-
-
-def _lavis_cached(url: str) -> Path:
-    # LAVIS's own models look for a downloaded checkpoint in timm's hub folder, by the address's last part alone: the
-    # record beside the file tells another address's file.
-    return Path(timm_hub.get_cache_dir()) / os.path.basename(urlparse(url).path)
+    return [] if address_fault(url) else [cached_path(url), cached_by_lavis(url)]
 
 
 def _named(section: Mapping[str, Any], keys: tuple[str, ...], path: str) -> Iterator[tuple[str, str]]:
