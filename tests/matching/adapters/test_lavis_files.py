@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lavis.models import clip_vit, eva_vit
+from omegaconf import OmegaConf
 from servers import CONTENT, Server, running
 from torch import nn
 
@@ -70,13 +71,18 @@ class OneLayer(Adapter):
     def build(cls, model_class, section, options):
         return model_class()
 
+    def encode_images(self, images):
+        raise NotImplementedError
+
+    encode_texts = match = encoder_modules = encoder_settings = encode_images
+
 
 def test_lavis_gets_a_checked_file_and_no_address(server):
     saved = io.BytesIO()
     torch.save({"model": {"head.weight": torch.ones(1, 2), "head.bias": torch.zeros(1)}}, saved)
     server.content = saved.getvalue()
     url = server.url("student.pth?token=s3cret").replace("//", "//user:pa55@")
-    adapter = OneLayer.from_section(Inner, {"arch": "one_layer", "finetuned": url}, "model.teacher")
+    adapter = OneLayer.from_config(Inner, OmegaConf.create({"arch": "one_layer", "finetuned": url}))
     assert adapter.model.read == [str(cached_by_lavis(url))]
     torch.testing.assert_close(adapter.model.head.weight, torch.ones(1, 2))
     with pytest.raises(UserError) as caught:
