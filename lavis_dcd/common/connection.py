@@ -179,6 +179,8 @@ def opened(
             error.close()
             at = at.redirected(error.headers.get("Location"))
             continue
+        except ValueError as error:  # of a proxy that is no address, with the password in its words
+            raise urllib.error.URLError("the proxy that the environment names cannot be used") from error
         with response:
             yield response
         return

@@ -234,10 +234,12 @@ def _check_answer(
     Raises:
         UserError: nothing of it is kept.
     """
-    at, encoding = part.address, response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise UserError(f"{at}: the server sends the file packed ({one_line(encoding, 40)}), which was not asked "
-                        "for, so that its bytes cannot be checked; bring it by hand")  # fmt: skip
+    at, encoding = part.address, response.headers.get("Content-Encoding", "").strip().lower()
+    transfer = response.headers.get("Transfer-Encoding", "").strip().lower()
+    if encoding not in ("", "identity") or transfer not in ("", "identity", "chunked"):
+        packed = one_line(encoding or transfer, 40)
+        raise UserError(f"{at}: the server sends the file packed ({packed}), which was not asked for, so that its "
+                        "bytes cannot be checked; bring it by hand")  # fmt: skip
     if total is None:
         if not (response.chunked or wanted.pinned):
             raise UserError(f"{at}: the server does not say how long the file is, so that a broken connection looks "

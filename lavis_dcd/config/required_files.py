@@ -165,7 +165,7 @@ def _adapted_files(model: type, section: Mapping[str, Any], path: str) -> Iterat
         yield _hub_or_local(f"{path}.tokenizer", HUB_NAME)
     config = section.get("med_config_path")
     # a relative path starts at LAVIS's own folder
-    if config and Path(str(config)).is_absolute():
+    if config and (Path(str(config)).is_absolute() or looks_like_address(str(config))):
         yield _local(f"{path}.med_config_path", str(config), "name a file that does, or leave it out")
     if hasattr(model, "init_Qformer") and not section.get("sizes"):
         tower = BLIP2_TOWERS.get(str(section.get("vit_model", "eva_clip_g")))
@@ -250,7 +250,7 @@ def _dataset_files(builder: type | None, section: Any, path: str) -> Iterator[Re
 
 def _annotation_file(field: str, storage: str, url: str | None, md5: str | None) -> RequiredFile:
     place, note = _in_cache(storage), "give the annotation file's absolute path"
-    own = Path(storage).expanduser().is_absolute() and place.exists()
+    own = os.path.isabs(os.path.expanduser(storage)) and os.path.exists(place)
     # a file of the user's own is what it is, whatever the defaults say of the published one
     if own or not url or not looks_like_address(url):
         return RequiredFile(f"{field}.storage", place, note=note)
@@ -274,4 +274,4 @@ def _listed(value: Any) -> list[str]:
 
 def _in_cache(storage: str) -> Path:
     # LAVIS's rule: a relative path starts at the cache root.
-    return cache_root() / Path(storage).expanduser()
+    return cache_root() / os.path.expanduser(storage)

@@ -344,9 +344,17 @@ def test_a_page_where_a_checksum_is_expected_is_told_as_such(server, tmp_path):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "x-gzip, identity"])
-def test_a_packed_answer_is_refused(server, tmp_path, encoding):
-    server.answers["/x"] = raw(f"HTTP/1.1 200 OK\nContent-Length: 5\nContent-Encoding: {encoding}", b"\x1f\x8babc")
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Content-Encoding: gzip",
+        "Content-Encoding: br",
+        "Content-Encoding: gzip, identity",
+        "Transfer-Encoding: gzip, chunked",
+    ],
+)
+def test_a_packed_answer_is_refused(server, tmp_path, header):
+    server.answers["/x"] = raw(f"HTTP/1.1 200 OK\nContent-Length: 5\n{header}", b"\x1f\x8babc")
     assert "packed" in refused(server.url("x"), tmp_path / "x")
     assert names(tmp_path) == []
 
@@ -593,6 +601,31 @@ def test_a_killed_download_leaves_its_part_alone_and_the_next_goes_on(server, tm
     assert download.fetch(server.url("x.pth"), tmp_path / "x").read_bytes() == CONTENT
     assert server.asked[-1].startswith("bytes=")
     assert names(tmp_path) == ["x", "x.download.json"]
+
+
+def test_an_end_between_record_and_name_loses_nothing(server, tmp_path, monkeypatch):
+    real = os.replace
+
+    def end(source, target) -> None:
+        if str(source).endswith(".part"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", end)
+    with pytest.raises(KeyboardInterrupt):
+        download.fetch(server.url(), tmp_path / "x")
+    assert names(tmp_path) == ["x.download.json", "x.part", "x.part.json"]
+    monkeypatch.setattr(os, "replace", real)
+    assert download.fetch(server.url(), tmp_path / "x").read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=1048576-"]
+
+
+def test_a_proxy_that_is_none_is_told_without_its_password(tmp_path, monkeypatch):
+    for proxy in ("http:/user:pa55@proxy", "http://user:pa55@[proxy", "http://user:pa55@127.0.0.1:port"):
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.setenv("no_proxy", "")
+        line = refused("http://models.invalid/x.pth", tmp_path / "x")
+        assert "cannot be fetched" in line and "pa55" not in line
 
 
 def test_a_full_disk_is_told_and_what_came_stays(server, tmp_path):

@@ -18,6 +18,7 @@ from lavis_dcd.config.required_files import (
     missing_faults,
     required_files,
 )
+from lavis_dcd.job import load_config
 
 SHA = hashlib.sha256(CONTENT).hexdigest()
 METER = {"arch": "meter_retrieval", "model_type": "student_coco", "text": {"name": "asset:quickstart/vocab.txt"}}
@@ -70,11 +71,37 @@ def test_an_odd_address_of_weights_is_one_line(address, arch):
     assert line.startswith("model.finetuned: ") and line.isprintable() and "pa55" not in line and len(line) < 900
 
 
+def test_a_job_with_odd_addresses_is_told_of_each(tmp_path):
+    vision = {"backbone": "clip_vit", "weights": "ftp://user:pa55@h/x.pth"}
+    job = {
+        "model": {"arch": "dual_encoder", "model_type": "tiny", "vision": vision, "load_finetuned": True,
+                  "finetuned": "https://user:pa55@h:port/x.pth"},
+        "datasets": {"shape_scenes": {}},
+        "run": {"task": "dcd_retrieval"},
+    }  # fmt: skip
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    with pytest.raises(UserError) as caught:
+        load_config("job.yaml")
+    lines = caught.value.faults
+    assert [line.partition(": ")[0] for line in lines] == ["model.finetuned", "model.vision.weights"]
+    assert not any("pa55" in line for line in lines)
+
+
 @pytest.mark.parametrize("name", ["https://h/roberta", "a//b", "a" * 200, "x\0y", "~nobody-here/x", "ä b"])
 def test_an_odd_name_of_a_tokenizer_is_one_line(name, offline):
     file = one(files_of({**METER, "text": {"name": name}}), "model.text.name")
     (line,) = missing_faults([file])
     assert line.startswith("model.text.name: ") and line.isprintable()
+
+
+@pytest.mark.parametrize("place", ["https://h/x.json", "~nobody-here/x.json", "x\0y", "a" * 5000])
+def test_odd_places_of_other_files_are_one_line(place):
+    files = files_of({**ALBEF, "med_config_path": place, "tokenizer": place})
+    lines = missing_faults([file for file in files if file.field != "model.finetuned"])
+    assert "model.tokenizer" in {line.partition(":")[0] for line in lines}
+    info = {"annotations": {"train": {"storage": place}}, "images": {"storage": place}}
+    lines += missing_faults([f for f in files_of(METER, {"flickr30k": {"build_info": info}}) if not f.url])
+    assert sum("build_info" in line for line in lines) == 1 and all(line.isprintable() for line in lines)
 
 
 def test_an_odd_address_of_annotations_is_one_line():
