@@ -23,6 +23,7 @@ from lavis_dcd.common.texts import one_line
 
 _AGENT = {"User-Agent": "lavis-dcd"}
 _REDIRECTS = 10
+_PROXY_FAULT = "the proxy that the environment names cannot be used"
 _REDIRECTING = (301, 302, 303, 307, 308)
 
 
@@ -180,7 +181,7 @@ def opened(
             at = at.redirected(error.headers.get("Location"))
             continue
         except ValueError as error:  # of a proxy that is no address, with the password in its words
-            raise urllib.error.URLError("the proxy that the environment names cannot be used") from error
+            raise urllib.error.URLError(_PROXY_FAULT) from error
         with response:
             yield response
         return
@@ -191,6 +192,8 @@ def reason(error: BaseException) -> str:
     """Return one short line that says why the network failed, without secrets."""
     if isinstance(error, urllib.error.HTTPError):
         text = f"the server answers {error.code} {error.reason}"
+    elif isinstance(error, http.client.InvalidURL):  # addresses were checked before
+        text = _PROXY_FAULT
     elif isinstance(error, urllib.error.URLError):
         text = str(error.reason)
     elif isinstance(error, OSError) and error.strerror:

@@ -621,7 +621,12 @@ def test_an_end_between_record_and_name_loses_nothing(server, tmp_path, monkeypa
 
 
 def test_a_proxy_that_is_none_is_told_without_its_password(tmp_path, monkeypatch):
-    for proxy in ("http:/user:pa55@proxy", "http://user:pa55@[proxy", "http://user:pa55@127.0.0.1:port"):
+    for proxy in (
+        "http:/user:pa55@proxy",
+        "http://user:pa55@[proxy",
+        "http://user:pa55@127.0.0.1:port",
+        "http://user:pa55/x@h",
+    ):
         monkeypatch.setenv("http_proxy", proxy)
         monkeypatch.setenv("no_proxy", "")
         line = refused("http://models.invalid/x.pth", tmp_path / "x")
