@@ -34,7 +34,7 @@ _HEAD = 1024  # bytes by which a page is told from a file
 _RECORD = 1 << 16  # bytes of a record at most
 _FREE_SHARE = 0.95  # of the free disk that a body of no stated length may take
 
-_WEIGHTS = {".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz", ".npy", ".h5", ".onnx", ".pkl", ".tar", ".zip"}
+_WEIGHTS = {".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz", ".npy", ".h5", ".onnx", ".tar", ".zip", ""}
 _MARKUP = {".html", ".htm", ".xml", ".svg"}
 
 
@@ -325,7 +325,7 @@ def refuse_page(part: PartFile) -> None:
     """
     with open(part.path, "rb") as handle:
         head = handle.read(_HEAD)
-    told = _text_kind(head, Path(part.address.file_name).suffix.lower())
+    told = _text_kind(head, Path(part.path.stem).suffix.lower())
     if told:
         way_out = "see in a browser whether it is right and needs a log-in, or bring the file by hand"
         raise UserError(f"{part.address} gives {told} instead of the file, and nothing was kept; {way_out}")

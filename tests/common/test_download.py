@@ -316,6 +316,7 @@ HTML = b"\r\n  <!DOCTYPE html><html><head><title>Sign in</title></head></html>" 
         (b'{"error": "no such model"}', "x.safetensors", "a text"),
         ("Zugang nur f\u00fcr Mitglieder".encode(), "x.ckpt", "a text"),
         (b"Not found", "x.json", "no JSON"),
+        (b"Not found", "download", "a text"),  # without an ending, weights are meant
         (b"", "x.pth", "an empty file"),
     ],
 )
