@@ -21,7 +21,7 @@ from lavis_dcd.common.seeding import seed_everything
 from lavis_dcd.config.checks import check_sections
 from lavis_dcd.config.job import Job
 from lavis_dcd.config.job_file import merge_defaults, read_job, refuse_unusable
-from lavis_dcd.config.required_files import fetch_missing, missing_faults, required_files
+from lavis_dcd.config.required_files import fetch_and_check, missing_faults, required_files
 from lavis_dcd.plugins import load_plugins
 from lavis_dcd.training.devices import Process, device_faults, this_process
 from lavis_dcd.variants import Variant
@@ -137,7 +137,7 @@ def on_its_place(job: Job) -> Iterator[Process]:
     place = this_process(job.run)
     try:
         if place.is_main:
-            fetch_missing(job.files)
+            fetch_and_check(job.files)
         place.share(None)
         seed_everything(job.run.seed)
         yield place

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models import hub as timm_hub
 
 from lavis_dcd.banks.score_bank import BankIdentity
-from lavis_dcd.common.download import cached_path, is_url
+from lavis_dcd.common.download import is_url
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import ASSET_PREFIX, asset_path, sha256_of
 from lavis_dcd.common.schema import plain
+from lavis_dcd.config.required_files import fetched_places
 from lavis_dcd.datasets.pictures import load_picture
 from lavis_dcd.datasets.tree import is_evaluation_set, plain_sets
 from lavis_dcd.datasets.views import View, build_view
@@ -171,9 +171,7 @@ def _with_contents(content: Any, key: str = "") -> Any:
 def _local(key: str, value: str) -> Path | None:
     """Return the file or folder that a string of a section names, as the models find it; None where it is none."""
     if is_url(value):
-        # LAVIS's own models keep what they fetch in timm's folder
-        places = [cached_path(value), Path(timm_hub.get_cache_dir()) / value.rpartition("/")[2]]
-        return next((place for place in places if place.is_file()), None)
+        return next((place for place in fetched_places(value) if place.is_file()), None)
     looks_so = value.startswith((ASSET_PREFIX, "~", ".")) or os.sep in value or Path(value).suffix
     if not value or not (looks_so or key in _PATH_KEYS):
         return None

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
-import re
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from lavis_dcd.common.address import looks_like_address
 from lavis_dcd.common.download import fetch
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path, load_tensors
 from lavis_dcd.common.schema import parse
+from lavis_dcd.common.texts import one_line
 
 log = logging.getLogger(__name__)
 
@@ -57,21 +59,27 @@ class LoadReport:
 def locate(source: str, sha256: str | None = None) -> Path:
     """Return a local path for a file name, a hub model's folder, an ``asset:`` name or an address.
 
-    What is at an address is fetched to the cache.
+    What is at an address is fetched to the cache, or lies there and is checked.
 
     Raises:
-        UserError: no such file, or it cannot be fetched.
+        UserError: no such file, it cannot be fetched, or it is another one.
     """
-    if re.match(r"https?://", source):
-        return Path(fetch(source, sha256=sha256))
-    path = Path(asset_path(source))
-    if path.is_dir():
+    if looks_like_address(source):
+        return fetch(source, sha256=sha256)
+    try:
+        path = Path(asset_path(source)).expanduser()
+    except RuntimeError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"checkpoint {one_line(source)}: {error}; name a whole path") from error
+    if os.path.isdir(path):
         files = [path / name for name in _HUB_FILES if (path / name).is_file()]
         if not files:
             raise UserError(f"checkpoint {source}: the folder has none of {', '.join(_HUB_FILES)}")
         return files[0]
-    if not path.is_file():
-        raise UserError(f"checkpoint {source}: no such file")
+    if not os.path.isfile(path):
+        what = "no regular file" if os.path.exists(path) else "no such file"
+        raise UserError(f"checkpoint {one_line(source)}: {what}")
     return path
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lavis_dcd.common.address_secrets import without_secrets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path, update_with_tensors
 from lavis_dcd.common.schema import parse, plain
+from lavis_dcd.matching.adapters.lavis_files import fetched_for_lavis
 from lavis_dcd.matching.adapters.vocabulary import local_vocabulary
 from lavis_dcd.matching.contract import Matcher, pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
@@ -178,7 +180,9 @@ class Adapter(Learner, nn.Module, Matcher):
         kind = type(self.model).__name__
         if load is None:
             raise UserError(f"{where}: {kind} reads no checkpoints; leave the key empty")
-        local = source if "://" in source else str(Path(source).expanduser())
+        # by its path: LAVIS would fetch an unchecked file, and log the address with a password in it
+        local = str(fetched_for_lavis(source) if "://" in source else Path(source).expanduser())
+        source = without_secrets(source)
         try:
             message = load(url_or_filename=local)
         except pickle.UnpicklingError as error:

@@ -23,6 +23,7 @@ from typing_extensions import override
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
 from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions, CommonOptions
+from lavis_dcd.matching.adapters.lavis_files import towers_fetched_here
 from lavis_dcd.matching.adapters.registry import register_adapter
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
 
@@ -172,7 +173,8 @@ class Blip2Adapter(Adapter):
             return small
         # from_config also loads the checkpoint and ignores weights that it lacks; _load refuses those that scores need
         try:
-            with mock.patch.object(model_class, "load_checkpoint_from_config", lambda *args, **kwargs: None):
+            unread = mock.patch.object(model_class, "load_checkpoint_from_config", lambda *args, **kwargs: None)
+            with unread, towers_fetched_here():
                 model: nn.Module = model_class.from_config(section)
                 return model
         except (OSError, RuntimeError, AssertionError) as error:

@@ -69,7 +69,7 @@ class DualEncoderConfig:
     load_finetuned: bool = True  # read the file that finetuned names; false: start from pretrained or at random
     finetuned: str | None = None  # a file of a dual_encoder
     pretrained: str | None = None  # the same, read when finetuned is not
-    checkpoint_sha256: str | None = None  # of the file at the address above
+    checkpoint_sha256: str | None = None  # of the file named above, at an address or here
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     head: HeadConfig = field(default_factory=HeadConfig)

@@ -51,7 +51,7 @@ class MeterConfig:
     pretrained: str | None = None  # file or address of pre-trained weights, read when finetuned is not
     # which fusion stack of a file that carries both; auto: by the number of layers
     checkpoint_part: Literal["auto", "teacher", "student"] = "auto"
-    checkpoint_sha256: str | None = None  # of the file at the address above
+    checkpoint_sha256: str | None = None  # of the file named above, at an address or here
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)

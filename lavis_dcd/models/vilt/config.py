@@ -67,7 +67,7 @@ class ViltConfig:
     load_finetuned: bool = True  # read the file that finetuned names; false: start from pretrained or at random
     finetuned: str | None = None  # file or address of retrieval weights
     pretrained: str | None = None  # file or address of pre-trained weights, read when finetuned is not
-    checkpoint_sha256: str | None = None  # of the file at the address above
+    checkpoint_sha256: str | None = None  # of the file named above, at an address or here
     image: ViltImageConfig = field(default_factory=ViltImageConfig)
     text: ViltTextConfig = field(default_factory=ViltTextConfig)
     fusion: ViltFusionConfig = field(default_factory=ViltFusionConfig)
