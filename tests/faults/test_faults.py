@@ -89,5 +89,5 @@ def test_an_interrupted_mining_goes_on(kind: str, tmp_path: Path) -> None:
     assert harness.run(whole, "mine", MINING) == 0
     assert harness.run(broken, "mine", MINING, Fault("mining", 1, kind)) != 0
     assert harness.run(broken, "mine", MINING) == 0
-    banks = [next((folder / "cache/dcd_scores").glob("*/scores.safetensors")) for folder in (whole, broken)]
+    banks = [next((folder / "cache/dcd_scores").glob("*/scores-*.safetensors")) for folder in (whole, broken)]
     assert banks[0].read_bytes() == banks[1].read_bytes()
