@@ -276,7 +276,7 @@ def test_other_settings_start_anew(job, tmp_path, monkeypatch, caplog):
     assert bank.settings["random"] == 1
 
 
-def in_two_processes(tmp_path: Path, repo_root: Path) -> tuple[list[int], list[str]]:
+def in_two_processes(tmp_path: Path, repo_root: Path, *options: str) -> tuple[list[int], list[str]]:
     """Mines ``two`` as under torchrun; returns statuses and what was written to stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -284,12 +284,13 @@ def in_two_processes(tmp_path: Path, repo_root: Path) -> tuple[list[int], list[s
     program = (
         "import sys; from lavis_dcd.mining import plan; plan.PAIRS_PER_SHARD = 20; "
         "from lavis_dcd.__main__ import main; "
-        "sys.exit(main(['mine', '--cfg-path', 'job.yaml', '--options', 'model.candidates.bank.path=two']))"
+        "sys.exit(main(['mine', '--cfg-path', 'job.yaml', '--options', 'model.candidates.bank.path=two', "
+        "*sys.argv[1:]]))"
     )
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program, *options],
             env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(repo_root)},
             stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         )
@@ -308,6 +309,11 @@ def test_two_processes_make_the_same_bank(job, tmp_path, repo_root):
     assert "by this process" in said[0]
     for name in (scores_of(tmp_path / "alone").name, MANIFEST):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    # what the main process alone finds out is told by both
+    status, said = in_two_processes(tmp_path, repo_root, "run.seed=5")
+    assert status == [2, 2]
+    for words in said:
+        assert "seed 1, now 5" in words and "Traceback" not in words
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ class ScoreBank:
         digest = hashlib.sha256()
         update_with_tensors(digest, columns.items())
         name = _SCORES.replace("*", digest.hexdigest()[:16])
+        _clear_leftovers(folder)
         with written(folder / name, lambda why: _cannot_write(folder, why)) as temporary:
             save_file(columns, str(temporary))
         facts = {"settings": self.settings, "rows": len(self), "picture_content": self.picture_content}
@@ -145,13 +146,27 @@ class ScoreBank:
             raise UserError(_absence(folder)) from None
         except DamagedError as damage:
             raise UserError(
-                f"model.candidates: the score bank in {folder} is broken ({damage}); remove that folder and {_MINE}"
+                f"model.candidates: the score bank in {folder} is broken ({damage}); {_MINE} --overwrite, or name "
+                "another folder with model.candidates.bank.path"
             ) from damage
 
     @staticmethod
     def is_in(folder: Path) -> bool:
         """Return whether a bank of any state or format is in ``folder``."""
-        return any(os.path.lexists(folder / name) for name in (MANIFEST, _FORMAT_1[0]))
+        return os.path.lexists(folder / MANIFEST) or _has_format_1(folder)
+
+    @staticmethod
+    def refuse_foreign(folder: Path) -> None:
+        """Raise a ``UserError`` where a manifest in ``folder`` is no score bank's, which a bank would replace."""
+        with suppress(AbsentError):
+            try:
+                Manifest.read(folder, KIND, FORMAT)
+            except DamagedError:
+                if os.path.lexists(folder / MANIFEST) and not any(folder.glob(_SCORES)):
+                    raise UserError(
+                        f"model.candidates.bank.path: {folder / MANIFEST} is no score bank's, and a bank would replace "
+                        "it; name another folder"
+                    ) from None
 
     @staticmethod
     def scores_in(folder: Path) -> str:
@@ -236,7 +251,7 @@ def _check_values(path: Path, there: Mapping[str, Place], direction: str, table:
 
 
 def _absence(folder: Path) -> str:
-    if (folder / _FORMAT_1[0]).is_file():
+    if _has_format_1(folder):
         return (
             f"model.candidates: the score bank in {folder} is of an older version (format 1), whose bytes nobody can "
             f"check; {_MINE} --overwrite"
@@ -248,6 +263,17 @@ def _absence(folder: Path) -> str:
     )
 
 
+def _has_format_1(folder: Path) -> bool:
+    """Return whether the former version left a bank here; other files may have the names of its own."""
+    if not all((folder / name).is_file() for name in _FORMAT_1):
+        return False
+    try:
+        meta = json.loads((folder / _FORMAT_1[0]).read_text(encoding="utf-8"))
+        return meta["format"] == 1 and "directions" in meta
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def _remove_others(folder: Path) -> None:
     """Delete all scores but those that the manifest names; they are a former bank's, or of one cut short."""
     try:
@@ -257,8 +283,16 @@ def _remove_others(folder: Path) -> None:
     except DamagedError:
         return  # nobody can tell
     stale = [path for path in folder.glob(_SCORES) if path.name not in current]
+    former = [folder / name for name in _FORMAT_1] if current and _has_format_1(folder) else []
     with suppress(OSError):  # they take room and do no harm
-        for path in [*stale, *(folder / name for name in _FORMAT_1 if current)]:
+        for path in [*stale, *former]:
+            path.unlink(missing_ok=True)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what killed minings left half written; whoever writes a bank holds its lock."""
+    with suppress(OSError):
+        for path in folder.glob(f".{_SCORES}.*.tmp"):
             path.unlink(missing_ok=True)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from lavis_dcd.models.dcd.config import DcdConfig
 from lavis_dcd.models.dcd.teachers import Teachers
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Process(Protocol):
@@ -108,11 +110,7 @@ class Miner:
             UserError: there is a bank of another teacher, data or settings; no joint space to make a shortlist from.
             KeyboardInterrupt: Ctrl-C; finished shards are kept, and the same call goes on from them.
         """
-        identity, is_there = None, False
-        if self.place.is_main:
-            identity = identity_of(self.config, self.datasets, self.run.picture_content)
-            is_there = not overwrite and self._is_there(identity)
-        identity, is_there = self.place.share((identity, is_there))
+        identity, is_there = self._by_main(lambda: self._looked(overwrite))
         if is_there:
             log.info(
                 "the score bank in %s is complete and up to date, nothing to mine; its table: %s; train from it: %s",
@@ -131,8 +129,27 @@ class Miner:
             raise
         if self.place.world_size > 1:
             dist.barrier(group=self.place.patient)
+        self._by_main(lambda: self._finish(work, plan, pairing, teachers, identity))
+
+    def _by_main(self, work: Callable[[], T]) -> T:
+        """Return what ``work`` gives in the main process, in every process; its user errors are those of all."""
+        made: T | None = None
+        faults: list[str] = []
         if self.place.is_main:
-            self._finish(work, plan, pairing, teachers, identity)
+            try:
+                made = work()
+            except UserError as error:
+                faults = error.faults
+        made, faults = self.place.share((made, faults))
+        if faults:
+            raise UserError(faults)
+        return cast(T, made)
+
+    def _looked(self, overwrite: bool) -> tuple[Identity, bool]:
+        """Return the identity of the bank that is wanted, and whether it is there."""
+        ScoreBank.refuse_foreign(self.folder)
+        identity = identity_of(self.config, self.datasets, self.run.picture_content)
+        return identity, not overwrite and self._is_there(identity)
 
     def _is_there(self, identity: Identity) -> bool:
         """Return whether the bank was mined before.
@@ -181,13 +198,16 @@ class Miner:
 
     def _plan(self, work: WorkFolder, pairing: Pairing, teachers: Teachers, readers: Sequence[Reader]) -> Plan:
         """Return the plan that the main process has made or found."""
-        plan = None
-        if self.place.is_main:
+        here: list[Plan] = []  # large, so that it goes to the other processes by the disk
+
+        def find() -> None:
             plan = work.open_plan(pairing)
             if plan is None:
                 plan = work.begin(Plan.of(pairing, self._pools(pairing, teachers, readers)), pairing)
-        self.place.share(None)
-        return plan or work.read_plan(pairing)
+            here.append(plan)
+
+        self._by_main(find)
+        return here[0] if here else work.read_plan(pairing)
 
     def _pools(self, pairing: Pairing, teachers: Teachers, readers: Sequence[Reader]) -> dict[str, torch.Tensor]:
         if self.bank.shortlist:

@@ -96,9 +96,11 @@ class MiningReport:
 
 def has_report(folder: Path, scores: str) -> bool:
     """Return whether the tables in ``folder`` are there and of these scores."""
+    if not ((folder / _FIGURES).is_file() and (folder / _TEXT).is_file()):
+        return False
     try:
         figures = json.loads((folder / _FIGURES).read_text(encoding="utf-8"))
-        return bool(figures["scores"] == scores) and (folder / _TEXT).is_file()
+        return bool(figures["scores"] == scores)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 

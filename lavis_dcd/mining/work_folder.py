@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from lavis_dcd.banks.tensor_files import faults_as_damage, mapped
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write, update_with_tensors
-from lavis_dcd.common.manifest import AbsentError, DamagedError, Identity, Manifest, digest_of
+from lavis_dcd.common.manifest import MANIFEST, AbsentError, DamagedError, Identity, Manifest, digest_of
 from lavis_dcd.mining.plan import Plan
 from lavis_dcd.mining.pools import Pairing
 
@@ -122,8 +121,14 @@ class WorkFolder:
         return of_teachers
 
     def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete what a mining leaves here, and the folder where nothing else is in it."""
+        # the manifest first: without it all else is nothing; a folder of this name may be the user's own
+        own = [self.folder / MANIFEST, self.folder / PLAN, *self.folder.glob(f".{PLAN}.*.tmp")]
+        for folder in sorted(self.folder.glob("[0-9][0-9][0-9][0-9]*")):
+            own += [*folder.glob("shard_*.safetensors"), *folder.glob(".shard_*.tmp"), folder]
+        for path in [*own, *self.folder.glob(f".{MANIFEST}.*.tmp"), self.folder]:
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _read(self, shard: int, plan: Plan, teachers: int) -> list[Tensor]:
         path = self._file(shard)

@@ -191,7 +191,10 @@ def test_changed_bytes_are_refused(tmp_path):
         ScoreBank.load(tmp_path)
     (line,) = caught.value.faults
     name = scores_file(tmp_path).name
-    assert f"is broken (the checksum of {name} does not fit it); remove that folder and run: python -m" in line
+    assert (
+        f"is broken (the checksum of {name} does not fit it); run: python -m lavis_dcd mine --cfg-path F --overwrite"
+        in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +220,7 @@ def test_broken(tmp_path, fault):
     else:
         other = {"kind": "feature bank"} if fault == "kind" else {"format": 99} if fault == "format" else {"files": {}}
         dataclasses.replace(told, **other).write(tmp_path)
-    with pytest.raises(UserError, match=r"the score bank in .* is broken .*; remove that folder and run: python -m"):
+    with pytest.raises(UserError, match=r"the score bank in .* is broken .*; run: .* mine .* --overwrite"):
         ScoreBank.load(tmp_path)
 
 
@@ -291,7 +294,7 @@ def test_whatever_happens_to_a_file_no_score_changes(tmp_path, seed):
 
 def test_a_bank_of_the_former_format_is_one_line(tmp_path):
     save_file(tensors(), str(tmp_path / "scores.safetensors"))
-    (tmp_path / "meta.json").write_text(json.dumps({"format": 1, "rows": 5}))
+    (tmp_path / "meta.json").write_text(json.dumps({"format": 1, "rows": 5, "directions": []}))
     assert ScoreBank.is_in(tmp_path)
     with pytest.raises(UserError) as caught:
         ScoreBank.load(tmp_path)
@@ -300,6 +303,33 @@ def test_a_bank_of_the_former_format_is_one_line(tmp_path):
     bank().save(tmp_path)
     assert same(ScoreBank.load(tmp_path), bank())
     assert not (tmp_path / "meta.json").exists() and not (tmp_path / "scores.safetensors").exists()
+
+
+def test_files_of_the_users_own_stay(tmp_path):
+    for name in ("meta.json", "scores.safetensors", "scores.csv"):
+        (tmp_path / name).write_text('{"format": "mine"}')
+    assert not ScoreBank.is_in(tmp_path)
+    (tmp_path / ".scores-0.safetensors.x.tmp").write_bytes(b"half, of a killed mining")
+    bank().save(tmp_path)
+    bank(image_to_text=table(seed=2)).save(tmp_path)
+    names = {"meta.json", "scores.safetensors", "scores.csv", MANIFEST, scores_file(tmp_path).name}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "meta.json").read_text() == '{"format": "mine"}'
+
+
+@pytest.mark.parametrize("content", ["a web app's", "a feature bank's"])
+def test_a_manifest_of_something_else_is_not_replaced(tmp_path, content):
+    ScoreBank.refuse_foreign(tmp_path)
+    if content == "a web app's":
+        (tmp_path / MANIFEST).write_text("{}")
+    else:
+        Manifest("feature bank", 4, IDENTITY).write(tmp_path)
+    with pytest.raises(UserError, match=r"manifest.json is no score bank's, and a bank would replace it; name another"):
+        ScoreBank.refuse_foreign(tmp_path)
+    bank().save(tmp_path / "own")
+    ScoreBank.refuse_foreign(tmp_path / "own")
+    (tmp_path / "own" / MANIFEST).write_text("{")  # one that was damaged may be replaced
+    ScoreBank.refuse_foreign(tmp_path / "own")
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,20 @@ def test_a_changed_score_is_noticed_and_scored_again(begun, tmp_path, caplog):
         work.scores(plan, TEACHERS)
 
 
+def test_a_folder_of_the_users_own_stays(begun, tmp_path):
+    """A bank may be mined into any folder, and this name is a common one."""
+    work, plan = begun
+    (work.folder / "thesis.tex").write_text("years")
+    (work.folder / "2024").mkdir()
+    (work.folder / "2024" / "shards.csv").write_text("mine")
+    (work.folder / "0000" / ".shard_0000001.safetensors.x.tmp").write_bytes(b"half")
+    work_in(tmp_path, keep=9).begin(plan, PAIRING).check(PAIRING)
+    assert not list(work.folder.rglob("*shard_*"))
+    work.remove()
+    left = sorted(path.relative_to(work.folder).as_posix() for path in work.folder.rglob("*"))
+    assert left == ["2024", "2024/shards.csv", "thesis.tex"]
+
+
 @pytest.mark.parametrize("name", [PLAN, MANIFEST])
 @pytest.mark.parametrize("how", ["changed", "cut"])
 def test_a_damaged_plan_is_none(begun, tmp_path, caplog, name, how):
