@@ -442,9 +442,10 @@ def test_no_joint_space_says_what_else_to_do(job, tmp_path, capsys):
 
 
 def test_the_students_shortlist(job, tmp_path, caplog):
-    job({"by": "student"})
+    job({"by": "student"}, run={"picture_content": "all"})
     caplog.set_level("INFO")
     bank = mined()
+    assert bank.picture_content == "all"
     assert bank.settings["by"] == "student"
     assert "shortlist: by the joint space of" in caplog.text
 

@@ -157,7 +157,9 @@ class ScoreBank:
 
     @staticmethod
     def refuse_foreign(folder: Path) -> None:
-        """Raise a ``UserError`` where a manifest in ``folder`` is no score bank's, which a bank would replace."""
+        """Raise a ``UserError`` where ``folder`` is a file, or has a manifest that is no score bank's."""
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(f"model.candidates.bank.path: {folder} is no folder; name another one")
         with suppress(AbsentError):
             try:
                 Manifest.read(folder, KIND, FORMAT)

@@ -305,6 +305,16 @@ def test_a_bank_of_the_former_format_is_one_line(tmp_path):
     assert not (tmp_path / "meta.json").exists() and not (tmp_path / "scores.safetensors").exists()
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"bank.path: .*file is no folder"):
+        ScoreBank.refuse_foreign(tmp_path / "file")
+    with pytest.raises(UserError, match=r"cannot be written to .*file"):
+        bank().save(tmp_path / "file")
+    with pytest.raises(UserError, match=r"is broken \(manifest.json cannot be read \(Not a directory\)"):
+        ScoreBank.load(tmp_path / "file")
+
+
 def test_files_of_the_users_own_stay(tmp_path):
     for name in ("meta.json", "scores.safetensors", "scores.csv"):
         (tmp_path / name).write_text('{"format": "mine"}')
