@@ -180,8 +180,12 @@ def _local(key: str, value: str) -> Path | None:
     looks_so = value.startswith((ASSET_PREFIX, "~", ".")) or os.sep in value or Path(value).suffix
     if not value or not (looks_so or key in _PATH_KEYS):
         return None
-    path = Path(asset_path(value)).expanduser()
-    return path if path.exists() else None
+    named = asset_path(value)
+    try:
+        path = Path(named).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, NUL: no file has such a name
+        return None
 
 
 def _digest_of_path(path: Path) -> str:

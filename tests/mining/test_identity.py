@@ -110,6 +110,12 @@ def test_a_name_that_is_no_path_is_not_looked_up(section, train_set, tmp_path, m
     assert identity(section, data) == before
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300, "a\0b/c"])
+def test_a_name_that_no_file_can_have_is_a_name(section, train_set, name):
+    named = {**section, "text": {"name": name}}
+    assert identity(named, train_set()) == identity(named, train_set()) != identity(section, train_set())
+
+
 def test_several_teachers_and_their_weights(section, train_set):
     data, second = train_set(), ("model.teachers.1", section)
     one, two = identity(section, data), identity(section, data, second)
