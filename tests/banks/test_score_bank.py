@@ -136,6 +136,21 @@ def test_a_write_cut_short_leaves_the_former_bank(tmp_path, monkeypatch, step, f
             ScoreBank.load(tmp_path)
 
 
+def test_a_disk_that_really_takes_no_more(tmp_path):
+    """RLIMIT_FSIZE stands for the full disk: the write itself fails, and safetensors wraps the system's error."""
+    resource = pytest.importorskip("resource")
+    bank().save(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"the scores cannot be written to .* a bank that was there is whole"):
+            bank(image_to_text=table(10_000)).save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert same(ScoreBank.load(tmp_path), bank())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, scores_file(tmp_path).name]
+
+
 def test_a_bank_killed_before_its_manifest_is_none(tmp_path):
     bank().save(tmp_path)
     (tmp_path / MANIFEST).unlink()

@@ -232,3 +232,20 @@ def test_a_full_disk_leaves_what_was_whole(tmp_path, monkeypatch):
         writer.flush()
     assert sorted(p.name for p in (tmp_path / "bank").iterdir()) == ["images-00000.safetensors", UNFINISHED]
     assert writer_to(tmp_path / "bank").rows == 1
+
+
+def test_a_disk_that_really_takes_no_more(tmp_path):
+    """RLIMIT_FSIZE stands for the full disk: the write itself fails, and safetensors wraps the system's error."""
+    resource = pytest.importorskip("resource")
+    written(tmp_path, ragged([4]))
+    writer = writer_to(tmp_path)
+    writer.add(ragged([4000] * 10))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"images-00001.safetensors cannot be written to .*LAVIS_CACHE"):
+            writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images-00000.safetensors", UNFINISHED]
+    assert writer_to(tmp_path).rows == 1
