@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lavis_dcd.cli import guarded, job_parser, ready_process
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.locks import one_writer
+
+if TYPE_CHECKING:
+    from lavis_dcd.mining.miner import Process
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +58,35 @@ def _mine(args: argparse.Namespace) -> None:
         raise UserError(f"model.arch: {job.model_cfg.arch} has no teacher to mine; give a distillation job (arch: dcd)")
     if faults := mining_faults(job.model):
         raise UserError(faults)
-    with on_its_place(job) as place:
+    folder = bank_folder(job.model_cfg, job.datasets_cfg)
+    with on_its_place(job) as place, _one_miner(folder, place):
         if job.run.num_threads:
             torch.set_num_threads(job.run.num_threads)
         task = registry.get_task_class(job.run.task).setup_task(cfg=job)
         datasets = by_split(task.build_datasets(job), job.run)
         if missing := [split for split in job.run.train_splits if split not in datasets]:
             raise UserError(f"run.train_splits: the data sets have no split {', '.join(missing)}; nothing to mine")
-        folder = bank_folder(job.model_cfg, job.datasets_cfg)
         Miner(job.model, folder, datasets, job.run, place, _train_command(args, job.model_cfg)).mine(args.overwrite)
+
+
+@contextmanager
+def _one_miner(folder: Path, place: Process) -> Iterator[None]:
+    """Keep other minings from the bank; torchrun's main process does so for all of its processes.
+
+    Raises:
+        UserError: another one is at it; in every process.
+    """
+    way_out = "wait until it has ended, or mine into another folder with model.candidates.bank.path=FOLDER"
+    with ExitStack() as held:
+        faults: list[str] = []
+        if place.is_main:
+            try:
+                held.enter_context(one_writer(folder, "the score bank", way_out=way_out))
+            except UserError as error:
+                faults = error.faults
+        if faults := place.share(faults):
+            raise UserError(faults)
+        yield
 
 
 def _train_command(args: argparse.Namespace, model: Mapping[str, Any]) -> str:

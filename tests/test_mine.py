@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -20,8 +21,10 @@ from lavis_dcd import __main__ as commands
 from lavis_dcd import mine
 
 pytest.importorskip("lavis")
-from lavis_dcd.banks.score_bank import META, SCORES, ScoreBank, bank_folder
+from lavis_dcd.banks.score_bank import ScoreBank, bank_folder
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.locks import one_writer
+from lavis_dcd.common.manifest import MANIFEST
 from lavis_dcd.job import load_config
 from lavis_dcd.mining import plan as mining_plan
 from lavis_dcd.mining import scores as mining_scores
@@ -75,6 +78,11 @@ def folder_of_job() -> Path:
 def mined(*args: str) -> ScoreBank:
     assert run_mine(*args) == 0
     return ScoreBank.load(folder_of_job())
+
+
+def scores_of(folder: Path) -> Path:
+    (file,) = folder.glob("scores-*.safetensors")
+    return file
 
 
 def training_rows(tmp_path: Path) -> list[dict[str, Any]]:
@@ -207,7 +215,12 @@ def test_a_table_and_the_line_that_trains(job, tmp_path, caplog):
     )
     assert json.loads((folder / "table.json").read_text())["directions"]["text_to_image"]["queries"] == 16
     load_config("job.yaml", command.split("--options ")[1].split())  # is sound
-    assert sorted(path.name for path in folder.iterdir()) == [META, SCORES, "table.json", "table.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        MANIFEST,
+        scores_of(folder).name,
+        "table.json",
+        "table.txt",
+    ]
 
 
 # -- where it stops and goes on ----------------------------------------------------------------------------------
@@ -248,7 +261,7 @@ def test_an_interrupted_mining_goes_on(job, tmp_path, monkeypatch, caplog, error
         assert run_mine() == 0
     assert "2 shards are there from an earlier start" in caplog.text
     assert again
-    assert (folder_of_job() / SCORES).read_bytes() == (tmp_path / "whole" / SCORES).read_bytes()
+    assert scores_of(folder_of_job()).read_bytes() == scores_of(tmp_path / "whole").read_bytes()
 
 
 @pytest.mark.slow
@@ -263,32 +276,44 @@ def test_other_settings_start_anew(job, tmp_path, monkeypatch, caplog):
     assert bank.settings["random"] == 1
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_same_bank(job, tmp_path, repo_root):
-    job()
-    assert run_mine("--options", "model.candidates.bank.path=alone") == 0
+def in_two_processes(tmp_path: Path, repo_root: Path, *options: str) -> tuple[list[int], list[str]]:
+    """Mines ``two`` as under torchrun; returns statuses and what was written to stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = (
         "import sys; from lavis_dcd.mining import plan; plan.PAIRS_PER_SHARD = 20; "
         "from lavis_dcd.__main__ import main; "
-        "sys.exit(main(['mine', '--cfg-path', 'job.yaml', '--options', 'model.candidates.bank.path=two']))"
+        "sys.exit(main(['mine', '--cfg-path', 'job.yaml', '--options', 'model.candidates.bank.path=two', "
+        "*sys.argv[1:]]))"
     )
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program, *options],
             env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(repo_root)},
             stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         )
         for rank in range(2)
     ]  # fmt: skip
     said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_bank(job, tmp_path, repo_root):
+    job()
+    assert run_mine("--options", "model.candidates.bank.path=alone") == 0
+    status, said = in_two_processes(tmp_path, repo_root)
+    assert status == [0, 0], said
     assert "by this process" in said[0]
-    for name in (SCORES, META):
+    for name in (scores_of(tmp_path / "alone").name, MANIFEST):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    # what the main process alone finds out is told by both
+    status, said = in_two_processes(tmp_path, repo_root, "run.seed=5")
+    assert status == [2, 2]
+    for words in said:
+        assert "seed 1, now 5" in words and "Traceback" not in words
 
 
 @pytest.mark.slow
@@ -312,8 +337,90 @@ def test_a_bank_that_is_there(job, tmp_path, monkeypatch, caplog, capsys):
         (tmp_path / "train.json").write_text(json.dumps(rows))
         assert run_mine() == 2
         (line,) = errors(capsys)
-        assert "mined differently (the data (captions" in line
+        assert "mined differently (the rows of train (captions" in line
     assert mined("--overwrite", "--options", "model.candidates.bank.shortlist=2").settings["shortlist"] == 2
+
+
+@pytest.mark.slow
+def test_shards_that_were_changed_are_scored_again(job, tmp_path, monkeypatch, caplog):
+    job()
+    assert run_mine("--options", "model.candidates.bank.path=whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt)
+        assert run_mine() == 130
+    shard = folder_of_job() / "work" / "0000" / "shard_0000001.safetensors"
+    flip(shard)
+    with monkeypatch.context() as patch:
+        again = stop_after(patch, 10_000, KeyboardInterrupt)
+        caplog.set_level("INFO")
+        assert run_mine() == 0
+    assert "the checksum of shard_0000001.safetensors does not fit it; it is scored again" in caplog.text
+    assert "1 shards are there from an earlier start" in caplog.text and again
+    assert scores_of(folder_of_job()).read_bytes() == scores_of(tmp_path / "whole").read_bytes()
+
+
+def flip(path: Path) -> None:
+    """Another byte at the end, under the same size and time."""
+    content, facts = bytearray(path.read_bytes()), path.stat()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+@pytest.mark.slow
+def test_a_bank_whose_bytes_or_pictures_changed(job, tmp_path, capsys, monkeypatch):
+    job()
+    bank = mined()
+    scores = {d: table.scores.clone() for d, table in bank.tables.items()}
+    folder = folder_of_job()
+    (folder / "table.txt").unlink()  # killed behind the bank
+    assert run_mine() == 0 and "image_to_text: 16 queries" in (folder / "table.txt").read_text()
+
+    def full(source, target):
+        if Path(target).name == MANIFEST and Path(target).parent == folder:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    real, before = os.replace, {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert run_mine("--overwrite", "--options", "run.seed=3") == 2
+    (line,) = errors(capsys)
+    assert "cannot be written to" in line and "No space left on device" in line
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+    flip(scores_of(folder))
+    assert run_mine() == 2
+    (line,) = errors(capsys)
+    assert f"the checksum of {scores_of(folder).name} does not fit it" in line
+    again = mined("--overwrite")
+    assert all(again.tables[d].scores.equal(of_direction) for d, of_direction in scores.items())
+
+    rows = training_rows(tmp_path)
+    flip(tmp_path / "photos" / rows[2]["image"])  # behind the picture's end
+    assert run_mine() == 2
+    (line,) = errors(capsys)
+    assert "mined differently (the pictures of train (" in line
+
+
+def test_two_minings_of_one_bank(job, capsys):
+    job()
+    with one_writer(folder_of_job(), "the score bank"):
+        assert run_mine() == 2
+        (line,) = errors(capsys)
+    assert f"the score bank {folder_of_job()}: another process (number {os.getpid()} on " in line
+    assert "mine into another folder with model.candidates.bank.path=FOLDER" in line
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_a_mining_hold_one_lock(job, tmp_path, repo_root):
+    job()
+    with one_writer(tmp_path / "two", "the score bank"):
+        status, said = in_two_processes(tmp_path, repo_root)
+    assert status == [2, 2]
+    for words in said:
+        (line,) = [line for line in words.splitlines() if line.startswith("error: ")]
+        assert "is writing there; wait until it has ended" in line and "Traceback" not in words
 
 
 # -- the command -------------------------------------------------------------------------------------------------
@@ -335,9 +442,10 @@ def test_no_joint_space_says_what_else_to_do(job, tmp_path, capsys):
 
 
 def test_the_students_shortlist(job, tmp_path, caplog):
-    job({"by": "student"})
+    job({"by": "student"}, run={"picture_content": "all"})
     caplog.set_level("INFO")
     bank = mined()
+    assert bank.picture_content == "all"
     assert bank.settings["by"] == "student"
     assert "shortlist: by the joint space of" in caplog.text
 

@@ -85,7 +85,7 @@ def test_own_photos_from_teacher_to_student(job, pictures, tmp_path, monkeypatch
     model = {"teacher": {"finetuned": str(folder / "model.pth"), "text": {"name": VOCAB}}, **FEW_NEGATIVES}
     student = job("own_photos", {"model": model, "datasets": data})
     _assert_distilled(student, assert_finished(student))
-    kept = list((tmp_path / "cache" / "dcd_features").glob("*/meta.json"))
+    kept = list((tmp_path / "cache" / "dcd_features").glob("*/manifest.json"))
     assert len(kept) == 1, "the student reads the features that its teacher kept"
 
 

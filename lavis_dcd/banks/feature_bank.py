@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,21 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lavis_dcd.banks.bank_records import FORMAT, BankRecords, read_finished
 from lavis_dcd.banks.encoding import encode_captions, encode_pictures, reported
 from lavis_dcd.banks.row_store import StreamedFeatures
-from lavis_dcd.banks.shards import (
-    FORMAT,
-    Shard,
-    ShardedRows,
-    ShardWriter,
-    finish,
-    is_finished,
-    one_writer,
-    open_store,
-)
+from lavis_dcd.banks.shards import KINDS, Shard, ShardedRows, ShardWriter, one_kind, open_shard, shard_files
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import update_with_tensors
+from lavis_dcd.common.locks import one_writer
+from lavis_dcd.common.manifest import DamagedError, Identity, Manifest, digest_of
 from lavis_dcd.common.texts import size_in_words
+from lavis_dcd.datasets.identity import Content, pictures_digests, rows_digests
 from lavis_dcd.datasets.tree import is_evaluation_set
 from lavis_dcd.datasets.views import alike
 from lavis_dcd.matching.contract import Matcher
@@ -40,6 +36,7 @@ log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Features)
 
 _SHOWN = 4  # pictures per set that show a changed processor
+_LARGE = 1 << 30  # bytes whose sums take so long that the log says so
 
 
 @dataclass(frozen=True)
@@ -114,18 +111,27 @@ class BankContents:
         captions = {caption for of_set in rows.values() for caption in of_set.captions}
         return cls(places, picture_rows, sorted(captions, key=_shuffled), rows)
 
-    def key(self, datasets: Mapping[str, Dataset], fingerprint: str, dtype: torch.dtype, amp: str) -> str:
-        """A hash of the encoders, the pictures (with their files' sizes and times), processors and captions."""
-        digest = hashlib.sha256(repr((FORMAT, fingerprint, str(dtype), amp, self.captions)).encode())
-        digest.update(repr(list(self.picture_rows.values())).encode())
+    def identity(
+        self, datasets: Mapping[str, Dataset], encoders: Mapping[str, Any], content: Content = "sample"
+    ) -> Identity:
+        """Return the identity of a bank of these sets.
+
+        Args:
+            encoders: all that shapes the features but the sets, by the words for it.
+            content: which pictures' contents count, see :mod:`lavis_dcd.datasets.identity`.
+        """
+        shown = hashlib.sha256()  # a changed processor shows, whatever it is
         for name, of_set in self.rows.items():
             count = len(of_set.pictures)
-            for index in range(0, count, max(1, count // _SHOWN)):  # shows a changed processor, whatever it is
-                digest.update(datasets[name][index]["image"].float().contiguous().numpy().tobytes())
-            for picture in dict.fromkeys(of_set.pictures):
-                stat = os.stat(picture) if os.path.isfile(picture) else None
-                digest.update(repr((picture, stat and (stat.st_size, stat.st_mtime_ns))).encode())
-        return digest.hexdigest()[:32]
+            for index in range(0, count, max(1, count // _SHOWN)):
+                shown.update(datasets[name][index]["image"].float().contiguous().numpy().tobytes())
+        settings = {words: digest_of(value) for words, value in encoders.items()} | {
+            "the format": digest_of(FORMAT),
+            "the processors of pictures": shown.hexdigest(),
+            "the captions": digest_of(self.captions),
+            "the pictures that are one": digest_of(self.picture_rows),
+        }
+        return Identity(settings, rows_digests(datasets), pictures_digests(datasets, content))
 
     def __str__(self) -> str:
         return f"{len(self.places):,} pictures and {len(self.captions):,} captions"
@@ -206,6 +212,7 @@ def build_feature_bank(
     fingerprint: str = "",
     num_workers: int = 0,
     amp: str = "off",
+    picture_content: Content = "sample",
 ) -> FeatureBank:
     """Encodes every distinct picture and caption of ``datasets`` once.
 
@@ -216,9 +223,12 @@ def build_feature_bank(
         datasets: training and evaluation sets of LAVIS's retrieval shapes, by name.
         dtype: how the features are kept.
         folder: where banks are kept and looked for, each in a folder named by a hash of everything that shapes it:
-            files of about 64 MB, read without loading them. An interrupted build goes on at the file it was in.
-            ``None`` keeps the bank in memory only.
-        fingerprint: of the encoders' weights (see :func:`weights_fingerprint`).
+            files of about 64 MB, read without loading them. Their bytes are compared with the bank's manifest once,
+            here; a file that is not as it was written is made again. An interrupted build goes on at the file it was
+            in. ``None`` keeps the bank in memory only.
+        fingerprint: of the encoders (see :meth:`~lavis_dcd.matching.contract.Matcher.encoder_signature`, and
+            :func:`weights_fingerprint`).
+        picture_content: pictures whose contents tell a bank from others, see ``run.picture_content``.
 
     Raises:
         UserError: the encoders learn, a set has another shape, features do not fit ``dtype``, or the disk is too small.
@@ -234,12 +244,10 @@ def build_feature_bank(
     if folder is None:
         stores = build.run(None)
     else:
-        path = Path(folder) / wanted.key(datasets, fingerprint, dtype, amp)
-        if not is_finished(path):
-            with one_writer(path):
-                if not is_finished(path):
-                    build.run(path)
-        stores = open_store(path, "images"), open_store(path, "texts")
+        made_by = {"the encoders": fingerprint, "the features' type": str(dtype), "run.amp": amp}
+        identity = wanted.identity(datasets, made_by, picture_content)
+        path = Path(folder) / identity.key[:32]
+        stores = build.kept(path, identity)
         log.info("features of %s: %s", wanted, path)
     caption_rows = {caption: row for row, caption in enumerate(wanted.captions)}
     return FeatureBank(matcher, *stores, wanted.picture_rows, caption_rows)
@@ -279,9 +287,48 @@ class _Build:
     num_workers: int
     amp: str
 
-    def run(self, folder: Path | None) -> tuple[ShardedRows, ShardedRows]:
+    def kept(self, folder: Path, identity: Identity) -> tuple[ShardedRows, ShardedRows]:
+        """The stores of the bank in ``folder``, which is finished first if it is not, and mended if it is damaged."""
+        with suppress(DamagedError):
+            return self._opened(folder, identity)
+        with one_writer(folder, "the features", wait=True):
+            with suppress(DamagedError):
+                return self._opened(folder, identity)  # another process has made it meanwhile
+            return self.run(BankRecords(folder, identity))
+
+    def _opened(self, folder: Path, identity: Identity) -> tuple[ShardedRows, ShardedRows]:
+        """The stores of a finished bank, every byte of which is as it was written.
+
+        Raises:
+            DamagedError: there is no such bank.
+        """
+        manifest = read_finished(folder, identity)
+        size = sum(record.bytes for record in manifest.files.values())
+        if size > _LARGE:
+            log.info("%s: comparing %s of features with their sums", folder, size_in_words(size))
+        manifest.check_files(folder)
+        stores = []
+        for kind, count in zip(KINDS, (len(self.wanted.places), len(self.wanted.captions)), strict=True):
+            store = self._opened_kind(folder, kind, manifest)
+            if len(store) != count:
+                raise DamagedError(f"it has {len(store):,} rows of {kind}, {count:,} are needed")
+            stores.append(store)
+        return stores[0], stores[1]
+
+    def _opened_kind(self, folder: Path, kind: str, manifest: Manifest) -> ShardedRows:
+        paths = shard_files(folder, kind)
+        if strangers := [path.name for path in paths if path.name not in manifest.files]:
+            raise DamagedError(f"{strangers[0]} is not one of the bank's files")
+        try:
+            return ShardedRows(one_kind([open_shard(path) for path in paths]), (folder, kind))
+        except OSError as error:
+            raise DamagedError(f"a file cannot be read ({error.strerror or error})") from error
+
+    def run(self, records: BankRecords | None) -> tuple[ShardedRows, ShardedRows]:
         """The stores of pictures and captions; on disk, from where an interrupted build was."""
-        images, texts = ShardWriter(folder, "images"), ShardWriter(folder, "texts")
+        folder = None if records is None else records.folder
+        images = ShardWriter(records, "images", len(self.wanted.places))
+        texts = ShardWriter(records, "texts", len(self.wanted.captions))
         if images.rows or texts.rows:
             log.info("an interrupted build goes on after %d pictures, %d captions", images.rows, texts.rows)
         first_texts, all_texts = _peeked(self._texts(texts.rows))
@@ -293,9 +340,9 @@ class _Build:
         for text_features in all_texts:
             texts.add(text_features)
         stores = images.store(), texts.store()
-        if folder is not None:
+        if records is not None:
             facts = {"pictures": len(stores[0]), "captions": len(stores[1]), "dtype": str(self.dtype)}
-            finish(folder, {**facts, "matcher": type(self.matcher).__name__})
+            records.finish({**facts, "matcher": type(self.matcher).__name__})
         return stores
 
     def _announce(self, folder: Path | None, images: float, texts: float) -> None:

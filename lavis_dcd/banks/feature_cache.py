@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lavis_dcd.banks.feature_bank import build_feature_bank, weights_fingerprint
+from lavis_dcd.banks.encoding import encode_captions, encode_pictures
+from lavis_dcd.banks.feature_bank import build_feature_bank, read_rows, weights_fingerprint
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
+from lavis_dcd.banks.shards import Shard
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import cache_root
+from lavis_dcd.common.files import cache_root, update_with_tensors
+from lavis_dcd.common.manifest import digest_of
 from lavis_dcd.common.processes import main_process_first
 from lavis_dcd.common.seeding import rng_state, seed_host, set_rng_state
 from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
@@ -24,6 +28,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # Draws that are compared. A processor that changes one picture in ten escapes 96 of them once in 25,000 times.
 _DRAWS = 96
 _QUIET_DRAWS = 4  # where nothing was taken from the common generators
+_SHOWN = 16  # captions per set, the longest, by which encoders that do not tell what they are show it
 _ITEMS = 4  # a change may not show in every picture: a mirrored symmetrical one
 
 
@@ -60,9 +65,10 @@ def with_kept_features(
         protocol.batch_size,
         _dtype(run.cache_dtype),
         folder=cache_root() / "dcd_features" if on_disk else None,
-        fingerprint=weights_fingerprint(matcher.encoder_modules()) if on_disk else "",
+        fingerprint=encoders_fingerprint(matcher, plain, protocol.amp) if on_disk else "",
         num_workers=protocol.num_workers,
         amp=protocol.amp,
+        picture_content=run.picture_content,
     )
     bank = main_process_first(build) if on_disk else build()
     return {
@@ -71,6 +77,30 @@ def with_kept_features(
         else BankedTrainingSet(dataset, bank, split)
         for split, dataset in datasets.items()
     }
+
+
+def encoders_fingerprint(matcher: Matcher, datasets: Mapping[str, Any], amp: str) -> str:
+    """Return a hash of all that shapes the encoders' features.
+
+    Encoders without a signature show what they are: settings and a tokenizer are not among their weights, so that the
+    features of some pictures and captions count, too. These may differ in their last bits from one machine to another,
+    which then has a bank of its own.
+
+    Args:
+        datasets: plain sets by name.
+    """
+    signature = matcher.encoder_signature()
+    if signature is not None:
+        return signature
+    shown = []
+    for name, dataset in datasets.items():
+        captions = sorted(set(read_rows(dataset, name).captions), key=lambda caption: (len(caption), caption))
+        texts = encode_captions(matcher, captions[-_SHOWN:], amp=amp)[:]
+        images = encode_pictures(matcher, [dataset[0]["image"][None]], amp=amp)[:]
+        shown += [Shard.of(features).named() for features in (texts, images)]
+    digest = hashlib.sha256()
+    update_with_tensors(digest, [item for named in shown for item in named.items()])
+    return digest_of([weights_fingerprint(matcher.encoder_modules()), digest.hexdigest()])
 
 
 def one_with_shared_encoders(matchers: Mapping[str, Matcher]) -> Matcher:

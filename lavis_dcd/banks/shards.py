@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,25 +13,25 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
+from lavis_dcd.banks.bank_records import BankRecords, cannot_write
 from lavis_dcd.banks.columns import Column, FilePiece, TensorPiece
 from lavis_dcd.banks.row_store import RowStore, StreamedFeatures
+from lavis_dcd.banks.tensor_files import faults_as_damage, mapped, places, written
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import atomic_path, atomic_write, clear_leftovers
+from lavis_dcd.common.manifest import DamagedError
 from lavis_dcd.matching.features import Features
 
 log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Features)
 
-FORMAT = 3  # of the folder, and of how pictures are read; part of a bank's key
 SHARD_BYTES = 64 * 2**20  # held back in memory before it is written; what an interrupted build repeats at most
 KINDS = ("images", "texts")
-META = "meta.json"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -85,6 +84,26 @@ class Shard:
         """The tensors as a file holds them."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
+    def check(self) -> None:
+        """Compare the tensors with each other; raises a ``ValueError`` where they are no rows of features."""
+        floats = [tensor for tensor in (self.tokens, self.embeds) if tensor is not None]
+        counts = [self.lengths, self.masked]
+        if any(t.dtype not in _FLOATS for t in floats) or any(t.dtype != torch.int64 for t in counts):
+            raise ValueError("tensors of other types than features have")
+        if self.tokens.dim() != 2 or self.lengths.dim() != 1 or self.masked.shape != (1,):
+            raise ValueError("tensors of other shapes than features have")
+        counted = bool((self.lengths >= 0).all()) and bool((self.lengths <= len(self.tokens)).all())
+        if not counted or int(self.lengths.sum()) != len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} tokens are not those of {len(self)} rows")
+        if self.embeds is not None and (self.embeds.dim() < 2 or len(self.embeds) != len(self)):
+            raise ValueError(f"embeds of {tuple(self.embeds.shape)} for {len(self)} rows")
+
+    @property
+    def row_kind(self) -> tuple[Any, ...]:
+        """Types and widths, which all shards of a store share."""
+        embeds = None if self.embeds is None else (self.embeds.dtype, *self.embeds.shape[1:])
+        return self.tokens.dtype, self.tokens.shape[1], embeds
+
     @property
     def nbytes(self) -> int:
         """The bytes of its tensors."""
@@ -101,6 +120,7 @@ class ShardedRows(RowStore):
 
     def __init__(self, shards: Sequence[Shard], source: tuple[Path, str] | None = None) -> None:
         self.shards, self.source = list(shards), source
+        self._states = [_state(path.stat()) for path in shard_files(*source)] if source else []
         count, first, begin = sum(map(len, shards)), shards[0], 0
         tokens = Column(count, first.tokens.shape[1:], first.tokens.dtype)
         embeds = None if first.embeds is None else Column(count, first.embeds.shape[1:], first.embeds.dtype)
@@ -127,93 +147,138 @@ class ShardedRows(RowStore):
         # through them would look, and on some clusters be counted, as if it were loaded.
         if self.source is None:
             return super().streamed(rows, kind, masked)
-        files = [FilePiece(partial(_opened_again, path), _tokens_at(path)) for path in shard_files(*self.source)]
+        paths = shard_files(*self.source)
+        if len(paths) != len(self._states):
+            raise UserError(_changed(self.source[0], f"{len(paths)} of {len(self._states)} files are there"))
+        files = [
+            FilePiece(partial(_opened_again, path, state), _tokens_at(path))
+            for path, state in zip(paths, self._states, strict=True)
+        ]
         return RowStore(self.tokens.with_pieces(files), self.embeds, self.masked).streamed(rows, kind, masked)
 
 
+def _state(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_size, facts.st_mtime_ns
+
+
 @contextmanager
-def _opened_again(path: Path) -> Iterator[IO[bytes]]:
+def _opened_again(path: Path, state: tuple[int, int]) -> Iterator[IO[bytes]]:
     try:
         with path.open("rb", buffering=0) as handle:
+            if _state(os.fstat(handle.fileno())) != state:
+                raise UserError(_changed(path, "it has changed since the start"))
             yield handle
     except OSError as error:
-        raise UserError(
-            f"run.cache_features: {path} cannot be read any more ({error}); start again, or set run.cache_features=off"
-        ) from error
+        raise UserError(_changed(path, str(error))) from error
+
+
+def _changed(path: Path, why: str) -> str:
+    return f"run.cache_features: {path} cannot be read any more ({why}); start again, or set run.cache_features=off"
 
 
 def _tokens_at(path: Path) -> int:
-    """The byte at which the tokens begin in a safetensors file: the length of its header, the header, the tensors."""
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        return 8 + length + json.loads(handle.read(length))["tokens"]["data_offsets"][0]
+    """The byte at which the tokens begin in a file."""
+    try:
+        return places(path)["tokens"].begin
+    except (DamagedError, KeyError) as error:
+        raise UserError(_changed(path, str(error))) from error
 
 
 def open_store(folder: Path, kind: str) -> ShardedRows:
-    """The finished rows ``kind`` of a folder, memory-mapped: nothing is read but their lengths."""
-    return ShardedRows([_opened(path) for path in shard_files(folder, kind)], (folder, kind))
+    """The finished rows ``kind`` of a folder, memory-mapped: nothing is read but their lengths.
+
+    Their bytes are not compared with the bank's manifest; :func:`~lavis_dcd.banks.feature_bank.build_feature_bank`
+    does so once, and what changes in a mapped file afterwards is not noticed.
+
+    Raises:
+        UserError: there are none, or a file is not whole.
+    """
+    try:
+        shards = [open_shard(path) for path in shard_files(folder, kind)]
+        return ShardedRows(one_kind(shards), (folder, kind))
+    except (DamagedError, OSError) as damage:
+        raise UserError(_changed(folder, str(damage))) from damage
 
 
 def shard_files(folder: Path, kind: str) -> list[Path]:
     """The shards of ``kind`` in their order, up to the first gap."""
     paths: list[Path] = []
-    while (path := folder / f"{kind}-{len(paths):05d}.safetensors").is_file():
+    while (path := shard_file(folder, kind, len(paths))).is_file():
         paths.append(path)
     return paths
 
 
-def _opened(path: Path) -> Shard:
-    with safe_open(str(path), "pt") as handle:
+def shard_file(folder: Path, kind: str, number: int) -> Path:
+    """The name of one shard."""
+    return folder / f"{kind}-{number:05d}.safetensors"
+
+
+def open_shard(path: Path) -> Shard:
+    """The rows of a file, their tokens memory-mapped.
+
+    Raises:
+        DamagedError: it is no whole shard.
+    """
+    columns = mapped(path)
+    with faults_as_damage(path.name):
         # only the tokens stay mapped; the small columns are read often
-        columns = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  no mapping, though it looks so
-    return Shard(**{name: column if name == "tokens" else column.clone() for name, column in columns.items()})
+        shard = Shard(**{name: column if name == "tokens" else column.clone() for name, column in columns.items()})
+        shard.check()
+    return shard
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether ``folder`` holds a whole bank: ``meta.json``, written last, and every file as long as it says."""
-    try:
-        files = json.loads((folder / META).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+def one_kind(shards: Sequence[Shard]) -> Sequence[Shard]:
+    """The shards, as long as they are of one bank.
 
-
-def finish(folder: Path, facts: dict[str, Any]) -> None:
-    """Write ``meta.json``: ``facts`` for people, and the files with their sizes."""
-    files = {path.name: path.stat().st_size for kind in KINDS for path in shard_files(folder, kind)}
-    with atomic_write(folder / META, "w") as handle:
-        json.dump({"format": FORMAT, **facts, "files": files}, handle, indent=1)
+    Raises:
+        DamagedError: there is none, or rows of some are of another type or width.
+    """
+    if len({shard.row_kind for shard in shards}) != 1:
+        raise DamagedError("there are no rows" if not shards else "the shards are of several types or widths")
+    return shards
 
 
 class ShardWriter:
     """Rows of one kind on their way into shards of about ``SHARD_BYTES``, each written whole or not at all.
 
     Args:
-        folder: ``None`` keeps the shards in memory.
+        records: of the folder; ``None`` keeps the shards in memory.
         kind: "images" or "texts".
+        most: rows that will come, with those of an interrupted build.
     """
 
-    def __init__(self, folder: Path | None, kind: str) -> None:
-        self._folder, self._kind = folder, kind
+    def __init__(self, records: BankRecords | None, kind: str, most: int) -> None:
+        self._records, self._kind, self._most = records, kind, most
         self._waiting: list[Shard] = []
         self._written = 0
         self._finished: list[Shard] = []
         self.rows = 0  # complete and kept, at the start those of an interrupted build
-        if folder is not None:
-            self._resume(folder)
+        if records is not None:
+            self._resume(records)
 
-    def _resume(self, folder: Path) -> None:
-        clear_leftovers(folder)
-        for path in shard_files(folder, self._kind):
+    def _resume(self, records: BankRecords) -> None:
+        """Count the shards that are as they were written, up to the first that is not; that and all others go."""
+        kinds: set[tuple[Any, ...]] = set()
+        while (path := self._next(records)) in records or path.exists():
             try:
-                self.rows += len(_opened(path))
-            except (SafetensorError, TypeError):
-                log.warning("%s is damaged and will be written again", path)
+                records.check(path)
+                shard = open_shard(path)
+                if len(kinds | {shard.row_kind}) > 1 or self.rows + len(shard) > self._most:
+                    raise DamagedError(f"{path.name} does not fit the others")
+            except DamagedError as damage:
+                level = logging.WARNING if path in records else logging.INFO  # killed before it was recorded
+                log.log(level, "%s: %s; it is made again, and what follows it", records.folder, damage)
                 break
+            kinds.add(shard.row_kind)
+            self.rows += len(shard)
             self._written += 1
-        for path in folder.glob(f"{self._kind}-*"):
-            if path not in shard_files(folder, self._kind)[: self._written]:
-                path.unlink()
+        whole = shard_files(records.folder, self._kind)[: self._written]
+        for stale in records.folder.glob(f"{self._kind}-*"):
+            if stale not in whole:
+                records.forget(stale)
+
+    def _next(self, records: BankRecords) -> Path:
+        return shard_file(records.folder, self._kind, self._written)
 
     def add(self, features: Features) -> None:
         """Take rows that follow those before."""
@@ -232,58 +297,20 @@ class ShardWriter:
         shard = Shard.cat(self._waiting)
         self._waiting = []
         self.rows += len(shard)
-        if self._folder is None:
+        if self._records is None:
             self._finished.append(shard)
             return
-        path = self._folder / f"{self._kind}-{self._written:05d}.safetensors"
+        path = self._next(self._records)
         self._written += 1
         _save(shard, path)
+        self._records.add(path)
 
     def store(self) -> ShardedRows:
         """All rows."""
         self.flush()
-        return ShardedRows(self._finished) if self._folder is None else open_store(self._folder, self._kind)
+        return ShardedRows(self._finished) if self._records is None else open_store(self._records.folder, self._kind)
 
 
 def _save(shard: Shard, path: Path) -> None:
-    try:
-        with atomic_path(path) as partial:
-            save_file({name: tensor.contiguous() for name, tensor in shard.named().items()}, str(partial))
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"run.cache_features: {path.name} cannot be written to {path.parent} ({error}); what is there serves the "
-            "next start. Make room, or choose another place with LAVIS_CACHE"
-        ) from error
-
-
-@contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes from building ``folder`` meanwhile; one that comes later waits.
-
-    The lock is one of the operating system, so that it goes when its process does. Systems without such locks go
-    unlocked.
-    """
-    try:
-        import fcntl  # noqa: PLC0415  there is none on Windows
-    except ImportError:
-        yield
-        return
-    path = folder.with_name(f".{folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        handle = path.open("w")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process keeps features in %s: waiting for it", folder)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        # whoever had it before may have taken the file away: then this lock is on a file that nobody else can find
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                break
-        handle.close()
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        handle.close()
+    with written(path, partial(cannot_write, path.parent, path.name)) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in shard.named().items()}, str(temporary))

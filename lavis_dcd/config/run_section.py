@@ -81,6 +81,8 @@ class RunConfig:
     cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # how precisely features are kept
     # check pictures at the start; full decodes each one, fast reads its header
     verify: Literal["fast", "full", "off"] = "fast"
+    # contents that a manifest compares: of 1000 pictures of each set, or of all
+    picture_content: Literal["sample", "all"] = "sample"
 
     # Checkpoints and logs
     save_every: int | None = None  # optimizer steps; a checkpoint is also written at the end of each epoch

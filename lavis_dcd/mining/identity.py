@@ -1,4 +1,4 @@
-"""The identity of a score bank: hashes of its teachers, its training rows and the teachers' way of reading them.
+"""The identity of a score bank: hashes of its teachers, its training rows and pictures, and how teachers read them.
 
 No teacher is built: its section and the files that it names identify it.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lavis_dcd.banks.score_bank import BankIdentity
+from lavis_dcd.banks.score_bank import TEACHER, TRANSFORMS
 from lavis_dcd.common.download import is_url
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import ASSET_PREFIX, asset_path, sha256_of
+from lavis_dcd.common.manifest import Identity, digest_of
 from lavis_dcd.common.schema import plain
 from lavis_dcd.config.required_files import fetched_places
+from lavis_dcd.datasets.identity import Content, pictures_digests, rows_digests
 from lavis_dcd.datasets.pictures import load_picture
 from lavis_dcd.datasets.tree import is_evaluation_set, plain_sets
 from lavis_dcd.datasets.views import View, build_view
@@ -29,8 +30,6 @@ from lavis_dcd.models.building import full_section
 from lavis_dcd.models.dcd.config import DISTILLER_KEYS, DcdConfig
 
 READ_SAMPLES = 4  # pictures and captions that show how a teacher reads
-_WHOLE_FILE = 64 << 20  # bytes; of larger files in a folder, both ends and the size are hashed
-_END = 1 << 20
 
 # keys of a section, at any depth, that change no score
 _SCORELESS = {
@@ -45,7 +44,8 @@ def bank_identity(
     teacher_sections: Sequence[tuple[str, Mapping[str, Any]]],
     train_set: Any,
     read_by: View | Sequence[View | None] | None = None,
-) -> BankIdentity:
+    content: Content = "sample",
+) -> Identity:
     """Return the identity of the bank of these teachers on this training set.
 
     Args:
@@ -54,29 +54,34 @@ def bank_identity(
         train_set: a LAVIS retrieval training set or a concatenation of some, as the task builds it.
         read_by: how the teachers read pictures and captions, of each or of all (:func:`teacher_views`); without a
             processor of their own they read through ``train_set``'s.
+        content: pictures whose contents count, see :mod:`lavis_dcd.datasets.identity`.
 
     Raises:
         UserError: a section that does not fit its model; a teacher that names no weights, so that nothing says which
             one it is; a processor that makes something else of a picture each time.
     """
     views = list(read_by) if isinstance(read_by, Sequence) else [read_by]
-    return BankIdentity(
-        teacher=_teachers_digest(teacher_sections),
-        data=_data_digest(train_set),
-        transforms=_transforms_digest(train_set, views),
+    for leaf in plain_sets(train_set, "").values():
+        _annotation(leaf)  # is there
+    sets = {"train": train_set}
+    return Identity(
+        {TEACHER: _teachers_digest(teacher_sections), TRANSFORMS: _transforms_digest(train_set, views)},
+        rows_digests(sets),
+        pictures_digests(sets, content),
     )
 
 
-def identity_of(config: DcdConfig, datasets: Mapping[str, Any]) -> BankIdentity:
+def identity_of(config: DcdConfig, datasets: Mapping[str, Any], content: Content = "sample") -> Identity:
     """Return the identity of a job's bank.
 
     Args:
         datasets: by split, "train" among them, as the runner has them before any feature bank or view.
+        content: as for :func:`bank_identity`.
 
     Raises:
         UserError: as :func:`bank_identity`.
     """
-    return bank_identity(config.teacher_sections, datasets["train"], teacher_views(config, datasets))
+    return bank_identity(config.teacher_sections, datasets["train"], teacher_views(config, datasets), content)
 
 
 def teacher_views(config: DcdConfig, datasets: Mapping[str, Any]) -> list[View]:
@@ -135,7 +140,7 @@ def _teachers_digest(sections: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             )
         content.append(_with_contents(resolved))
     weights = [float(section.get("weight", 1.0)) for _, section in sections] if len(sections) > 1 else None
-    return _hash_of([content, weights])
+    return digest_of([content, weights])
 
 
 def _names_weights(key: str, value: str) -> bool:
@@ -175,48 +180,19 @@ def _local(key: str, value: str) -> Path | None:
     looks_so = value.startswith((ASSET_PREFIX, "~", ".")) or os.sep in value or Path(value).suffix
     if not value or not (looks_so or key in _PATH_KEYS):
         return None
-    path = Path(asset_path(value)).expanduser()
-    return path if path.exists() else None
+    named = asset_path(value)
+    try:
+        path = Path(named).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, NUL: no file has such a name
+        return None
 
 
 def _digest_of_path(path: Path) -> str:
     if path.is_file():
         return sha256_of(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return _hash_of([[file.relative_to(path).as_posix(), _digest_in_folder(file)] for file in files])
-
-
-def _digest_in_folder(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= _WHOLE_FILE:
-        return sha256_of(path)
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(_END))
-        file.seek(-_END, os.SEEK_END)
-        digest.update(file.read(_END))
-    return f"{size}:{digest.hexdigest()}"
-
-
-def _data_digest(train_set: Any) -> str:
-    digest = hashlib.sha256(b"pictures 2")  # 2: upright, on white, 16 bits scaled
-    for leaf in plain_sets(train_set, "").values():
-        known: dict[str, Any] = {}
-        for index, row in enumerate(_annotation(leaf)):
-            name = str(row["image"])
-            if name not in known:
-                known[name] = _state_of_picture(leaf, name, index)
-            digest.update(repr((name, str(row["image_id"]), row["caption"], known[name])).encode())
-        digest.update(b"end of a set")
-    return digest.hexdigest()
-
-
-def _state_of_picture(leaf: Any, name: str, index: int) -> Any:
-    """Return a file's size and time; of a picture that is no file, a hash of it."""
-    try:
-        stat = os.stat(os.path.join(getattr(leaf, "vis_root", None) or "", name))
-    except OSError:
-        return hashlib.sha256(load_picture(leaf, index).tobytes()).hexdigest()
-    return stat.st_size, stat.st_mtime_ns
+    return digest_of([[file.relative_to(path).as_posix(), sha256_of(file)] for file in files])
 
 
 def _transforms_digest(train_set: Any, views: Sequence[View | None]) -> str:
@@ -253,7 +229,3 @@ def _annotation(leaf: Any) -> list[Mapping[str, Any]]:
             f"caption and image_id; img_ids), and {type(leaf).__name__} is none; use candidates.source: in_batch"
         )
     return rows
-
-
-def _hash_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lavis_dcd.banks.score_bank import META, BankIdentity, ScoreBank
+from lavis_dcd.banks.score_bank import BankTable, ScoreBank
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.manifest import Identity
 from lavis_dcd.common.progress import progress
 from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
 from lavis_dcd.datasets.views import View, build_view
 from lavis_dcd.distillation.candidates import DIRECTIONS
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.mining.identity import evaluation_view, identity_of, teacher_views
-from lavis_dcd.mining.plan import Plan, WorkFolder, bank_tables
+from lavis_dcd.mining.plan import Plan, bank_tables
 from lavis_dcd.mining.pools import Pairing, shortlists, with_random
-from lavis_dcd.mining.report import report
+from lavis_dcd.mining.report import MiningReport, has_report, report
 from lavis_dcd.mining.scores import MiningResources, PairScorer, Reader, ReadSet, embed_all, pairing_of
+from lavis_dcd.mining.work_folder import WorkFolder
 from lavis_dcd.models.dcd.build import build_student, build_teachers
 from lavis_dcd.models.dcd.checks import bank_faults
 from lavis_dcd.models.dcd.config import DcdConfig
 from lavis_dcd.models.dcd.teachers import Teachers
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Process(Protocol):
@@ -107,11 +110,7 @@ class Miner:
             UserError: there is a bank of another teacher, data or settings; no joint space to make a shortlist from.
             KeyboardInterrupt: Ctrl-C; finished shards are kept, and the same call goes on from them.
         """
-        identity, is_there = None, False
-        if self.place.is_main:
-            identity = identity_of(self.config, self.datasets)
-            is_there = not overwrite and self._is_there(identity)
-        identity, is_there = self.place.share((identity, is_there))
+        identity, is_there = self._by_main(lambda: self._looked(overwrite))
         if is_there:
             log.info(
                 "the score bank in %s is complete and up to date, nothing to mine; its table: %s; train from it: %s",
@@ -121,7 +120,7 @@ class Miner:
         teachers = build_teachers(self.config)
         readers = self._readers(teachers)
         pairing = pairing_of(self.datasets["train"])
-        work = WorkFolder(self.folder / "work", {"identity": dataclasses.asdict(identity), "settings": self.settings})
+        work = WorkFolder(self.folder / "work", identity, self.settings)
         plan = self._plan(work, pairing, teachers, readers)
         try:
             self._score(work, plan, pairing, readers)
@@ -130,16 +129,35 @@ class Miner:
             raise
         if self.place.world_size > 1:
             dist.barrier(group=self.place.patient)
-        if self.place.is_main:
-            self._finish(work, plan, pairing, teachers, identity)
+        self._by_main(lambda: self._finish(work, plan, pairing, teachers, identity))
 
-    def _is_there(self, identity: BankIdentity) -> bool:
+    def _by_main(self, work: Callable[[], T]) -> T:
+        """Return what ``work`` gives in the main process, in every process; its user errors are those of all."""
+        made: T | None = None
+        faults: list[str] = []
+        if self.place.is_main:
+            try:
+                made = work()
+            except UserError as error:
+                faults = error.faults
+        made, faults = self.place.share((made, faults))
+        if faults:
+            raise UserError(faults)
+        return cast(T, made)
+
+    def _looked(self, overwrite: bool) -> tuple[Identity, bool]:
+        """Return the identity of the bank that is wanted, and whether it is there."""
+        ScoreBank.refuse_foreign(self.folder)
+        identity = identity_of(self.config, self.datasets, self.run.picture_content)
+        return identity, not overwrite and self._is_there(identity)
+
+    def _is_there(self, identity: Identity) -> bool:
         """Return whether the bank was mined before.
 
         Raises:
             UserError: it was, but of another teacher, data or settings.
         """
-        if not (self.folder / META).is_file():
+        if not ScoreBank.is_in(self.folder):
             return False
         bank = ScoreBank.load(self.folder)
         differences = bank.differences(identity)
@@ -154,7 +172,15 @@ class Miner:
                 f"({'; '.join(differences)}); mine into another folder with model.candidates.bank.path=FOLDER, or "
                 "replace it with --overwrite"
             )
+        if not has_report(self.folder, ScoreBank.scores_in(self.folder)):  # killed before the table was written
+            self._report(bank.tables)
         return True
+
+    def _report(self, tables: Mapping[str, BankTable]) -> MiningReport:
+        """Write the table of the bank that is in the folder."""
+        summary = report(tables, self.command)
+        summary.save(self.folder, ScoreBank.scores_in(self.folder))
+        return summary
 
     def _readers(self, teachers: Teachers) -> list[Reader]:
         views = teacher_views(self.config, self.datasets)
@@ -172,13 +198,16 @@ class Miner:
 
     def _plan(self, work: WorkFolder, pairing: Pairing, teachers: Teachers, readers: Sequence[Reader]) -> Plan:
         """Return the plan that the main process has made or found."""
-        plan = None
-        if self.place.is_main:
-            plan = work.open_plan()
+        here: list[Plan] = []  # large, so that it goes to the other processes by the disk
+
+        def find() -> None:
+            plan = work.open_plan(pairing)
             if plan is None:
-                plan = work.begin(Plan.of(pairing, self._pools(pairing, teachers, readers)))
-        self.place.share(None)
-        return plan or work.read_plan()
+                plan = work.begin(Plan.of(pairing, self._pools(pairing, teachers, readers)), pairing)
+            here.append(plan)
+
+        self._by_main(find)
+        return here[0] if here else work.read_plan(pairing)
 
     def _pools(self, pairing: Pairing, teachers: Teachers, readers: Sequence[Reader]) -> dict[str, torch.Tensor]:
         if self.bank.shortlist:
@@ -222,7 +251,7 @@ class Miner:
     def _score(self, work: WorkFolder, plan: Plan, pairing: Pairing, readers: Sequence[Reader]) -> None:
         """Score this process's share of the shards, but for those that are there."""
         share = range(self.place.rank, plan.shards, self.place.world_size)
-        todo = [shard for shard in share if not work.is_done(shard)]
+        todo = [shard for shard in share if not work.is_done(shard, plan, len(readers))]
         self._announce(plan, pairing, len(share) - len(todo))
         if not todo:
             return
@@ -247,14 +276,11 @@ class Miner:
             where = " of this process" if self.place.world_size > 1 else ""
             log.info("%d shards%s are there from an earlier start", done, where)
 
-    def _finish(
-        self, work: WorkFolder, plan: Plan, pairing: Pairing, teachers: Teachers, identity: BankIdentity
-    ) -> None:
+    def _finish(self, work: WorkFolder, plan: Plan, pairing: Pairing, teachers: Teachers, identity: Identity) -> None:
         scores = work.scores(plan, len(teachers.matchers))
         tables = bank_tables(pairing, plan, scores, teachers.weights, self.bank.keep)
-        summary = report(tables, self.command)
-        ScoreBank(identity, self.settings, tables).save(self.folder)
-        summary.save(self.folder)
+        ScoreBank(identity, self.settings, tables, self.run.picture_content).save(self.folder)
+        summary = self._report(tables)
         work.remove()
         log.info("score bank: %s\n\n%s\n", self.folder, "\n".join(summary.lines()))
 

@@ -1,30 +1,24 @@
-"""The pairs of a mining, cut into shards and kept on disk for every process and restart; the tables of their scores."""
+"""The pairs of a mining, cut into shards, and the tables that their scores make."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import BoolTensor, Tensor
 
 from lavis_dcd.banks.score_bank import BankTable
+from lavis_dcd.banks.tensor_files import faults_as_damage, mapped
 from lavis_dcd.common.files import atomic_write, update_with_tensors
 from lavis_dcd.distillation.candidates import DIRECTIONS, IMAGE_TO_TEXT
 from lavis_dcd.distillation.ensemble import combine
 from lavis_dcd.mining.pools import Pairing
 
-log = logging.getLogger(__name__)
-
-PLAN = "plan.safetensors"
 PAIRS_PER_SHARD = 4096  # what an interruption costs at most
 IMAGES_PER_SHARD = 64  # their features are held together
 ROWS_AT_ONCE = 4096  # of the training set, whose tables are made together
@@ -75,91 +69,40 @@ class Plan:
         update_with_tensors(digest, sorted(self._tensors().items()))
         return digest.hexdigest()
 
-    def save(self, file: Path, made_for: Mapping[str, Any]) -> None:
-        """Write it whole or not at all; ``made_for`` describes the mining it was made for."""
+    def save(self, file: Path) -> None:
+        """Write it whole or not at all; raises an ``OSError`` where the disk is full."""
         with atomic_write(file) as handle:
-            handle.write(save(self._tensors(), {"made_for": _words(made_for)}))
+            handle.write(save(self._tensors()))
 
     @classmethod
     def load(cls, file: Path) -> Plan:
-        """Read a plan; raises ``SafetensorError`` or ``OSError`` where there is none."""
-        with safe_open(str(file), "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return cls({d: tensors[f"pools.{d}"] for d in DIRECTIONS}, tensors["keys"], tensors["bounds"])
+        """Read a plan; raises a ``DamagedError`` where there is none."""
+        tensors = {name: tensor.clone() for name, tensor in mapped(file).items()}
+        with faults_as_damage(file.name):
+            plan = cls({d: tensors.pop(f"pools.{d}") for d in DIRECTIONS}, tensors.pop("keys"), tensors.pop("bounds"))
+            if tensors:
+                raise ValueError(f"unknown tensors {', '.join(sorted(tensors))}")
+        return plan
+
+    def check(self, pairing: Pairing) -> None:
+        """Compare it with the rows that it is for; raises a ``ValueError`` where it names what is not there."""
+        for direction in DIRECTIONS:
+            pool, items = self.pools[direction], pairing.candidates(direction)
+            if pool.dtype != torch.int32 or pool.dim() != 2 or len(pool) != pairing.queries(direction):
+                raise ValueError(f"pools of {direction} for other rows")
+            if bool(((pool < -1) | (pool >= items)).any()):
+                raise ValueError(f"pools of {direction} name items that are not there")
+        for name, tensor in (("keys", self.keys), ("bounds", self.bounds)):
+            if tensor.dtype != torch.int64 or tensor.dim() != 1 or not len(tensor):
+                raise ValueError(f"no {name}")
+        sorted_keys = bool((self.keys.diff() > 0).all()) and bool((self.bounds.diff() > 0).all())
+        in_range = int(self.keys[0]) >= 0 and int(self.keys[-1]) < pairing.images * pairing.texts
+        if not (sorted_keys and in_range) or (int(self.bounds[0]), int(self.bounds[-1])) != (0, len(self.keys)):
+            raise ValueError("keys or bounds out of their order or range")
 
     def _tensors(self) -> dict[str, Tensor]:
         pools = {f"pools.{direction}": pool for direction, pool in self.pools.items()}
         return {**pools, "keys": self.keys, "bounds": self.bounds}
-
-
-class WorkFolder:
-    """The folder in which an unfinished mining keeps its plan and the scores of finished shards.
-
-    Args:
-        folder: below the bank's.
-        made_for: identity and settings; plain containers. A folder that was made for others is of no use.
-    """
-
-    def __init__(self, folder: Path, made_for: Mapping[str, Any]) -> None:
-        self.folder, self.made_for, self._hash = folder, made_for, ""
-
-    def open_plan(self) -> Plan | None:
-        """Return the plan of an interrupted mining of the same teacher, data and settings; None where there is none."""
-        try:
-            with safe_open(str(self.folder / PLAN), "pt") as opened:
-                same = (opened.metadata() or {}).get("made_for") == _words(self.made_for)
-            if same:
-                return self.adopt(Plan.load(self.folder / PLAN))
-        except (SafetensorError, OSError, KeyError):
-            return None
-        log.info("%s: from a mining of another teacher, other data or settings; starting anew", self.folder)
-        self.remove()
-        return None
-
-    def begin(self, plan: Plan) -> Plan:
-        """Keep a new plan, and nothing that was there before."""
-        self.remove()
-        plan.save(self.folder / PLAN, self.made_for)
-        return self.adopt(plan)
-
-    def read_plan(self) -> Plan:
-        """Return the plan that another process has kept."""
-        return self.adopt(Plan.load(self.folder / PLAN))
-
-    def adopt(self, plan: Plan) -> Plan:
-        """Take the shards of this plan alone for done."""
-        self._hash = plan.fingerprint()
-        return plan
-
-    def is_done(self, shard: int) -> bool:
-        """Return whether the scores of a shard of this plan are there."""
-        try:
-            with safe_open(str(self._file(shard)), "pt") as opened:
-                return (opened.metadata() or {}).get("plan") == self._hash
-        except (SafetensorError, OSError):
-            return False
-
-    def keep(self, shard: int, scores: list[Tensor]) -> None:
-        """Keep the scores of a shard, float32 ``[P]`` per teacher."""
-        with atomic_write(self._file(shard)) as handle:
-            handle.write(save({str(i): of_teacher for i, of_teacher in enumerate(scores)}, {"plan": self._hash}))
-
-    def scores(self, plan: Plan, teachers: int) -> list[Tensor]:
-        """Return the scores of all pairs, float32 ``[P]`` per teacher."""
-        of_teachers = [torch.empty(len(plan.keys)) for _ in range(teachers)]
-        for shard in range(plan.shards):
-            with safe_open(str(self._file(shard)), "pt") as opened:
-                for i, scores in enumerate(of_teachers):
-                    scores[plan.bounds[shard] : plan.bounds[shard + 1]] = opened.get_tensor(str(i))
-        return of_teachers
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _file(self, shard: int) -> Path:
-        # a folder of ten thousands of files is slow to look into
-        return self.folder / f"{shard // 1000:04d}" / f"shard_{shard:07d}.safetensors"
 
 
 def _bounds(keys: Tensor, texts: int) -> Tensor:
@@ -173,10 +116,6 @@ def _bounds(keys: Tensor, texts: int) -> Tensor:
             bounds.append(end)
             images = 0
     return torch.tensor(bounds)
-
-
-def _words(made_for: Mapping[str, Any]) -> str:
-    return json.dumps(made_for, sort_keys=True)
 
 
 def bank_tables(

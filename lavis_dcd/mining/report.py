@@ -16,6 +16,7 @@ from lavis_dcd.common.files import atomic_write
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LADDER = (0.5, 0.75, 0.9, 0.99)  # quantiles of how far above the match misranked candidates score
+_TEXT, _FIGURES = "table.txt", "table.json"
 FEW = 0.01  # of the queries: nothing to guard against
 
 
@@ -81,12 +82,27 @@ class MiningReport:
             cells.append(_share(step.queries[direction], ranks.queries))
         return cells
 
-    def save(self, folder: Path) -> None:
-        """Write ``table.txt`` and, with the same figures, ``table.json``."""
-        with atomic_write(folder / "table.txt", "w") as handle:
+    def save(self, folder: Path, scores: str = "") -> None:
+        """Write ``table.txt`` and, with the same figures, ``table.json``.
+
+        Args:
+            scores: the name of the bank's scores that these are the figures of.
+        """
+        with atomic_write(folder / _TEXT, "w") as handle:
             handle.write("\n".join(self.lines()) + "\n")
-        with atomic_write(folder / "table.json", "w") as handle:
-            json.dump({"quantiles": QUANTILES, **asdict(self)}, handle, indent=1)
+        with atomic_write(folder / _FIGURES, "w") as handle:
+            json.dump({"scores": scores, "quantiles": QUANTILES, **asdict(self)}, handle, indent=1)
+
+
+def has_report(folder: Path, scores: str) -> bool:
+    """Return whether the tables in ``folder`` are there and of these scores."""
+    if not ((folder / _FIGURES).is_file() and (folder / _TEXT).is_file()):
+        return False
+    try:
+        figures = json.loads((folder / _FIGURES).read_text(encoding="utf-8"))
+        return bool(figures["scores"] == scores)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def report(tables: Mapping[str, BankTable], command: str = "") -> MiningReport:

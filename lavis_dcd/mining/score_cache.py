@@ -13,6 +13,8 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
 from lavis_dcd.config.checks import section_schema
 from lavis_dcd.config.job import Job
+from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.datasets.identity import Content
 from lavis_dcd.mining.identity import identity_of
 from lavis_dcd.models.dcd.checks import method_faults
 from lavis_dcd.models.dcd.config import DcdConfig
@@ -26,14 +28,20 @@ class KeptScores:
     Args:
         config: of the distillation.
         folder: where the bank lies.
+        content: pictures whose contents the bank must have compared, as ``run.picture_content`` has it.
 
     Raises:
-        UserError: there is no bank, or a broken one.
+        UserError: there is no bank, or a broken one, or one that compared fewer pictures.
     """
 
-    def __init__(self, config: DcdConfig, folder: Path) -> None:
+    def __init__(self, config: DcdConfig, folder: Path, content: Content = "sample") -> None:
         self.config, self.folder = config, folder
         self.bank = ScoreBank.load(folder)
+        if content == "all" and self.bank.picture_content != content:
+            raise UserError(
+                f"run.picture_content: all, but the score bank in {folder} has sums of a sample of its pictures alone; "
+                "run: python -m lavis_dcd mine --cfg-path F --overwrite, or set it to sample"
+            )
         self._checked = False
 
     @classmethod
@@ -51,7 +59,7 @@ class KeptScores:
         config = cfg.model if isinstance(cfg, Job) else _parsed(cfg.model_cfg)
         if not isinstance(config, DcdConfig) or not config.candidates.from_bank:
             return None
-        return cls(config, bank_folder(cfg.model_cfg, cfg.datasets_cfg))
+        return cls(config, bank_folder(cfg.model_cfg, cfg.datasets_cfg), _picture_content(cfg))
 
     def check(self, datasets: Mapping[str, Any]) -> None:
         """Refuse a bank of another teacher, other data or other transforms.
@@ -62,7 +70,7 @@ class KeptScores:
         Raises:
             UserError: the bank is stale.
         """
-        self.bank.refuse_stale(identity_of(self.config, datasets), self.folder)
+        self.bank.refuse_stale(identity_of(self.config, datasets, self.bank.picture_content), self.folder)
         log.info("score bank: %s (%d rows, %s)", self.folder, len(self.bank), ", ".join(sorted(self.bank.tables)))
         self._warn_of_settings()
         self._checked = True
@@ -89,6 +97,13 @@ class KeptScores:
         how = self.config.selection
         choice = Choice(how.hard_negatives, how.strategy, how.margin)
         return BankCandidates(dataset, self.bank, list(self.config.candidates.sources()), choice, seed)
+
+
+def _picture_content(cfg: Any) -> Content:
+    if isinstance(cfg, Job):
+        return cfg.run.picture_content
+    given = cfg.run_cfg.get("picture_content")
+    return parse(RunConfig, {} if given is None else {"picture_content": given}, "run").picture_content
 
 
 def _parsed(section: Mapping[str, Any]) -> DcdConfig | None:

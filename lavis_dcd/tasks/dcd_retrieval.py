@@ -39,8 +39,8 @@ from lavis_dcd.training.contracts import TrainTask
 
 # of ``run:``, all that this task reads
 RUN_KEYS = (
-    "seed", "evaluate", "verify", "cache_features", "cache_dtype", "k_test", "shortlist", "coco_1k_folds",
-    "batch_size_eval", "num_workers", "amp", "match_memory_mb", "eval_memory_mb",
+    "seed", "evaluate", "verify", "picture_content", "cache_features", "cache_dtype", "k_test", "shortlist",
+    "coco_1k_folds", "batch_size_eval", "num_workers", "amp", "match_memory_mb", "eval_memory_mb",
 )  # fmt: skip
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import pickle
+import random
+import shutil
 import threading
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +21,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lavis_dcd.banks import feature_bank, shards
+from lavis_dcd.banks.bank_records import FORMAT, KIND, UNFINISHED, UNFINISHED_KIND
 from lavis_dcd.banks.encoding import encode_dataset
 from lavis_dcd.banks.feature_bank import FeatureBank, build_feature_bank, weights_fingerprint
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
+from lavis_dcd.common import locks
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.manifest import MANIFEST, Manifest
 from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
@@ -270,8 +279,8 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch, after_
 def test_processes_that_want_the_same_bank_build_it_once(tmp_path, monkeypatch) -> None:
     pytest.importorskip("fcntl")
     told, banks = threading.Event(), []
-    inform = shards.log.info
-    monkeypatch.setattr(shards.log, "info", lambda *words: (told.set(), inform(*words)))
+    inform = locks.log.info
+    monkeypatch.setattr(locks.log, "info", lambda *words: (told.set(), inform(*words)))
 
     class Slow(Toy):
         def encode_images(self, images: Tensor) -> ImageFeatures:
@@ -295,8 +304,128 @@ def test_a_shard_that_is_damaged_is_written_again(tmp_path, caplog) -> None:
     shard.write_bytes(shard.read_bytes()[:-4])
     made = matcher.pictures
     again = bank_of(matcher, folder=tmp_path)
-    assert matcher.pictures == made + 4 and "images-00000.safetensors is damaged" in caplog.text
+    assert matcher.pictures == made + 4 and "images-00000.safetensors is cut short" in caplog.text
     assert expected and same_bank(again, bank_of(matcher))
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def bank_of_shards(folder: Path | None, monkeypatch, matcher: Toy) -> FeatureBank:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
+    sets = {"train": Training("abcdefg"), "val": Evaluation()}
+    return build_feature_bank(matcher, sets, 2, torch.float32, folder)
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_changed_bytes_are_noticed_and_made_again(tmp_path, monkeypatch, caplog, unfinished) -> None:
+    """One bit, under the same size and time; the shards before it are kept."""
+    matcher = Toy()
+    expected = bank_of_shards(None, monkeypatch, matcher)  # in memory: a mapped one changes with its files
+    folder, made = bank_of_shards(tmp_path, monkeypatch, matcher).image_store.source[0], matcher.pictures
+    whole = shard_bytes(folder)
+    if unfinished:  # as a build leaves it that is killed before its end
+        manifest = Manifest.read(folder, KIND, FORMAT)
+        replace(manifest, kind=UNFINISHED_KIND).write(folder, UNFINISHED)
+        (folder / MANIFEST).unlink()
+    flip(folder / "images-00002.safetensors", -3)
+    again = bank_of_shards(tmp_path, monkeypatch, matcher)
+    assert matcher.pictures == made + 9 - 4  # rows 4 to 8
+    (said,) = [record.message for record in caplog.records]
+    assert said == f"{folder}: the checksum of images-00002.safetensors does not fit it; it is made again, and what " \
+                   "follows it"  # fmt: skip
+    assert same_bank(expected, again) and shard_bytes(folder) == whole
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    content, facts = bytearray(path.read_bytes()), path.stat()
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def test_a_foreign_bank_under_this_ones_name_is_not_taken(tmp_path, monkeypatch, caplog) -> None:
+    mine, other = Toy(), Toy()
+    expected = bank_of_shards(tmp_path / "mine", monkeypatch, mine)
+    folder = expected.image_store.source[0]
+    foreign = build_feature_bank(
+        other, {"train": Training("abcdefg"), "val": Evaluation()}, 2, torch.float32, tmp_path / "other",
+        fingerprint="another's",
+    )  # fmt: skip
+    shutil.rmtree(folder)
+    shutil.copytree(foreign.image_store.source[0], folder)
+    assert same_bank(bank_of_shards(tmp_path / "mine", monkeypatch, mine), expected)
+    assert "manifest.json is of another bank: the encoders differ" in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_happens_to_a_file_the_bank_is_the_same(tmp_path, monkeypatch, seed) -> None:
+    draw, matcher = random.Random(seed), Toy()
+    expected = bank_of_shards(None, monkeypatch, matcher)  # in memory: a mapped one changes with its files
+    folder = bank_of_shards(tmp_path, monkeypatch, matcher).image_store.source[0]
+    whole = shard_bytes(folder)
+    for _ in range(4):
+        for path in draw.sample(sorted(folder.iterdir()), draw.choice([1, 1, 2])):
+            spoil(path, draw)
+        again = bank_of_shards(tmp_path, monkeypatch, matcher)
+        assert same_bank(again, expected) and same_bank(bank_of_shards(tmp_path, monkeypatch, matcher), expected)
+        files = shard_bytes(folder)
+        assert {n: c for n, c in files.items() if n != MANIFEST} == {n: c for n, c in whole.items() if n != MANIFEST}
+        Manifest.read(folder, KIND, FORMAT).check_files(folder)
+
+
+def spoil(path: Path, draw: random.Random) -> None:
+    size = path.stat().st_size
+    how = draw.choice(["flip", "flip", "cut", "empty", "longer", "gone", "a folder", "a link", "another's"])
+    if how == "flip":
+        flip(path, draw.randrange(size), draw.randrange(8))
+    elif how == "cut":
+        os.truncate(path, draw.randrange(size))
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "longer":
+        path.write_bytes(path.read_bytes() + draw.randbytes(8))
+    elif how == "another's":
+        path.write_bytes(draw.choice(sorted(path.parent.glob("*-*"))).read_bytes())
+    else:
+        content = path.read_bytes()
+        path.unlink()
+        if how == "a folder":
+            path.mkdir()
+        elif how == "a link":
+            (path.parent.parent / f"elsewhere-{path.name}").write_bytes(content)
+            path.symlink_to(path.parent.parent / f"elsewhere-{path.name}")
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_rest_serves(tmp_path, monkeypatch) -> None:
+    matcher = Toy()
+    for name in ("images-00001.safetensors", UNFINISHED, MANIFEST):
+        folder = tmp_path / name
+        with monkeypatch.context() as patch:
+            full_for(patch, name)
+            with pytest.raises(UserError, match=rf"{name} cannot be written to .*No space left.*LAVIS_CACHE"):
+                bank_of_shards(folder, patch, matcher)
+        assert not list(folder.rglob("*.tmp"))
+        mended = bank_of_shards(folder, monkeypatch, matcher)
+        assert same_bank(mended, bank_of_shards(tmp_path / "whole", monkeypatch, matcher))
+
+
+def full_for(patch: pytest.MonkeyPatch, name: str) -> None:
+    real = os.replace
+
+    def replace_or_not(source, target) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    patch.setattr(os, "replace", replace_or_not)
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path) -> None:
+    (tmp_path / "kept").write_text("a file")
+    with pytest.raises(UserError, match=r"kept.* cannot be written to"):
+        bank_of(Toy(), folder=tmp_path / "kept")
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch) -> None:

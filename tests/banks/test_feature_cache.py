@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +18,13 @@ from stubs import StubMatcher
 from torch import Tensor, nn
 from torchvision import transforms
 
-from lavis_dcd.banks.feature_cache import draws_at_random, with_kept_features
+from lavis_dcd.banks.feature_cache import draws_at_random, encoders_fingerprint, with_kept_features
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import main_process_first
 from lavis_dcd.common.seeding import rng_state
 from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.datasets import identity
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.processors.captions import DcdCaptionProcessor
@@ -43,16 +47,23 @@ class Reader(StubMatcher):
         return TextFeatures(ids[..., None])
 
 
+class Telling(Reader):
+    def encoder_signature(self) -> str | None:
+        return "s" * 64
+
+
 @pytest.fixture
 def photos(tmp_path):
     for number in range(5):
         pixels = np.random.default_rng(number).integers(0, 256, (24, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        file = tmp_path / f"{number}.png"
+        Image.fromarray(pixels).save(file)
+        file.write_bytes(file.read_bytes() + b"behind the picture")
     return tmp_path
 
 
-def training(root, processor: Any, words: Any = None) -> RetrievalRows:
-    rows = [{"image": f"{n}.png", "caption": f"abc {n}", "image_id": n} for n in (0, 1, 1, 2)]
+def training(root, processor: Any, words: Any = None, pictures: Sequence[int] = (0, 1, 1, 2)) -> RetrievalRows:
+    rows = [{"image": f"{n}.png", "caption": f"abc {n}", "image_id": n} for n in pictures]
     return RetrievalRows(processor, words or DcdCaptionProcessor(), str(root), rows)
 
 
@@ -80,7 +91,8 @@ def test_training_and_evaluation_read_their_own_processors(photos, monkeypatch, 
     matcher, plain = Reader(), {"train": training(photos, cropped), "val": evaluation(photos, EVAL)}
     sets = kept(plain, mode, matcher=matcher, cache_dtype="float32")
     assert isinstance(sets["train"], BankedTrainingSet) and isinstance(sets["val"], BankedEvaluationSet)
-    assert matcher.pictures == 3 + 3  # picture 2 is read in two ways
+    shown = 2 if mode == "disk" else 0  # a matcher without a signature shows what it is
+    assert matcher.pictures == 3 + 3 + shown  # picture 2 is read in two ways
     batch = sets["train"].collater([sets["train"][row] for row in range(4)])
     fresh = matcher.encode_images(torch.stack([plain["train"][row]["image"] for row in range(4)]))
     assert torch.equal(batch["image"].tokens, fresh.tokens)
@@ -88,6 +100,58 @@ def test_training_and_evaluation_read_their_own_processors(photos, monkeypatch, 
     images, texts = (rows[:] for rows in sets["val"].banked_rows(matcher))
     fresh = matcher.encode_images(torch.stack([plain["val"][row]["image"] for row in range(3)]))
     assert torch.equal(images.tokens, fresh.tokens) and len(texts) == 3
+
+
+def test_pictures_replaced_with_the_same_size_and_time_are_noticed(photos, monkeypatch):
+    monkeypatch.setenv("LAVIS_CACHE", str(photos / "cache"))
+    sets = {"train": training(photos, EVAL, pictures=(0, 1, 2, 2, 2, 2, 2, 2, 3))}
+    for replaced, banks in ((False, 1), (False, 1), (True, 2)):
+        if replaced:
+            replace_unnoticed(photos / "1.png")
+        kept(sets, "disk", Telling())
+        assert len(list((photos / "cache" / "dcd_features").iterdir())) == banks
+
+
+def test_contents_of_all_pictures_count_when_that_is_wanted(photos, monkeypatch):
+    """A picture beyond the sample, replaced with the same size and time."""
+    monkeypatch.setenv("LAVIS_CACHE", str(photos / "cache"))
+    monkeypatch.setattr(identity, "SAMPLE", 2)  # the first and the last
+    file = photos / "1.png"
+    before = file.read_bytes()
+    for content, banks in (("sample", 1), ("all", 3)):
+        # picture 1 is neither in the sample nor among those that show the processor
+        sets = {"train": training(photos, EVAL, pictures=(0, 1, 2, 2, 2, 2, 2, 2, 3))}
+        file.write_bytes(before)
+        os.utime(file, ns=(5, 5))
+        kept(sets, "disk", Telling(), picture_content=content)
+        replace_unnoticed(file)
+        kept(sets, "disk", Telling(), picture_content=content)
+        assert len(list((photos / "cache" / "dcd_features").iterdir())) == banks
+
+
+def replace_unnoticed(file: Path) -> None:
+    """Another byte in a file of the same size and time."""
+    content, facts = bytearray(file.read_bytes()), file.stat()
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+class Cutting(Reader):
+    """The same weights, another setting: texts are cut after two letters."""
+
+    def encode_texts(self, texts: list[str]) -> TextFeatures:
+        return super().encode_texts([text[:2] for text in texts])
+
+
+def test_encoders_are_more_than_their_weights(photos):
+    sets = {"train": training(photos, EVAL)}
+    plain, other = Reader(), Cutting()
+    other.load_state_dict(plain.state_dict())
+    told = encoders_fingerprint(plain, sets, "off")
+    assert encoders_fingerprint(plain, sets, "off") == told != encoders_fingerprint(other, sets, "off")
+    assert encoders_fingerprint(Reader(), sets, "off") != told
+    assert encoders_fingerprint(Telling(), sets, "off") == "s" * 64
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from lavis_dcd.banks import shards
+from lavis_dcd.banks.bank_records import BankRecords
 from lavis_dcd.banks.row_store import RowsInMemory, Spill
 from lavis_dcd.banks.shards import ShardedRows, ShardWriter
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.manifest import Identity
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
 
@@ -130,7 +132,7 @@ def test_a_file_that_became_shorter_is_told(tmp_path: Path) -> None:
 
 def store_of(folder: Path | None, dtype: torch.dtype, embeds: bool, monkeypatch: pytest.MonkeyPatch) -> ShardedRows:
     monkeypatch.setattr(shards, "SHARD_BYTES", 200)  # several files
-    writer = ShardWriter(folder, "texts")
+    writer = ShardWriter(None if folder is None else BankRecords(folder, Identity()), "texts", 100)
     generator = torch.Generator().manual_seed(0)
     for length in (5, 2, 3, 7):
         lengths = torch.tensor([length, 1 + length // 2])
@@ -161,7 +163,7 @@ def test_rows_are_those_that_the_bank_gathers(place, dtype, embeds, tmp_path, mo
 
 
 def test_a_mask_where_it_is_asked_for() -> None:
-    writer = ShardWriter(None, "texts")
+    writer = ShardWriter(None, "texts", 3)
     writer.add(TextFeatures(torch.randn(3, 2, 4)))
     store = writer.store()
     assert store.streamed([0, 2], TextFeatures)[:].mask is None

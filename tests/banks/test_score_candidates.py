@@ -10,9 +10,10 @@ pytest.importorskip("lavis")
 from lavis.datasets.datasets.base_dataset import ConcatDataset
 from retrieval_sets import NumberedRows, captioned
 
-from lavis_dcd.banks.score_bank import BankIdentity, BankTable, ScoreBank
+from lavis_dcd.banks.score_bank import BankTable, ScoreBank
 from lavis_dcd.banks.score_candidates import BankCandidates, Choice
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.manifest import Identity
 
 BOTH = ("image_to_text", "text_to_image")
 
@@ -29,7 +30,7 @@ def table(rows: dict[int, list[tuple[int, float]]], length: int, kept: int) -> B
 
 
 def bank(**tables: BankTable) -> ScoreBank:
-    return ScoreBank(BankIdentity("", "", ""), {}, tables)
+    return ScoreBank(Identity(), {}, tables)
 
 
 def full(length: int, seed: int = 0) -> BankTable:

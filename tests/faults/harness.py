@@ -63,7 +63,8 @@ def sites() -> dict[str, tuple[Any, str, bool]]:
     "sample" is reached in the loader's worker, which is where the fault then happens.
     """
     from lavis_dcd.banks import shards
-    from lavis_dcd.mining.plan import WorkFolder
+    from lavis_dcd.banks.score_bank import ScoreBank
+    from lavis_dcd.mining.work_folder import WorkFolder
     from lavis_dcd.training import best_checkpoint as evaluations
     from lavis_dcd.training import checkpoint, trainer
     from lavis_dcd.training.sampler import SeededDataset
@@ -77,6 +78,7 @@ def sites() -> dict[str, tuple[Any, str, bool]]:
         "report": (trainer, "write_report", True),
         "sample": (SeededDataset, "__getitem__", False),
         "mining": (WorkFolder, "keep", True),
+        "bank": (ScoreBank, "save", True),
     }
 
 

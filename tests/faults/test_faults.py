@@ -83,11 +83,12 @@ def test_a_resumed_job_ends_as_if_nothing_had_happened(fault: Fault, tmp_path: P
         assert not list(tmp_path.rglob("*.tmp")), "a half-written file was left behind"
 
 
+@pytest.mark.parametrize("site", ["mining", "bank"])
 @pytest.mark.parametrize("kind", ["kill", "int", "full"])
-def test_an_interrupted_mining_goes_on(kind: str, tmp_path: Path) -> None:
+def test_an_interrupted_mining_goes_on(site: str, kind: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert harness.run(whole, "mine", MINING) == 0
-    assert harness.run(broken, "mine", MINING, Fault("mining", 1, kind)) != 0
+    assert harness.run(broken, "mine", MINING, Fault(site, 1, kind)) != 0
     assert harness.run(broken, "mine", MINING) == 0
-    banks = [next((folder / "cache/dcd_scores").glob("*/scores.safetensors")) for folder in (whole, broken)]
+    banks = [next((folder / "cache/dcd_scores").glob("*/scores-*.safetensors")) for folder in (whole, broken)]
     assert banks[0].read_bytes() == banks[1].read_bytes()

@@ -9,9 +9,11 @@ import torch
 pytest.importorskip("lavis")
 from lavis.datasets.datasets.base_dataset import ConcatDataset
 
-from lavis_dcd.banks.score_bank import BankIdentity
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.manifest import Identity
 from lavis_dcd.common.schema import parse
+from lavis_dcd.datasets import identity as data_identity
+from lavis_dcd.datasets.identity import Content
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.datasets.views import View
 from lavis_dcd.mining.identity import bank_identity, identity_of, teacher_views
@@ -50,18 +52,21 @@ def section(tmp_path: Path) -> dict:
     return {"arch": "dual_encoder", "model_type": "tiny", "load_finetuned": True, "finetuned": str(weights)}
 
 
-def changed(before: BankIdentity, after: BankIdentity) -> set[str]:
-    return {name for name in ("teacher", "data", "transforms") if getattr(before, name) != getattr(after, name)}
+def changed(before: Identity, after: Identity) -> set[str]:
+    return {words.removeprefix("the ") for words in before.differences(after)}
 
 
-def identity(section: dict, data: Any, *more: tuple[str, dict], view: Any = None) -> BankIdentity:
-    return bank_identity([("model.teacher", section), *more], data, view)
+def identity(
+    section: dict, data: Any, *more: tuple[str, dict], view: Any = None, content: Content = "sample"
+) -> Identity:
+    return bank_identity([("model.teacher", section), *more], data, view, content)
 
 
 def test_the_same_job_has_the_same_identity(section, train_set):
     found = identity(section, train_set())
     assert identity(dict(section), train_set()) == found
-    assert all(len(part) == 64 for part in (found.teacher, found.data, found.transforms))
+    parts = [*found.settings.values(), *found.rows.values(), *found.pictures.values()]
+    assert len(parts) == 4 and all(len(part) == 64 for part in parts)
 
 
 def test_weights_are_known_by_their_content(section, train_set, tmp_path):
@@ -105,6 +110,12 @@ def test_a_name_that_is_no_path_is_not_looked_up(section, train_set, tmp_path, m
     assert identity(section, data) == before
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300, "a\0b/c"])
+def test_a_name_that_no_file_can_have_is_a_name(section, train_set, name):
+    named = {**section, "text": {"name": name}}
+    assert identity(named, train_set()) == identity(named, train_set()) != identity(section, train_set())
+
+
 def test_several_teachers_and_their_weights(section, train_set):
     data, second = train_set(), ("model.teachers.1", section)
     one, two = identity(section, data), identity(section, data, second)
@@ -123,15 +134,48 @@ def test_captions_pictures_and_their_order_count(section, train_set, tmp_path):
     rows = train_set.rows
     before = identity(section, train_set())
     renamed = [{**rows[0], "caption": "another"}, *rows[1:]]
-    assert "data" in changed(before, identity(section, train_set(renamed)))
+    assert "rows of train" in changed(before, identity(section, train_set(renamed)))
     inner = [*rows[:1], rows[2], rows[1], *rows[3:]]
-    assert changed(before, identity(section, train_set(inner))) == {"data"}
-    assert "data" in changed(before, identity(section, train_set(rows[:-1])))
+    assert changed(before, identity(section, train_set(inner))) == {"rows of train"}
+    assert "rows of train" in changed(before, identity(section, train_set(rows[:-1])))
     halves = ConcatDataset([train_set(rows[:6]), train_set(rows[6:])])
-    assert "data" in changed(before, identity(section, halves))
+    assert "rows of train.0" in changed(before, identity(section, halves))
     file = tmp_path / "photos" / rows[5]["image"]
     os.utime(file, ns=(1, 1))
-    assert changed(before, identity(section, train_set())) == {"data"}
+    assert changed(before, identity(section, train_set())) == {"pictures of train"}
+
+
+@pytest.mark.parametrize("content", ["sample", "all"])
+def test_a_picture_of_the_same_size_and_time_is_another(section, train_set, tmp_path, content, monkeypatch):
+    """One that is none of those that show how the teacher reads; in a sample of 2 there is the first and the last."""
+    monkeypatch.setattr(data_identity, "SAMPLE", 2)
+    names = list(dict.fromkeys(row["image"] for row in train_set.rows))
+    rows = [row for row in train_set.rows if row["image"] in names[1:]]
+    shown = {round(i * (len(rows) - 1) / 3) for i in range(4)}
+    file = next(r["image"] for r in rows if r["image"] not in {rows[i]["image"] for i in shown} | {names[1], names[-1]})
+    before = identity(section, train_set(rows), content=content)
+    path = tmp_path / "photos" / file
+    bytes_, facts = bytearray(path.read_bytes()), path.stat()
+    bytes_[len(bytes_) // 2] ^= 1
+    path.write_bytes(bytes_)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    expected = {"pictures of train"} if content == "all" else set()
+    assert changed(before, identity(section, train_set(rows), content=content)) == expected
+    monkeypatch.undo()
+    assert changed(before, identity(section, train_set(rows), content=content)) == {"pictures of train"}
+
+
+def test_the_middle_of_a_large_file_in_a_folder_counts(section, train_set, tmp_path):
+    folder, data = tmp_path / "tokenizer", train_set()
+    folder.mkdir()
+    with (folder / "model.bin").open("wb") as file:
+        file.truncate(80 << 20)  # a file with holes: it takes no room
+    named = {**section, "text": {"name": str(folder)}}
+    before = identity(named, data)
+    with (folder / "model.bin").open("r+b") as file:
+        file.seek(40 << 20)
+        file.write(b"x")
+    assert changed(before, identity(named, data)) == {"teacher"}
 
 
 def test_pictures_in_memory_are_hashed(section, train_set):
@@ -144,7 +188,7 @@ def test_pictures_in_memory_are_hashed(section, train_set):
         return identity(section, data, view=View(vis_eval=lambda _: torch.zeros(1)))
 
     assert drawn(1) == drawn(1)
-    assert changed(drawn(1), drawn(2)) == {"data"}
+    assert changed(drawn(1), drawn(2)) == {"pictures of train"}
 
 
 def test_reading_counts(section, train_set):

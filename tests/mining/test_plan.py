@@ -1,6 +1,8 @@
-"""The plan of a mining, what an interruption leaves of it, and the bank's tables against plain loops over the rows."""
+"""The plan of a mining, and the bank's tables against plain loops over the rows."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from lavis_dcd.distillation.candidates import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from lavis_dcd.distillation.ensemble import combine
 from lavis_dcd.mining import plan as mining_plan
-from lavis_dcd.mining.plan import Plan, WorkFolder, bank_tables
+from lavis_dcd.mining.plan import Plan, bank_tables
 from lavis_dcd.mining.pools import Pairing, with_random
 
 PAIRING = Pairing.of([0, 0, 1, 2, 3], ["a", "b", "c", "d", "e"])
@@ -42,39 +44,29 @@ def test_shards_cut_between_pictures(monkeypatch, pairs, pictures):
         assert plan.shards == 1
 
 
-def test_work_goes_on_only_from_the_same(tmp_path, caplog):
-    caplog.set_level("INFO")
-    made_for = {"identity": {"data": "x"}, "settings": {"keep": 3}}
-    work = WorkFolder(tmp_path / "work", made_for)
-    assert work.open_plan() is None
-    plan = work.begin(Plan.of(PAIRING, POOLS))
-    scores = [torch.arange(plan.pairs_in(0)).float(), torch.rand(plan.pairs_in(0))]
-    work.keep(0, scores)
-    again = WorkFolder(tmp_path / "work", made_for)
-    kept = again.open_plan()
-    assert kept.keys.equal(plan.keys) and kept.fingerprint() == plan.fingerprint()
-    assert again.is_done(0) and not again.is_done(1)
-    assert all(a.equal(b) for a, b in zip(again.scores(kept, 2), scores, strict=True))
-    other = WorkFolder(tmp_path / "work", {**made_for, "settings": {"keep": 4}})
-    assert other.open_plan() is None
-    assert "starting anew" in caplog.text
-    assert not (tmp_path / "work").exists()
-
-
-def test_a_shard_of_another_plan_does_not_count(tmp_path):
-    work = WorkFolder(tmp_path / "work", {})
-    plan = work.begin(Plan.of(PAIRING, POOLS))
-    work.keep(0, [torch.zeros(plan.pairs_in(0))])
-    work.adopt(Plan.of(PAIRING, {**POOLS, TEXT_TO_IMAGE: POOLS[TEXT_TO_IMAGE].flip(0)}))
-    assert not work.is_done(0)
-
-
-def test_half_a_plan_is_none(tmp_path):
-    work = WorkFolder(tmp_path / "work", {})
-    work.begin(Plan.of(PAIRING, POOLS))
-    file = tmp_path / "work" / mining_plan.PLAN
-    file.write_bytes(file.read_bytes()[:100])
-    assert work.open_plan() is None
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"keys": torch.tensor([0.5])},
+        {"keys": torch.arange(12).flip(0)},
+        {"keys": torch.arange(12) + 2**62},
+        {"keys": torch.arange(12) - 1},
+        {"keys": torch.zeros(0, dtype=torch.int64)},
+        {"bounds": torch.tensor([0, 3, 2, 12])},
+        {"bounds": torch.tensor([0, 13])},
+        {"bounds": torch.tensor([[0, 12]])},
+        {"pools": {**POOLS, TEXT_TO_IMAGE: POOLS[TEXT_TO_IMAGE][:-1]}},
+        {"pools": {**POOLS, TEXT_TO_IMAGE: POOLS[TEXT_TO_IMAGE] + 3}},
+        {"pools": {**POOLS, TEXT_TO_IMAGE: POOLS[TEXT_TO_IMAGE] - 1}},
+        {"pools": {**POOLS, TEXT_TO_IMAGE: POOLS[TEXT_TO_IMAGE].long()}},
+    ],
+)
+def test_a_plan_of_what_is_not_there_is_refused(wrong):
+    plan = Plan.of(PAIRING, POOLS)
+    plan.check(PAIRING)
+    assert len(plan.keys) == 12
+    with pytest.raises(ValueError, match=r"pools|keys|bounds"):
+        replace(plan, **wrong).check(PAIRING)
 
 
 # -- tables -------------------------------------------------------------------------------------------------------

@@ -90,8 +90,20 @@ def test_a_bank_of_other_data_is_refused(left):
         def picture(self, index: int):
             return super().picture(index + 1)
 
-    with pytest.raises(UserError, match=r"stale.*the data \(.*the transforms \("):
+    with pytest.raises(UserError, match=r"stale.*the transforms \(.*the pictures of train \("):
         KeptScores.of_job(job(left)).check({"train": Brighter()})
+
+
+def test_contents_of_all_pictures_need_a_bank_that_has_them(left):
+    with pytest.raises(UserError, match=r"run.picture_content: all, but the score bank .* --overwrite"):
+        KeptScores.of_job(job(left, run={"picture_content": "all"}))
+    with pytest.raises(UserError, match=r"run.picture_content: 'none' is not one of"):
+        KeptScores.of_job(job(left, run={"picture_content": "none"}))
+    data, bank = {"train": Drawn()}, ScoreBank.load(left)
+    identity = identity_of(DcdConfig(teacher=TEACHER, student={"arch": "dual_encoder"}), data, "all")
+    ScoreBank(identity, bank.settings, bank.tables, "all").save(left)
+    for content in ("all", "sample"):  # compared as the bank has them
+        KeptScores.of_job(job(left, run={"picture_content": content})).check(data)
 
 
 def test_a_model_of_another_task_is_not_wrapped(left):

@@ -15,9 +15,10 @@ from jobs import assert_finished
 from stubs import ColourMatcher as Stub
 
 pytest.importorskip("lavis")
-from lavis_dcd.banks.score_bank import BankIdentity, BankTable, ScoreBank, bank_folder
+from lavis_dcd.banks.score_bank import BankTable, ScoreBank, bank_folder
 from lavis_dcd.banks.score_candidates import BankCandidates, Choice
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.manifest import Identity
 from lavis_dcd.common.schema import parse
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.rows import RetrievalRows
@@ -77,7 +78,7 @@ def scored_by(teacher: Matcher, data: Pictures, kept: int) -> ScoreBank:
             candidates.append([others[i] for i in order])
             scores.append([table[row, row].item(), *(of_pair[i] for i in order)])
         tables[direction] = BankTable(torch.tensor(candidates, dtype=torch.int32), torch.tensor(scores))
-    return ScoreBank(BankIdentity("t", "d", "p"), {}, tables)
+    return ScoreBank(Identity({"the teacher": "t"}), {}, tables)
 
 
 def batch_of(bank: ScoreBank, data: Pictures, rows: list[int], directions=BOTH, **choice: Any) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def test_the_teacher_is_not_built(built):
     assert (model.loss_config.distill, model.loss_config.contrastive) == ("kl", "listwise_ce")
     with pytest.raises(UserError, match="no teacher is built"):
         model.teacher  # noqa: B018
-    one, other = (ScoreBank(BankIdentity(t, "d", "p"), {}, scored_by(Stub(1), Pictures(), 2).tables) for t in "ab")
+    one, other = (ScoreBank(Identity({"the teacher": t}), {}, scored_by(Stub(1), Pictures(), 2).tables) for t in "ab")
     model.use_score_bank(one)
     first = model.teacher_fingerprint()
     model.use_score_bank(other)
@@ -376,7 +377,7 @@ def test_a_stale_bank_stops_the_job(sections, bank_by_hand, job_file, tmp_path):
     bank_by_hand(sections())
     captions = tmp_path / "train.json"
     captions.write_text(captions.read_text().replace("there is one red", "there was one red"))
-    with pytest.raises(UserError, match=r"stale.*the data \("):
+    with pytest.raises(UserError, match=r"stale.*the rows of train \("):
         job_file(sections())
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
