@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,21 @@ import yaml
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
+from lavis_dcd.common.manifest import MANIFEST, DamagedError, Identity, Manifest, digest_of
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.training.checkpoint import FOLDER
 from lavis_dcd.training.devices import map_leaves
 from lavis_dcd.training.strategy import Strategy
+
+_KIND, _FORMAT = "run", 1
+_PRODUCTS = ("student.pth", "model.pth", "results.json", "results_*.json", "report.html")
+# keys of run: that change no figure and no weight
+_WITHOUT_EFFECT = {
+    *("output_dir", "job_id", "resume", "resume_force", "log_freq", "report", "num_workers", "verify"),
+    *("picture_content", "save_every", "keep_last", "keep_best"),
+    *("world_size", "dist_url", "distributed", "use_dist_eval_sampler"),
+}
 
 
 def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None) -> Path:
@@ -59,6 +69,63 @@ def _claim(parent: Path, name: str) -> Path:
 
 def _is_used(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.yaml", "results.json", "metrics.jsonl"))
+
+
+def settings_digests(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 of each section of a job, by the words for it, as a run's manifest has them.
+
+    Keys of `run:` that change no figure and no weight do not count.
+
+    Args:
+        config: {"model", "datasets", "run"} in plain containers.
+    """
+    run = {key: value for key, value in config["run"].items() if key not in _WITHOUT_EFFECT}
+    sections = {"model": config["model"], "data sets": config["datasets"], "run": run}
+    return {f"the settings of {name}": digest_of(_text_keys(section)) for name, section in sections.items()}
+
+
+def _text_keys(value: Any) -> Any:
+    """Return nested containers whose keys can be sorted."""
+    if isinstance(value, Mapping):
+        return {str(key): _text_keys(item) for key, item in value.items()}
+    return [_text_keys(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_run_manifest(folder: Path, identity: Identity, files: Iterable[str] | None = None) -> None:
+    """Write the mark of a job that is done, `manifest.json`: call it when all else is written.
+
+    Args:
+        identity: of the job: `settings_digests`, the teacher, and the rows and pictures of every split.
+        files: names of what the job wrote; by default all in the folder that a job may leave.
+    """
+    if files is None:
+        files = sorted(path.name for pattern in _PRODUCTS for path in folder.glob(pattern))
+    Manifest.of(folder, files, kind=_KIND, format=_FORMAT, identity=identity).write(folder)
+
+
+def run_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a job that is done, whose files are whole.
+
+    Raises:
+        AbsentError: the job is not done.
+        DamagedError: the manifest or a file was changed, cut or deleted since.
+    """
+    manifest = Manifest.read(folder, _KIND, _FORMAT)
+    manifest.check_files(folder)
+    return manifest
+
+
+def finished(folder: Path) -> Manifest | None:
+    """Return the same, or None for a job that is not done, or whose files are not what it wrote."""
+    try:
+        return run_manifest(folder)
+    except DamagedError:
+        return None
+
+
+def clear_run_manifest(folder: Path) -> None:
+    """Take the mark away, before a job writes into the folder again."""
+    (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
