@@ -6,20 +6,23 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
+from lavis_dcd.common.locks import one_writer
 from lavis_dcd.common.manifest import MANIFEST, DamagedError, Identity, Manifest, digest_of
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.training.checkpoint import FOLDER
 from lavis_dcd.training.devices import map_leaves
 from lavis_dcd.training.strategy import Strategy
+from lavis_dcd.training.writing import writing
 
 _KIND, _FORMAT = "run", 1
 _PRODUCTS = ("student.pth", "model.pth", "results.json", "results_*.json", "report.html")
@@ -31,17 +34,35 @@ _WITHOUT_EFFECT = {
 }
 
 
-def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None) -> Path:
+def hold(folder: Path) -> ExitStack:
+    """Lock a run folder for this process; closing what is returned gives it back.
+
+    Raises:
+        UserError: another process writes there.
+    """
+    way_out = (
+        "wait until it has ended or stop it, then run.resume=auto goes on; or start a job of another run.job_id, "
+        "without run.resume"
+    )
+    held = ExitStack()
+    held.enter_context(one_writer(folder, "run.output_dir: the run folder", way_out=way_out))
+    return held
+
+
+def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None, held: ExitStack | None = None) -> Path:
     """Make the folder of a job that starts afresh.
 
     Args:
         job_id: the caller's proposal; `run.job_id` wins over it. Default: the time.
+        held: gets the folder's lock, taken before anything is written there.
 
     Raises:
-        UserError: the user named the job, and its folder already holds one.
+        UserError: the user named the job, and its folder already holds one, or another process writes there.
     """
+    held = ExitStack() if held is None else held
     if run.job_id:
         folder = project_folder / run.job_id
+        held.enter_context(hold(folder))
         restart = run.resume == "auto"  # the first attempt ended before its first checkpoint
         if not restart and _is_used(folder):
             raise UserError(
@@ -50,6 +71,7 @@ def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None) -> 
     else:
         name = job_id or time.strftime("%Y%m%d-%H%M%S")
         folder = _claim(project_folder, name)
+        held.enter_context(hold(folder))
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -100,7 +122,8 @@ def write_run_manifest(folder: Path, identity: Identity, files: Iterable[str] | 
     """
     if files is None:
         files = sorted(path.name for pattern in _PRODUCTS for path in folder.glob(pattern))
-    Manifest.of(folder, files, kind=_KIND, format=_FORMAT, identity=identity).write(folder)
+    with writing(folder):
+        Manifest.of(folder, files, kind=_KIND, format=_FORMAT, identity=identity).write(folder)
 
 
 def run_manifest(folder: Path) -> Manifest:
@@ -125,12 +148,13 @@ def finished(folder: Path) -> Manifest | None:
 
 def clear_run_manifest(folder: Path) -> None:
     """Take the mark away, before a job writes into the folder again."""
-    (folder / MANIFEST).unlink(missing_ok=True)
+    with writing(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.yaml: the whole configuration as it ran."""
-    with atomic_write(folder / "config.yaml", "w") as handle:
+    with writing(folder), atomic_write(folder / "config.yaml", "w") as handle:
         yaml.safe_dump(dict(config), handle, sort_keys=False, allow_unicode=True)
 
 
@@ -140,13 +164,16 @@ def write_results(
     rows: Mapping[str, Sequence[Mapping[str, Any]]],
     gallery: Sequence[Mapping[str, Any]],
     machine: Mapping[str, Any],
-) -> None:
-    """Write results.json for the first split, results_<split>.json for each other one.
+    identity: Identity | None = None,
+) -> list[str]:
+    """Write results.json for the first split, results_<split>.json for each other one; return their names.
 
     Args:
         rows: by split; each row has a "name" and metrics.
         gallery: queries and what each matcher returns, of the first split.
+        identity: has the SHA-256s of the splits' rows and pictures.
     """
+    names = []
     for number, (split, split_rows) in enumerate(rows.items()):
         content = {
             "title": title,
@@ -154,10 +181,21 @@ def write_results(
             "rows": list(split_rows),
             "gallery": [] if number else list(gallery),
             "machine": dict(machine),
+            "data": _data_of(split, identity or Identity()),
         }
         name = f"results_{split}.json" if number else "results.json"
-        with atomic_write(folder / name, "w") as handle:
+        with writing(folder), atomic_write(folder / name, "w") as handle:
             json.dump(content, handle, indent=1)
+        names.append(name)
+    return names
+
+
+def _data_of(split: str, identity: Identity) -> dict[str, dict[str, str]]:
+    sums = {"rows": identity.rows, "pictures": identity.pictures}
+    return {
+        kind: {name: value for name, value in of_kind.items() if name.partition(".")[0] == split}
+        for kind, of_kind in sums.items()
+    }
 
 
 def export_model(folder: Path, strategy: Strategy) -> Path:
@@ -171,9 +209,39 @@ def export_model(folder: Path, strategy: Strategy) -> Path:
     content = strategy.whole(as_learner(exported).checkpoint())
     path = folder / ("student.pth" if exported is not model else "model.pth")
     if strategy.process.is_main:
-        with atomic_write(path) as handle:
-            torch.save(map_leaves(content, _on_cpu), handle)
+        with writing(folder), atomic_write(path) as handle:
+            _save(map_leaves(content, _on_cpu), handle)
     return path
+
+
+class _Remembering:
+    """A file that keeps the error of the system for which torch gives another one."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self._handle = handle
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write bytes; an error is kept, and passes through."""
+        try:
+            return self._handle.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Bring the bytes to the system."""
+        self._handle.flush()
+
+
+def _save(content: Any, handle: IO[bytes]) -> None:
+    file = _Remembering(handle)
+    try:
+        torch.save(content, file)  # type: ignore[arg-type]  # torch calls no other method
+    except RuntimeError as error:
+        if file.error is None:
+            raise
+        raise file.error from error
 
 
 def _on_cpu(value: Any) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -16,10 +17,22 @@ from lavis_dcd.common.seeding import rng_state, set_rng_state
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.best_checkpoint import BestCheckpoint
+from lavis_dcd.training.checkpoint import Checkpoint
 from lavis_dcd.training.devices import Process
 from lavis_dcd.training.logs import ScalarMeans
-from lavis_dcd.training.resume_checks import check_shapes, data_fingerprint, resume_faults
-from lavis_dcd.training.run_folder import new_run_folder
+from lavis_dcd.training.optimizer_form import OptimizerForm
+from lavis_dcd.training.resume_checks import (
+    OPTIMIZER_KEYS,
+    Origin,
+    changed_data,
+    check_shapes,
+    resume_faults,
+    shape_faults,
+    split_of,
+)
+from lavis_dcd.training.resume_choice import Weights, find, find_weights, is_newest
+from lavis_dcd.training.run_folder import hold, new_run_folder
+from lavis_dcd.training.saved_state import check_finite, same
 from lavis_dcd.training.step import Stepper
 from lavis_dcd.training.strategy import Strategy
 
@@ -38,17 +51,6 @@ class Position:
     world_size: int = 1
 
 
-class Origin(TypedDict):
-    """The origin of a job: a checkpoint of another origin is not continued.
-
-    `config` is {"model", "datasets", "run"} in plain containers, `data` the training set's `data_fingerprint`.
-    """
-
-    config: Mapping[str, Any]
-    teacher_fingerprint: str
-    data: Mapping[str, Mapping[str, Any]]
-
-
 @dataclass(frozen=True)
 class ResumePoint:
     """The run folder, and what is to be loaded into the job.
@@ -56,83 +58,164 @@ class ResumePoint:
     Args:
         folder: the run folder, which exists.
         origin: of the job, for its checkpoints.
-        continued: the content of the checkpoint that training continues, else None.
-        weights: the model's tensors to evaluate (run.evaluate with run.resume), else None.
+        held: the folder's lock, in the main process; closing it gives the lock back.
+        continued: the checkpoint that training continues, else None.
+        weights: to evaluate (run.evaluate with run.resume), else None.
     """
 
     folder: Path
     origin: Origin
-    continued: dict[str, Any] | None = None
-    weights: dict[str, Any] | None = None
+    held: ExitStack
+    continued: Checkpoint | None = None
+    weights: Weights | None = None
+
+    @property
+    def changed_splits(self) -> set[str]:
+        """Return the splits whose rows or pictures are others than in the checkpoint that is continued."""
+        if self.continued is None:
+            return set()
+        return {split_of(name) for name in changed_data(self.continued.identity, self.origin.identity)}
 
 
 def find_resume_point(
-    run: RunConfig,
-    process: Process,
-    project_folder: Path,
-    job_id: str | None,
-    config: Mapping[str, Any],
-    teacher: str,
-    model: nn.Module,
-    dataset: Any = None,
+    run: RunConfig, process: Process, project_folder: Path, job_id: str | None, origin: Origin, model: nn.Module
 ) -> ResumePoint:
-    """Follow run.resume and run.job_id. Every process must call it.
+    """Follow run.resume and run.job_id, and lock the run folder. Every process must call it.
 
     Args:
         project_folder: holds the run folders.
         job_id: a proposed name for a new run folder.
-        config: {"model", "datasets", "run"} as the job would run now.
-        teacher: the teacher's fingerprint.
+        origin: of the job as it would run now.
         model: as built, whose weights a checkpoint must fit.
-        dataset: the training set, if there is one.
 
     Raises:
         UserError: the checkpoint cannot be read, does not belong to this config, or is another model's; the new
-            folder is taken.
+            folder is taken; another process writes to the folder.
     """
-    # hashing the rows takes seconds, and an evaluation neither compares nor keeps the hash
-    data = {} if run.evaluate else data_fingerprint(dataset)
-    origin = Origin(config=config, teacher_fingerprint=teacher, data=data)
-    named: tuple[Path, dict[str, Any]] | None = None
-
-    def find() -> Path | None:
-        nonlocal named
-        named = checkpoint.find(run.resume, project_folder, run.job_id) if run.resume else None
-        return named[0] if named else None
-
-    path = _from_main(process, find)
-    if path is None and run.resume:
-        log.info("run.resume=auto: no checkpoint below %s, starting anew", project_folder)
-    if path is not None and not run.evaluate:
-        content = named[1] if named else checkpoint.load(path)
-        return _continued(path, content, origin, run, process, model)
-    weights = None
-    if path is not None:
-        weights = checkpoint.best_weights(path)
-        check_shapes(path, weights, model.state_dict())
-    folder = _from_main(process, lambda: new_run_folder(project_folder, run, job_id))
-    return ResumePoint(folder, origin, weights=weights)
+    held = ExitStack()
+    follow = _find_weights if run.evaluate else _find_checkpoint
+    try:
+        return follow(run, process, project_folder, job_id, origin, model, held)
+    except BaseException:
+        held.close()
+        raise
 
 
-def _continued(
-    path: Path, content: dict[str, Any], origin: Origin, run: RunConfig, process: Process, model: nn.Module
+def _find_weights(
+    run: RunConfig,
+    process: Process,
+    project_folder: Path,
+    job_id: str | None,
+    origin: Origin,
+    model: nn.Module,
+    held: ExitStack,
 ) -> ResumePoint:
-    refused, passed = resume_faults(
-        content, origin["config"], origin["teacher_fingerprint"], process.world_size, origin["data"], run.resume_force
-    )
-    if refused:
-        raise UserError(refused)
-    check_shapes(path, content["model"], model.state_dict())
-    for line in passed:
-        log.warning("%s", line)
-    folder = path.absolute().parent.parent
+    def named() -> Weights | None:
+        return find_weights(run.resume, project_folder, run.job_id) if run.resume else None
+
+    weights = from_main(process, named)
+    if weights is not None:
+        check_shapes(weights.path, weights.model, model.state_dict())
+        _check_finite(weights.path, weights.model, model.state_dict())
+    elif run.resume:
+        log.info("run.resume=auto: no checkpoint below %s, starting anew", project_folder)
+    folder = from_main(process, lambda: new_run_folder(project_folder, run, job_id, held))
+    return ResumePoint(folder, origin, held, weights=weights)
+
+
+def _find_checkpoint(
+    run: RunConfig,
+    process: Process,
+    project_folder: Path,
+    job_id: str | None,
+    origin: Origin,
+    model: nn.Module,
+    held: ExitStack,
+) -> ResumePoint:
+    fits = _Fits(run, model)
+    found: Checkpoint | None = None
+
+    def named() -> Path | None:
+        nonlocal found
+        found = find(run.resume, project_folder, run.job_id, fits) if run.resume else None
+        if found is None:
+            return None
+        folder = _run_folder_of(found.path)
+        held.enter_context(hold(folder))
+        if not is_newest(found.path) and checkpoint.step_of(Path(run.resume or "")) is None:
+            # another process has trained on since, and has just ended
+            found = find(str(folder), project_folder, None, fits)
+        return found.path if found else None
+
+    path = from_main(process, named)
+    if path is None:
+        if run.resume:
+            log.info("run.resume=auto: no checkpoint below %s, starting anew", project_folder)
+        folder = from_main(process, lambda: new_run_folder(project_folder, run, job_id, held))
+        return ResumePoint(folder, origin, held)
+    saved = found or checkpoint.load(path, fits)
+    _check_origin(saved, origin, run, process, model)
+    folder = _run_folder_of(path)
     if process.is_main:
         clear_leftovers(folder)
     log.info("continuing %s", path)
-    return ResumePoint(folder, origin, continued=content)
+    return ResumePoint(folder, origin, held, continued=saved)
 
 
-def _from_main(process: Process, work: Callable[[], T]) -> T:
+def _run_folder_of(path: Path) -> Path:
+    where = path.absolute().parent
+    if where.name != checkpoint.FOLDER:
+        raise UserError(
+            f"run.resume: {path} does not lie in <run folder>/{checkpoint.FOLDER}/, so its job cannot go on there; put "
+            "it back"
+        )
+    return where.parent
+
+
+class _Fits:
+    """The job's own check of a checkpoint: its values are such as this job leaves.
+
+    Another model's checkpoint passes: that is no damage, and is told by `check_shapes` for the newest one.
+    """
+
+    def __init__(self, run: RunConfig, model: nn.Module) -> None:
+        self._run, self._model = run, model
+        self._form: OptimizerForm | None = None
+
+    def __call__(self, content: Mapping[str, Any]) -> None:
+        built = self._model.state_dict()
+        if shape_faults("", content["model"], built):
+            return
+        check_finite(content["model"], built)
+        if self._form is None:
+            self._form = OptimizerForm.of(self._run, self._model)
+        if not _recipe_changed(content["config"]["run"], self._run):
+            self._form.check(content)
+
+
+def _recipe_changed(before: Mapping[str, Any], run: RunConfig) -> bool:
+    """Return whether the optimizer's settings are others, which is told as a change, not as damage."""
+    now = run.to_dict()
+    return any(not same(before.get(key), now[key]) for key in OPTIMIZER_KEYS)
+
+
+def _check_origin(saved: Checkpoint, origin: Origin, run: RunConfig, process: Process, model: nn.Module) -> None:
+    refused, passed = resume_faults(saved, origin, process.world_size, run.resume_force)
+    if refused:
+        raise UserError(refused)
+    check_shapes(saved.path, saved.content["model"], model.state_dict())
+    for line in passed:
+        log.warning("%s", line)
+
+
+def _check_finite(path: Path, weights: Mapping[str, Any], built: Mapping[str, Any]) -> None:
+    try:
+        check_finite(weights, built)
+    except ValueError as error:
+        raise UserError(f"run.resume: {path}: {error}") from error
+
+
+def from_main(process: Process, work: Callable[[], T]) -> T:
     """Return in every process what `work` returns in the main one; a user error there is raised in every process."""
     result: T | None = None
     error: UserError | None = None
@@ -175,33 +258,46 @@ class JobState:
         Raises:
             UserError: it cannot be written.
         """
+        origin = self._origin
         content = {
-            "format": checkpoint.FORMAT,
             "model": self._strategy.whole(self._strategy.bare_model.state_dict()),
             **self._stepper.state_dict(),
             "rng": rng_state(),
             "position": asdict(position),
             "best": self._best.best,
             "window": self._means.state_dict(),
-            **self._origin,
+            "config": origin.config,
+            "teacher_fingerprint": origin.teacher_fingerprint,
+            "as_built": origin.as_built,
+            "rows": dict(origin.rows),
         }
         if not self._strategy.process.is_main:
             return
         path = checkpoint.step_file(self._folder, position.global_step)
-        checkpoint.save(path, content)
+        checkpoint.save(path, content, identity=origin.identity)
         checkpoint.prune(self._folder, self._run.keep_last, self._run.keep_best)
         log.info("saved %s", path.name)
 
-    def restore(self, content: dict[str, Any]) -> Position:
+    def restore_best(self, saved: Checkpoint) -> None:
+        """Let the best so far be the checkpoint's, where its weights are there, whole, and of this model."""
+        best = saved.content["best"]
+
+        def fits(weights: Mapping[str, Any]) -> None:
+            if faults := shape_faults(self._folder, weights, saved.content["model"]):
+                raise ValueError(f"they are another model's: {faults[0]}")
+            check_finite(weights, saved.content["model"])
+
+        if best is not None and not checkpoint.has_best(self._folder, best["step"], fits):
+            best = None
+        self._best.best = best
+
+    def restore(self, saved: Checkpoint) -> Position:
         """Put the content of a checkpoint back, the same in every process; return where the job stood."""
+        content = saved.content
         self._strategy.load_model(content["model"])
         self._stepper.load_state_dict(content)
         self._means.load_state_dict(content["window"], self._strategy.process.device)
         set_rng_state(content["rng"])
-        best = content["best"]
-        if best is not None and not checkpoint.has_best(self._folder, best["step"]):
-            best = None
-        self._best.best = best
         position = Position(**content["position"])
         log.info("resumed at step %d (epoch %d)", position.global_step, position.epoch + 1)
         return position

@@ -81,6 +81,7 @@ def test_what_a_run_folder_holds(whole, stubs):
         "checkpoints",
         "results.json",
         "student.pth",
+        "manifest.json",
     } <= names
     assert folder.parent.name == "stub"
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -213,11 +214,11 @@ def test_best_weights_are_exported(stubs, tmp_path):
     task.evaluate_matcher = scripted
     trainer = stubs.job(tmp_path, task)
     trainer.train()
-    best = checkpoint.read(checkpoint.best_file(trainer.output_dir, 10))
+    best, _ = checkpoint.read(checkpoint.best_file(trainer.output_dir, 10), checkpoint.BEST_KIND)
     assert best["metric"] == 5.0
     exported = stubs.weights(trainer.output_dir)
     assert_same(exported, {k.removeprefix("student."): v for k, v in best["model"].items()})
-    last = checkpoint.load(checkpoint.step_file(trainer.output_dir, 15))
+    last = checkpoint.load(checkpoint.step_file(trainer.output_dir, 15)).content
     assert last["best"] == {"step": 10, "metric": 5.0}
     assert not torch.equal(last["model"]["student.head.weight"], exported["head.weight"])
 
@@ -321,10 +322,10 @@ def test_resume_refuses_other_rows_unless_told(stubs, tmp_path, caplog):
     first.train()
     with pytest.raises(UserError) as caught:
         stubs.job(tmp_path, resume="auto", rows=26)
-    assert caught.value.faults[0] == "run.resume: the rows of train.rows was 22 in the checkpoint, is 26 now"
+    assert caught.value.faults[0] == "run.resume: the rows of train changed (22 in the checkpoint, 26 now)"
     assert caught.value.faults[1].endswith("run.resume_force=[data] continues with the change")
     again = stubs.job(tmp_path, resume="auto", resume_force=["data"], rows=26, max_epoch=2)
-    assert "the rows of train.rows was 22 in the checkpoint, is 26 now (run.resume_force)" in caplog.text
+    assert "the rows of train changed (22 in the checkpoint, 26 now) (run.resume_force)" in caplog.text
     again.train()
     assert again.position.global_step == 12  # two epochs of 26 rows
 
@@ -368,7 +369,7 @@ def test_sigterm_to_one_of_two_processes(stubs, tmp_path):
     stopped = script(tmp_path / "a", terminate_at=3, terminate_rank=1, **options)
     assert stopped.returncode != 0 and "exitcode  : 143" in stopped.stderr, stopped.stderr
     folder = next((tmp_path / "a" / "stub").iterdir())
-    assert checkpoint.load(checkpoint.step_file(folder, 4))["position"]["world_size"] == 2
+    assert checkpoint.load(checkpoint.step_file(folder, 4)).content["position"]["world_size"] == 2
     for done in (script(tmp_path / "a", resume="auto", **options), script(tmp_path / "b", **options)):
         assert done.returncode == 0, done.stderr
     assert_same(stubs.weights(folder), stubs.weights(next((tmp_path / "b" / "stub").iterdir())))
