@@ -53,7 +53,8 @@ def check_rng_state(state: Any) -> None:
     """Raise a ``ValueError`` where `set_rng_state` would not take `state`; the generators in use stay as they are."""
     try:
         version, keys, gauss = state["python"]
-        random.Random().setstate((version, tuple(keys), gauss))
+        _check(len(keys) == 625 and all(type(key) is int and 0 <= key < 2**32 for key in keys), "of Python's generator")
+        _check(version == 3 and keys[-1] <= 624, "of Python's generator")
         _check(gauss is None or _is_finite(gauss), "of Python's generator")
         kind, numpy_keys, position, has_gauss, cached = state["numpy"]
         _check(numpy_keys.dtype == torch.int64 and numpy_keys.shape == (624,), "of NumPy's generator")

@@ -64,13 +64,13 @@ class Evaluation:
 
 
 def _check_metric(key: str, value: Any) -> None:
-    is_nan = isinstance(value, float) and math.isnan(value)
-    if value is None or is_nan:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return
-    if type(value) in (int, float) or key.removeprefix("1k_") in _FIGURES:
+    if key == "how":
+        if not isinstance(value, str):
+            raise ValueError(f"metrics.how: {shown(value)} is no text")
+    elif type(value) in (int, float) or key.removeprefix("1k_") in _FIGURES:
         as_number(value, f"metrics.{key}", -1e100, 1e100)
-    elif key == "how" and not isinstance(value, str):
-        raise ValueError(f"metrics.how: {shown(value)} is no text")
 
 
 def evaluation_identity(identity: Identity, run: RunConfig) -> Identity:

@@ -239,32 +239,6 @@ def test_what_is_written_is_read(tmp_path):
     assert checkpoint.read_plain(tmp_path / "x")["best"] == STATES["best"]
 
 
-plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-keys = st.text() | st.integers() | st.sampled_from(["$tensor", "$tuple", "$items"])
-nested = st.recursive(
-    plain | st.integers(0, 5).map(lambda n: torch.arange(n)),
-    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(keys, inner),
-    max_leaves=12,
-)
-
-
-@pytest.mark.slow
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.dictionaries(keys, nested))
-def test_any_nesting_comes_back(tmp_path, content):
-    checkpoint.write(tmp_path / "any", content)
-    assert_equal(checkpoint.read(tmp_path / "any")[0], content)
-
-
-def test_tied_and_overlapping_tensors(tmp_path):
-    whole = torch.arange(12.0)
-    content = {"a": whole, "b": whole, "part": whole[3:5], "turned": whole.reshape(3, 4).T}
-    checkpoint.write(tmp_path / "x", content)
-    found, _ = checkpoint.read(tmp_path / "x")
-    assert_equal(found, {**content, "turned": content["turned"].contiguous()})
-    assert found["a"] is found["b"]
-
-
 def test_other_objects_are_no_state(tmp_path):
     with pytest.raises(TypeError, match="/model/0 is a set"):
         checkpoint.write(tmp_path / "x", {"model": [{1}]})
