@@ -75,7 +75,7 @@ def line_chart(series: Sequence[Series], x_label: str, percent: bool = False) ->
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Return round numbers (1, 2 or 5 times a power of ten apart) from at most ``low`` to at least ``high``."""
     if high - low <= max(_SMALLEST, _ALIKE * max(abs(low), abs(high))):
-        pad = abs(low) * 0.1 or 1.0
+        pad = abs(low) * 0.1 if abs(low) > _SMALLEST else 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
