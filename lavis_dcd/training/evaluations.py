@@ -21,7 +21,7 @@ from lavis_dcd.training.contracts import TrainTask
 from lavis_dcd.training.devices import Process
 from lavis_dcd.training.resume_checks import changed_data, split_of
 from lavis_dcd.training.saved_state import as_integer, as_mapping, as_number
-from lavis_dcd.training.writing import writing
+from lavis_dcd.training.writing import writing_into
 
 FILE = "evaluations.json"
 KIND, FORMAT = "file of evaluations", 2  # 1 was the bare metrics
@@ -196,7 +196,7 @@ class Evaluations:
                 {"name": entry.name, "split": entry.split, "step": entry.step, "metrics": dict(entry.metrics)}
                 for entry in self._done.values()
             ]
-            with writing(self._folder):
+            with writing_into(self._folder):
                 Manifest(KIND, FORMAT, self._identity, facts={"evaluations": entries}).write(self._folder, FILE)
 
 

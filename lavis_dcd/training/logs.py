@@ -22,7 +22,7 @@ from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED
 from lavis_dcd.reporting.metrics_lines import FILE, read_lines
 from lavis_dcd.training.devices import Process
 from lavis_dcd.training.health import ScoreWatch
-from lavis_dcd.training.writing import writing
+from lavis_dcd.training.writing import writing_into
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class MetricsLog:
         self._kept: set[tuple[Any, ...]] = set()
         if self._file is None:
             return
-        with writing(folder):
+        with writing_into(folder):
             remaining: list[dict[str, Any]] = []
             if resume_step is not None:
                 lines, left_out = read_lines(self._file)
@@ -182,7 +182,7 @@ class MetricsLog:
         line = {"kind": kind, "step": step, "epoch": round(epoch, 6), **values}
         if self._file is None or (kind == "eval" and _evaluation(line) in self._kept):
             return
-        with writing(self._file.parent):
+        with writing_into(self._file.parent):
             with self._file.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
             self._write_scalars(kind, step, values)

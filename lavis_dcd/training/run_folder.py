@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -22,7 +22,7 @@ from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.training.checkpoint import FOLDER
 from lavis_dcd.training.devices import map_leaves
 from lavis_dcd.training.strategy import Strategy
-from lavis_dcd.training.writing import writing
+from lavis_dcd.training.writing import writing_into
 
 _KIND, _FORMAT = "run", 1
 _PRODUCTS = ("student.pth", "model.pth", "results.json", "results_*.json", "report.html")
@@ -102,7 +102,9 @@ def settings_digests(config: Mapping[str, Any]) -> dict[str, str]:
         config: {"model", "datasets", "run"} in plain containers.
     """
     run = {key: value for key, value in config["run"].items() if key not in _WITHOUT_EFFECT}
-    sections = {"model": config["model"], "data sets": config["datasets"], "run": run}
+    sections = {"model": config.get("model"), "data sets": config.get("datasets"), "run": run}
+    if environment := config.get("environment"):  # digests of what interpolations stand for
+        sections["the environment"] = environment
     return {f"the settings of {name}": digest_of(_text_keys(section)) for name, section in sections.items()}
 
 
@@ -122,7 +124,7 @@ def write_run_manifest(folder: Path, identity: Identity, files: Iterable[str] | 
     """
     if files is None:
         files = sorted(path.name for pattern in _PRODUCTS for path in folder.glob(pattern))
-    with writing(folder):
+    with writing_into(folder):
         Manifest.of(folder, files, kind=_KIND, format=_FORMAT, identity=identity).write(folder)
 
 
@@ -148,13 +150,13 @@ def finished(folder: Path) -> Manifest | None:
 
 def clear_run_manifest(folder: Path) -> None:
     """Take the mark away, before a job writes into the folder again."""
-    with writing(folder):
+    with writing_into(folder):
         (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.yaml: the whole configuration as it ran."""
-    with writing(folder), atomic_write(folder / "config.yaml", "w") as handle:
+    with writing_into(folder), atomic_write(folder / "config.yaml", "w") as handle:
         yaml.safe_dump(dict(config), handle, sort_keys=False, allow_unicode=True)
 
 
@@ -184,7 +186,7 @@ def write_results(
             "data": _data_of(split, identity or Identity()),
         }
         name = f"results_{split}.json" if number else "results.json"
-        with writing(folder), atomic_write(folder / name, "w") as handle:
+        with writing_into(folder), atomic_write(folder / name, "w") as handle:
             json.dump(content, handle, indent=1)
         names.append(name)
     return names
@@ -209,39 +211,9 @@ def export_model(folder: Path, strategy: Strategy) -> Path:
     content = strategy.whole(as_learner(exported).checkpoint())
     path = folder / ("student.pth" if exported is not model else "model.pth")
     if strategy.process.is_main:
-        with writing(folder), atomic_write(path) as handle:
-            _save(map_leaves(content, _on_cpu), handle)
+        with writing_into(folder), atomic_write(path) as handle:
+            torch.save(map_leaves(content, _on_cpu), handle)
     return path
-
-
-class _Remembering:
-    """A file that keeps the error of the system for which torch gives another one."""
-
-    def __init__(self, handle: IO[bytes]) -> None:
-        self._handle = handle
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write bytes; an error is kept, and passes through."""
-        try:
-            return self._handle.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        """Bring the bytes to the system."""
-        self._handle.flush()
-
-
-def _save(content: Any, handle: IO[bytes]) -> None:
-    file = _Remembering(handle)
-    try:
-        torch.save(content, file)  # type: ignore[arg-type]  # torch calls no other method
-    except RuntimeError as error:
-        if file.error is None:
-            raise
-        raise file.error from error
 
 
 def _on_cpu(value: Any) -> Any:

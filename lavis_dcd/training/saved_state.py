@@ -116,10 +116,14 @@ def _check_window(window: Any) -> None:
 
 
 def _check_origin(content: Mapping[str, Any]) -> None:
-    config = as_mapping(content["config"], "config", ("model", "datasets", "run"))
-    for name in config:
-        if not all(isinstance(key, str) for key in as_mapping(config[name], f"config.{name}")) and name == "run":
-            raise ValueError("config.run: its keys must be text")
+    config = as_mapping(content["config"], "config")
+    for name in ("model", "datasets"):
+        as_mapping(config.get(name, {}), f"config.{name}")
+    if not all(isinstance(key, str) for key in as_mapping(config.get("run"), "config.run")):
+        raise ValueError("config.run: its keys must be text")
+    for path, digest in as_mapping(config.get("environment", {}), "config.environment").items():
+        if not isinstance(path, str) or not isinstance(digest, str):
+            raise ValueError(f"config.environment: {shown(path)} and {shown(digest)} are no texts")
     for name in ("teacher_fingerprint", "as_built"):
         if not isinstance(content[name], str):
             raise ValueError(f"{name}: {shown(content[name])} is no text")

@@ -34,7 +34,7 @@ from lavis_dcd.training.sampler import TrainLoader
 from lavis_dcd.training.step import Progress, Stepper
 from lavis_dcd.training.strategy import make_strategy
 from lavis_dcd.training.training_state import JobState, Position, find_resume_point, from_main
-from lavis_dcd.training.writing import writing
+from lavis_dcd.training.writing import writing_into
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Trainer:
         # a job that was refused by now leaves no file that would take its name
         changed = set() if self._begun else self._resume_point.changed_splits
         if process.is_main:
-            with writing(self.output_dir):
+            with writing_into(self.output_dir):
                 clear_run_manifest(self.output_dir)
                 write_config(self.output_dir, self.config)
                 if step is not None:
@@ -362,7 +362,7 @@ class Trainer:
     def _finish_folder(self) -> None:
         """Write the report, and then the mark that all is written."""
         if self.run.report and "results.json" in self._written:
-            with writing(self.output_dir):
+            with writing_into(self.output_dir):
                 path = write_report(self.output_dir)
             self._written.add(path.name)
             log.info("report: %s", path)

@@ -19,7 +19,7 @@ _WAYS_OUT = {
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing_into(folder: Path) -> Iterator[None]:
     """Turn what the disk refuses while inside into a user error; a run folder that is gone is not made anew.
 
     Raises:
