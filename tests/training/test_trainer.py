@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.locks import one_writer
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.interrupt import Terminated, terminations_raised
 
@@ -372,7 +373,7 @@ def test_sigterm_to_one_of_two_processes(stubs, tmp_path):
     assert checkpoint.load(checkpoint.step_file(folder, 4)).content["position"]["world_size"] == 2
     for done in (script(tmp_path / "a", resume="auto", **options), script(tmp_path / "b", **options)):
         assert done.returncode == 0, done.stderr
-    assert_same(stubs.weights(folder), stubs.weights(next((tmp_path / "b" / "stub").iterdir())))
+    assert_same(stubs.weights(folder), stubs.weights(next((tmp_path / "b" / "stub").glob("[!.]*"))))
 
 
 @pytest.mark.slow
@@ -384,6 +385,16 @@ def test_every_process_refuses_and_none_waits_for_another(stubs, tmp_path):
     ):
         refused = script(tmp_path, **{"processes": 2, "resume": "auto", "max_epoch": 1, **options})
         assert refused.returncode != 0 and refused.stderr.count(words) == 2, refused.stderr
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_ends_every_process_of_a_job_with_the_line(stubs, tmp_path):
+    stubs.job(tmp_path, job_id="mine", max_epoch=1).train()
+    with one_writer(tmp_path / "stub" / "mine", "a test"):
+        refused = script(tmp_path, processes=2, resume="auto", max_epoch=1)
+    line = f"error: run.output_dir: the run folder {tmp_path}/stub/mine: another process (number {os.getpid()} on"
+    assert refused.stderr.count(line) == 2 and "exitcode  : 2" in refused.stderr, refused.stderr
+    assert refused.stderr.count("Traceback") == 1  # torchrun's own
 
 
 def test_sigterm_during_an_evaluation_keeps_what_was_kept(stubs, tmp_path, whole):
