@@ -19,7 +19,7 @@ from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
 from lavis_dcd.reporting.table import ResultRow
 from lavis_dcd.training.contracts import TrainTask
 from lavis_dcd.training.devices import Process
-from lavis_dcd.training.resume_checks import changed_data, split_of
+from lavis_dcd.training.resume_checks import changed_data, splits_of
 from lavis_dcd.training.saved_state import as_integer, as_mapping, as_number
 from lavis_dcd.training.writing import writing_into
 
@@ -139,9 +139,9 @@ class Evaluations:
         changed = Identity(made.settings).differences(Identity(now.settings))
         if changed and (entry.name == "teacher" or changed != [TEACHER]):
             return False
-        there = {split_of(name) for name in made.rows}
-        stale = {split_of(name) for name in changed_data(made, now)}
-        return entry.split not in stale and (entry.split in there or not now.rows)
+        if splits_of(changed_data(made, now), [entry.split]):
+            return False
+        return not now.rows or bool(splits_of(made.rows, [entry.split]))
 
     def _differences(self, made: Identity) -> list[str]:
         data = [f"the {what} of {name}" for name, what in changed_data(made, self._identity).items()]

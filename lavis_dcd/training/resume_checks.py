@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,16 +95,17 @@ def changed_data(before: Identity, now: Identity) -> dict[str, str]:
     changed = {}
     for name in {**before.rows, **now.rows}:
         in_both = name in before.rows and name in now.rows
-        if before.rows.get(name) != now.rows.get(name) and (in_both or split_of(name) == "train"):
+        if before.rows.get(name) != now.rows.get(name) and (in_both or splits_of([name], ["train"])):
             changed[name] = "rows"
         elif in_both and before.pictures.get(name) != now.pictures.get(name):
             changed[name] = "pictures"
     return changed
 
 
-def split_of(name: str) -> str:
-    """Return the split of a plain set, which is a part of its name where sets are concatenated."""
-    return name.partition(".")[0]
+def splits_of(names: Iterable[str], splits: Iterable[str]) -> set[str]:
+    """Return those of `splits` that plain sets of these names are in: ``train.0`` is a part of ``train``."""
+    named = list(names)
+    return {split for split in splits if any(name == split or name.startswith(f"{split}.") for name in named)}
 
 
 def resume_faults(

@@ -60,17 +60,22 @@ def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None, hel
         UserError: the user named the job, and its folder already holds one, or another process writes there.
     """
     held = ExitStack() if held is None else held
-    if run.job_id:
+    restart = run.resume == "auto"  # the first attempt ended before its first checkpoint
+    if run.job_id and not (restart and run.evaluate and _is_used(project_folder / run.job_id)):
         folder = project_folder / run.job_id
         held.enter_context(hold(folder))
-        restart = run.resume == "auto"  # the first attempt ended before its first checkpoint
         if not restart and _is_used(folder):
             raise UserError(
                 f"run.job_id: {folder} already holds a job; give another name, or continue it with run.resume=auto"
             )
+        if restart and (folder / MANIFEST).exists():
+            raise UserError(
+                f"run.job_id: {folder} holds a job that is done, without checkpoints; give another name, or move it "
+                "away"
+            )
     else:
-        name = job_id or time.strftime("%Y%m%d-%H%M%S")
-        folder = _claim(project_folder, name)
+        # an evaluation of a job that is there leaves that one's files alone
+        folder = _claim(project_folder, run.job_id or job_id or time.strftime("%Y%m%d-%H%M%S"))
         held.enter_context(hold(folder))
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     return folder
@@ -195,7 +200,7 @@ def write_results(
 def _data_of(split: str, identity: Identity) -> dict[str, dict[str, str]]:
     sums = {"rows": identity.rows, "pictures": identity.pictures}
     return {
-        kind: {name: value for name, value in of_kind.items() if name.partition(".")[0] == split}
+        kind: {name: value for name, value in of_kind.items() if f"{name}.".startswith(f"{split}.")}
         for kind, of_kind in sums.items()
     }
 

@@ -174,7 +174,7 @@ class Trainer:
             used = {split: self.datasets[split] for split in run.used_splits}
             self.datasets.update(self._task.prepare(self.model, used, run, process.device))
         # a job that was refused by now leaves no file that would take its name
-        changed = set() if self._begun else self._resume_point.changed_splits
+        changed = set() if self._begun else self._resume_point.changed_splits(run.used_splits)
         if process.is_main:
             with writing_into(self.output_dir):
                 clear_run_manifest(self.output_dir)
@@ -260,7 +260,7 @@ class Trainer:
         if continued is None or self.position.global_step:
             return
         self._state.restore_best(continued)
-        if self._best.best is not None and self._resume_point.changed_splits & set(self.run.valid_splits):
+        if self._best.best is not None and self._resume_point.changed_splits(self.run.valid_splits):
             with self._evaluating():
                 self._best.rescore()
         self.position = self._state.restore(continued)

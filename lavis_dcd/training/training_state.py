@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from torch import nn
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import clear_leftovers
 from lavis_dcd.common.seeding import rng_state, set_rng_state
+from lavis_dcd.common.texts import shown
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.best_checkpoint import BestCheckpoint
@@ -28,7 +29,7 @@ from lavis_dcd.training.resume_checks import (
     check_shapes,
     resume_faults,
     shape_faults,
-    split_of,
+    splits_of,
 )
 from lavis_dcd.training.resume_choice import Weights, find, find_weights, is_newest
 from lavis_dcd.training.run_folder import hold, new_run_folder
@@ -69,12 +70,11 @@ class ResumePoint:
     continued: Checkpoint | None = None
     weights: Weights | None = None
 
-    @property
-    def changed_splits(self) -> set[str]:
-        """Return the splits whose rows or pictures are others than in the checkpoint that is continued."""
+    def changed_splits(self, splits: Iterable[str]) -> set[str]:
+        """Return those whose rows or pictures are others than in the checkpoint that is continued."""
         if self.continued is None:
             return set()
-        return {split_of(name) for name in changed_data(self.continued.identity, self.origin.identity)}
+        return splits_of(changed_data(self.continued.identity, self.origin.identity), splits)
 
 
 def find_resume_point(
@@ -111,7 +111,8 @@ def _find_weights(
     held: ExitStack,
 ) -> ResumePoint:
     def named() -> Weights | None:
-        return find_weights(run.resume, project_folder, run.job_id) if run.resume else None
+        with _reading(run.resume):
+            return find_weights(run.resume, project_folder, run.job_id) if run.resume else None
 
     weights = from_main(process, named)
     if weights is not None:
@@ -137,7 +138,8 @@ def _find_checkpoint(
 
     def named() -> Path | None:
         nonlocal found
-        found = find(run.resume, project_folder, run.job_id, fits) if run.resume else None
+        with _reading(run.resume):
+            found = find(run.resume, project_folder, run.job_id, fits) if run.resume else None
         if found is None:
             return None
         folder = _run_folder_of(found.path)
@@ -160,6 +162,15 @@ def _find_checkpoint(
         clear_leftovers(folder)
     log.info("continuing %s", path)
     return ResumePoint(folder, origin, held, continued=saved)
+
+
+@contextmanager
+def _reading(resume: str | None) -> Iterator[None]:
+    """Turn what the system says of an odd or unreadable path into a line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"run.resume: {shown(resume, 300)} cannot be read ({error.strerror or error})") from error
 
 
 def _run_folder_of(path: Path) -> Path:

@@ -8,7 +8,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.manifest import Identity
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training.checkpoint import Checkpoint
-from lavis_dcd.training.resume_checks import Origin, changed_data, check_shapes, fingerprint, resume_faults
+from lavis_dcd.training.resume_checks import Origin, changed_data, check_shapes, fingerprint, resume_faults, splits_of
 
 CONFIG = {
     "model": {"arch": "dcd", "loss": {"alpha": 0.2}, "teacher": {"arch": "meter"}},
@@ -166,3 +166,9 @@ def test_another_model_is_refused_whatever_is_forced():
         "run.resume: x has 1 weights that the model has not, first d",
         "run.resume: it is another model's; start a new job without run.resume",
     ]
+
+
+def test_the_splits_of_plain_sets():
+    names = ["train.0", "val.2014", "vals"]
+    assert splits_of(names, ["train", "val.2014", "val", "test"]) == {"train", "val.2014", "val"}
+    assert splits_of(["values"], ["val"]) == set()

@@ -223,6 +223,33 @@ def test_what_is_evaluated_is_told(stubs, tmp_path, caplog):
     assert "evaluating the last weights, of step 5: no best was chosen by then" in caplog.text
 
 
+def test_an_evaluation_of_a_named_job_leaves_its_files_alone(stubs, tmp_path):
+    first = stubs.job(tmp_path, job_id="mine", max_epoch=1)
+    first.train()
+    before = {path: path.read_bytes() for path in first.output_dir.rglob("*") if path.is_file()}
+    evaluated = stubs.job(tmp_path, job_id="mine", resume="auto", evaluate=True)
+    assert evaluated.train()["test"]["r_mean"] == rows(first)["student"]
+    assert evaluated.output_dir.name == "mine-2"
+    assert {path: path.read_bytes() for path in first.output_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_job_whose_checkpoints_are_gone_is_not_written_over(stubs, tmp_path):
+    first = stubs.job(tmp_path, job_id="mine", max_epoch=1)
+    first.train()
+    shutil.rmtree(first.output_dir / "checkpoints")
+    with pytest.raises(UserError, match=r"mine holds a job that is done, without checkpoints; give another name"):
+        stubs.job(tmp_path, job_id="mine", resume="auto", max_epoch=1)
+    assert finished(first.output_dir) is not None
+
+
+@pytest.mark.parametrize("resume", ["x" * 300, "\0", "/dev/null", "/proc/1/mem/x"])
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_an_odd_path_to_resume_is_a_line(stubs, tmp_path, resume, evaluate):
+    with pytest.raises(UserError, match=r"run\.resume: ") as caught:
+        stubs.job(tmp_path, resume=resume, evaluate=evaluate)
+    assert len(caught.value.faults) == 1
+
+
 # -- the disk
 
 
