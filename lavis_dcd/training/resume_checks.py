@@ -162,7 +162,8 @@ def _data_changes(saved: Checkpoint, origin: Origin) -> Iterator[str]:
     for name, what in changed_data(saved.identity, origin.identity).items():
         if what == "rows":
             before, now = counts.get(name, "none"), origin.rows.get(name, "none")
-            yield f"the rows of {name} changed ({before} in the checkpoint, {now} now)"
+            counts_in_words = f"{now} as before" if before == now else f"{before} in the checkpoint, {now} now"
+            yield f"the rows of {name} changed ({counts_in_words})"
         elif comparable:
             yield f"the pictures of {name} changed: the size, time or content of a file"
 

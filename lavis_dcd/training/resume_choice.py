@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from lavis_dcd.training.checkpoint import (
     load_best,
     step_of,
 )
+from lavis_dcd.training.run_folder import best_step_of
 
 log = logging.getLogger(__name__)
 
@@ -131,14 +133,26 @@ def find_weights(resume: str, project_folder: Path, job_id: str | None = None) -
     if newest is None:
         return None
     own: dict[str, torch.Tensor] = newest.content["model"]
-    best = newest.content["best"]
     if resume != "auto" and _is_one(path):
         return Weights(path, own, f"the weights of step {newest.step}, as run.resume names them")
+    best = _best_step(newest)
     if best is None:
         return Weights(newest.path, own, f"the last weights, of step {newest.step}: no best was chosen by then")
-    best_path = checkpoint.best_file(newest.path.absolute().parent.parent, best["step"])
+    best_path = checkpoint.best_file(newest.path.absolute().parent.parent, best)
     try:
-        return Weights(best_path, load_best(best_path), f"the best weights, of step {best['step']}")
+        return Weights(best_path, load_best(best_path), f"the best weights, of step {best}")
     except UserError as error:
         way_out = f"run.resume={newest.path} evaluates the last weights instead, of step {newest.step}"
         raise UserError(f"{'; '.join(error.faults)}: these are the best weights of the job; {way_out}") from error
+
+
+def _best_step(newest: Checkpoint) -> int | None:
+    """Return the step of a job's best weights as of its newest checkpoint, which is older than its own validation."""
+    run_folder = newest.path.absolute().parent.parent
+    chosen = best_step_of(run_folder)
+    if chosen is not None and chosen <= newest.step:
+        return chosen
+    if os.path.lexists(checkpoint.best_file(run_folder, newest.step)):
+        return newest.step
+    best = newest.content["best"]
+    return None if best is None else int(best["step"])

@@ -25,6 +25,7 @@ from lavis_dcd.training.strategy import Strategy
 from lavis_dcd.training.writing import writing_into
 
 _KIND, _FORMAT = "run", 1
+_BEST = "best step"
 _PRODUCTS = ("student.pth", "model.pth", "results.json", "results_*.json", "report.html")
 # keys of run: that change no figure and no weight
 _WITHOUT_EFFECT = {
@@ -120,17 +121,21 @@ def _text_keys(value: Any) -> Any:
     return [_text_keys(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def write_run_manifest(folder: Path, identity: Identity, files: Iterable[str] | None = None) -> None:
+def write_run_manifest(
+    folder: Path, identity: Identity, files: Iterable[str] | None = None, best_step: int | None = None
+) -> None:
     """Write the mark of a job that is done, `manifest.json`: call it when all else is written.
 
     Args:
         identity: of the job: `settings_digests`, the teacher, and the rows and pictures of every split.
         files: names of what the job wrote; by default all in the folder that a job may leave.
+        best_step: of the weights that the job chose by its validation.
     """
     if files is None:
         files = sorted(path.name for pattern in _PRODUCTS for path in folder.glob(pattern))
+    facts = {} if best_step is None else {_BEST: best_step}
     with writing_into(folder):
-        Manifest.of(folder, files, kind=_KIND, format=_FORMAT, identity=identity).write(folder)
+        Manifest.of(folder, files, kind=_KIND, format=_FORMAT, identity=identity, facts=facts).write(folder)
 
 
 def run_manifest(folder: Path) -> Manifest:
@@ -151,6 +156,15 @@ def finished(folder: Path) -> Manifest | None:
         return run_manifest(folder)
     except DamagedError:
         return None
+
+
+def best_step_of(folder: Path) -> int | None:
+    """Return the step of the weights that a job chose which is done; None for one that is not, or chose none."""
+    try:
+        step = Manifest.read(folder, _KIND, _FORMAT).facts.get(_BEST)
+    except DamagedError:
+        return None
+    return step if type(step) is int and step >= 0 else None
 
 
 def clear_run_manifest(folder: Path) -> None:

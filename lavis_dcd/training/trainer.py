@@ -366,4 +366,6 @@ class Trainer:
                 path = write_report(self.output_dir)
             self._written.add(path.name)
             log.info("report: %s", path)
-        write_run_manifest(self.output_dir, self._resume_point.origin.identity, sorted(self._written))
+        best = self._best.best
+        identity, step = self._resume_point.origin.identity, None if best is None else best["step"]
+        write_run_manifest(self.output_dir, identity, sorted(self._written), step)

@@ -109,6 +109,11 @@ def test_pictures_are_not_compared_when_other_contents_were_read():
     assert lines[-1].endswith("run.resume_force=[data] continues with the change")
 
 
+def test_rows_of_the_same_number():
+    lines, _ = resume_faults(saved(), origin(rows={**ROWS, "test": "x"}), 1)
+    assert lines[0] == "run.resume: the rows of test changed (5 as before)"
+
+
 def test_a_long_or_odd_value_is_one_line():
     lines, _ = resume_faults(saved(), origin({**CONFIG, "datasets": {"own\n": "x\n" * 10_000}}), 1)
     assert all(len(line) < 1100 and line.isprintable() for line in lines)

@@ -6,8 +6,10 @@ import pytest
 from checkpoints import content, sign, write, write_best
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.manifest import Identity
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.resume_choice import find, find_weights, is_newest
+from lavis_dcd.training.run_folder import write_run_manifest
 
 
 def test_auto_takes_the_newest_that_is_whole_and_says_what_it_passed_over(tmp_path, caplog):
@@ -149,3 +151,15 @@ def test_best_weights_that_are_gone_are_not_replaced_in_silence(tmp_path, damage
         assert line.startswith(f"run.resume: {path}") and "these are the best weights of the job" in line
         assert line.endswith(f"run.resume={named} evaluates the last weights instead, of step 4")
     assert find_weights(str(named), tmp_path).words == "the weights of step 4, as run.resume names them"
+
+
+def test_the_best_of_a_job_is_what_it_chose_after_its_last_checkpoint(tmp_path):
+    write(tmp_path / "a", 4, 4, best=BEST)
+    for step in (2, 4):
+        write_best(tmp_path / "a", step)
+    assert find_weights("auto", tmp_path).words == "the best weights, of step 4"
+    shutil.rmtree(checkpoint.best_file(tmp_path / "a", 4))
+    assert find_weights("auto", tmp_path).words == "the best weights, of step 2"
+    write_run_manifest(tmp_path / "a", Identity(), [], 4)  # the job is done, and chose step 4
+    with pytest.raises(UserError, match=r"best-00000004 does not exist: these are the best weights of the job"):
+        find_weights("auto", tmp_path)

@@ -215,6 +215,17 @@ def test_a_checkpoint_outside_of_a_run_folder_cannot_go_on(stubs, tmp_path):
     assert evaluated.train()["test"]["r_mean"] == rows(first)["student"]
 
 
+def test_the_exported_model_is_what_is_evaluated_later(stubs, tmp_path, caplog):
+    first = stubs.job(tmp_path, max_epoch=1)  # its only validation comes after its last checkpoint
+    first.train()
+    evaluated = stubs.job(tmp_path, resume="auto", evaluate=True)
+    assert evaluated.train()["test"]["r_mean"] == rows(first)["student"]
+    assert "evaluating the best weights, of step 5" in caplog.text
+    shutil.rmtree(checkpoint.best_file(first.output_dir, 5))
+    with pytest.raises(UserError, match=r"best-00000005 does not exist: these are the best weights of the job"):
+        stubs.job(tmp_path, resume=str(first.output_dir), evaluate=True)
+
+
 def test_what_is_evaluated_is_told(stubs, tmp_path, caplog):
     first = stubs.job(tmp_path, valid_splits=[], max_epoch=1)
     first.train()
