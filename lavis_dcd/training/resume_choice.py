@@ -146,6 +146,18 @@ def find_weights(resume: str, project_folder: Path, job_id: str | None = None) -
         raise UserError(f"{'; '.join(error.faults)}: these are the best weights of the job; {way_out}") from error
 
 
+def weights_at(path: Path) -> dict[str, torch.Tensor]:
+    """Return the model's tensors in a checkpoint, or in a folder of best weights.
+
+    Raises:
+        UserError: it is absent or damaged.
+    """
+    if BEST.fullmatch(path.name):
+        return load_best(path)
+    weights: dict[str, torch.Tensor] = load(path).content["model"]
+    return weights
+
+
 def _best_step(newest: Checkpoint) -> int | None:
     """Return the step of a job's best weights as of its newest checkpoint, which is older than its own validation."""
     run_folder = newest.path.absolute().parent.parent

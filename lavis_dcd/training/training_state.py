@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from lavis_dcd.training.resume_checks import (
     shape_faults,
     splits_of,
 )
-from lavis_dcd.training.resume_choice import Weights, find, find_weights, is_newest
+from lavis_dcd.training.resume_choice import Weights, find, find_weights, is_newest, weights_at
 from lavis_dcd.training.run_folder import hold, new_run_folder
 from lavis_dcd.training.saved_state import check_finite, same
 from lavis_dcd.training.step import Stepper
@@ -92,76 +93,84 @@ def find_resume_point(
         UserError: the checkpoint cannot be read, does not belong to this config, or is another model's; the new
             folder is taken; another process writes to the folder.
     """
-    held = ExitStack()
-    follow = _find_weights if run.evaluate else _find_checkpoint
+    search = _Search(run, process, project_folder, job_id, origin, model, ExitStack())
     try:
-        return follow(run, process, project_folder, job_id, origin, model, held)
+        return search.weights() if run.evaluate else search.checkpoint()
     except BaseException:
-        held.close()
+        search.held.close()
         raise
 
 
-def _find_weights(
-    run: RunConfig,
-    process: Process,
-    project_folder: Path,
-    job_id: str | None,
-    origin: Origin,
-    model: nn.Module,
-    held: ExitStack,
-) -> ResumePoint:
-    def named() -> Weights | None:
-        with _reading(run.resume):
-            return find_weights(run.resume, project_folder, run.job_id) if run.resume else None
+@dataclass(frozen=True)
+class _Search:
+    """The search for what `run.resume` names, with what a job knows before it begins."""
 
-    weights = from_main(process, named)
-    if weights is not None:
-        check_shapes(weights.path, weights.model, model.state_dict())
-        _check_finite(weights.path, weights.model, model.state_dict())
-    elif run.resume:
-        log.info("run.resume=auto: no checkpoint below %s, starting anew", project_folder)
-    folder = from_main(process, lambda: new_run_folder(project_folder, run, job_id, held))
-    return ResumePoint(folder, origin, held, weights=weights)
+    run: RunConfig
+    process: Process
+    project_folder: Path
+    job_id: str | None
+    origin: Origin
+    model: nn.Module
+    held: ExitStack
 
+    def weights(self) -> ResumePoint:
+        """Find the weights to evaluate, and make the evaluation's folder."""
+        run, main = self.run, self.process.is_main
+        found: Weights | None = None
 
-def _find_checkpoint(
-    run: RunConfig,
-    process: Process,
-    project_folder: Path,
-    job_id: str | None,
-    origin: Origin,
-    model: nn.Module,
-    held: ExitStack,
-) -> ResumePoint:
-    fits = _Fits(run, model)
-    found: Checkpoint | None = None
+        def named() -> tuple[Path, str] | None:
+            nonlocal found
+            with _reading(run.resume):
+                found = find_weights(run.resume, self.project_folder, run.job_id) if run.resume else None
+            return (found.path, found.words) if found else None
 
-    def named() -> Path | None:
-        nonlocal found
-        with _reading(run.resume):
-            found = find(run.resume, project_folder, run.job_id, fits) if run.resume else None
-        if found is None:
-            return None
-        folder = _run_folder_of(found.path)
-        held.enter_context(hold(folder))
-        if not is_newest(found.path) and checkpoint.step_of(Path(run.resume or "")) is None:
-            # another process has trained on since, and has just ended
-            found = find(str(folder), project_folder, None, fits)
-        return found.path if found else None
+        place = from_main(self.process, named)
+        if place is None:
+            if run.resume:
+                log.warning(
+                    "run.resume=auto: no checkpoint below %s; the model as built is evaluated", self.project_folder
+                )
+            return self._new_folder()
+        # the other processes read for themselves: weights are too large to be sent
+        weights = found if main and found else Weights(place[0], weights_at(place[0]), place[1])
+        check_shapes(weights.path, weights.model, self.model.state_dict())
+        _check_finite(weights.path, weights.model, self.model.state_dict())
+        return replace(self._new_folder(), weights=weights)
 
-    path = from_main(process, named)
-    if path is None:
-        if run.resume:
-            log.info("run.resume=auto: no checkpoint below %s, starting anew", project_folder)
-        folder = from_main(process, lambda: new_run_folder(project_folder, run, job_id, held))
-        return ResumePoint(folder, origin, held)
-    saved = found or checkpoint.load(path, fits)
-    _check_origin(saved, origin, run, process, model)
-    folder = _run_folder_of(path)
-    if process.is_main:
-        clear_leftovers(folder)
-    log.info("continuing %s", path)
-    return ResumePoint(folder, origin, held, continued=saved)
+    def checkpoint(self) -> ResumePoint:
+        """Find the checkpoint to continue and lock its folder, or make a new one."""
+        run, fits = self.run, _Fits(self.run, self.model)
+        found: Checkpoint | None = None
+
+        def named() -> Path | None:
+            nonlocal found
+            with _reading(run.resume):
+                found = find(run.resume, self.project_folder, run.job_id, fits) if run.resume else None
+            if found is None:
+                return None
+            folder = _run_folder_of(found.path)
+            self.held.enter_context(hold(folder))
+            if not is_newest(found.path) and checkpoint.step_of(Path(run.resume or "")) is None:
+                # another process has trained on since, and has just ended
+                found = find(str(folder), self.project_folder, None, fits)
+            return found.path if found else None
+
+        path = from_main(self.process, named)
+        if path is None:
+            return self._new_folder()
+        saved = found or checkpoint.load(path, fits)
+        _check_origin(saved, self.origin, run, self.process, self.model)
+        folder = _run_folder_of(path)
+        if self.process.is_main:
+            clear_leftovers(folder)
+        log.info("continuing %s", path)
+        return ResumePoint(folder, self.origin, self.held, continued=saved)
+
+    def _new_folder(self) -> ResumePoint:
+        if self.run.resume and not self.run.evaluate:
+            log.info("run.resume=auto: no checkpoint below %s, starting anew", self.project_folder)
+        make = partial(new_run_folder, self.project_folder, self.run, self.job_id, self.held)
+        return ResumePoint(from_main(self.process, make), self.origin, self.held)
 
 
 @contextmanager

@@ -388,6 +388,16 @@ def test_every_process_refuses_and_none_waits_for_another(stubs, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_evaluate_the_weights_of_a_job(stubs, tmp_path, whole):
+    done = script(tmp_path, processes=2, evaluate=True, resume=str(whole.output_dir), job_id="mine")
+    assert done.returncode == 0 and "evaluating the best weights, of step" in done.stderr, done.stderr
+    results = [
+        json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "stub/mine", whole.output_dir)
+    ]
+    assert results[0]["rows"][-1]["r_mean"] == results[1]["rows"][-1]["r_mean"]
+
+
+@pytest.mark.slow
 def test_a_folder_in_use_ends_every_process_of_a_job_with_the_line(stubs, tmp_path):
     stubs.job(tmp_path, job_id="mine", max_epoch=1).train()
     with one_writer(tmp_path / "stub" / "mine", "a test"):
