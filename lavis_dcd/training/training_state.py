@@ -139,7 +139,7 @@ class _Search:
 
     def checkpoint(self) -> ResumePoint:
         """Find the checkpoint to continue and lock its folder, or make a new one."""
-        run, fits = self.run, _Fits(self.run, self.model)
+        run, fits = self.run, _Fits(self.run, self.model, self.origin.config)
         found: Checkpoint | None = None
 
         def named() -> Path | None:
@@ -198,8 +198,8 @@ class _Fits:
     Another model's checkpoint passes: that is no damage, and is told by `check_shapes` for the newest one.
     """
 
-    def __init__(self, run: RunConfig, model: nn.Module) -> None:
-        self._run, self._model = run, model
+    def __init__(self, run: RunConfig, model: nn.Module, config: Mapping[str, Any]) -> None:
+        self._run, self._model, self._config = run, model, config
         self._form: OptimizerForm | None = None
 
     def __call__(self, content: Mapping[str, Any]) -> None:
@@ -207,16 +207,12 @@ class _Fits:
         if shape_faults("", content["model"], built):
             return
         check_finite(content["model"], built)
+        before, now = content["config"]["run"], self._config["run"]
+        if any(not same(before.get(key), now.get(key)) for key in OPTIMIZER_KEYS):
+            return  # another optimizer: told as a change, not as damage
         if self._form is None:
             self._form = OptimizerForm.of(self._run, self._model)
-        if not _recipe_changed(content["config"]["run"], self._run):
-            self._form.check(content)
-
-
-def _recipe_changed(before: Mapping[str, Any], run: RunConfig) -> bool:
-    """Return whether the optimizer's settings are others, which is told as a change, not as damage."""
-    now = run.to_dict()
-    return any(not same(before.get(key), now[key]) for key in OPTIMIZER_KEYS)
+        self._form.check(content)
 
 
 def _check_origin(saved: Checkpoint, origin: Origin, run: RunConfig, process: Process, model: nn.Module) -> None:
