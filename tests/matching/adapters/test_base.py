@@ -138,7 +138,7 @@ def test_files_that_do_not_serve_are_refused_in_one_line(tmp_path):
     torch.save({"weights": {}}, tmp_path / "d.pth")
     refused("cannot be loaded into Finetuned: it has no 'model'", tmp_path / "d.pth")
     torch.save({"model": {"vision.weight": Plain()}}, tmp_path / "e.pth")
-    refused("more than tensors and plain containers, which could run code", tmp_path / "e.pth")
+    refused("leaves 5 weights that scoring needs at random", tmp_path / "e.pth")
     (tmp_path / "f.pth").write_bytes(pickle.dumps({"model": {}})[:5])
     refused("f.pth", tmp_path / "f.pth")
 
