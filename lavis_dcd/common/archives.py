@@ -17,6 +17,7 @@ from torch import UntypedStorage
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.unpickling import UnreadableError
 
+_KINDS = {stat.S_IFIFO: "named pipe", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFDIR: "folder"}
 _BLOCK = 1 << 20
 _LARGEST_PICKLE = 64 << 20  # bytes; the names and shapes of 100,000 tensors need half of it
 
@@ -36,16 +37,13 @@ def opened_file(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"checkpoint {path} does not exist") from error
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {path} cannot be read ({error}); permit it or name another file") from error
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        name = _KINDS.get(kind, "special file")
+        raise UserError(f"checkpoint {path} is no regular file but a {name}; name a file of weights")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"checkpoint {path} is no regular file but a {_kind(descriptor)}; name a file of weights")
         yield file
-
-
-def _kind(descriptor: int) -> str:
-    mode = os.fstat(descriptor).st_mode
-    kinds = {stat.S_IFIFO: "named pipe", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFDIR: "folder"}
-    return kinds.get(stat.S_IFMT(mode), "special file")
 
 
 class Archive:

@@ -81,7 +81,9 @@ def _safetensors(file: IO[bytes], path: Path) -> TensorFile:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
             return TensorFile(tensors, opened.metadata() or {})
     except Exception as error:  # safetensors and torch name types that they lack in errors of several classes
-        raise UserError(f"checkpoint {path} is not a readable safetensors file: {_reason(error)}") from error
+        raise UserError(
+            f"checkpoint {path} is not a readable safetensors file: {_reason(error)}; name a whole file"
+        ) from error
 
 
 def _unpickled(file: IO[bytes], path: Path) -> Any:
@@ -94,7 +96,9 @@ def _unpickled(file: IO[bytes], path: Path) -> Any:
             "it was run. Name a file from another place, or one of tensors only"
         ) from error
     except Exception as error:  # a damaged pickle may make pickletools stumble over anything
-        raise UserError(f"checkpoint {path} is not a readable PyTorch file: {_reason(error)}") from error
+        raise UserError(
+            f"checkpoint {path} is not a readable PyTorch file: {_reason(error)}; name a whole file"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

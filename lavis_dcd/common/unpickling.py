@@ -25,6 +25,7 @@ from torch import Tensor, UntypedStorage
 from lavis_dcd.common.texts import shown
 
 _LONGEST = 1 << 21  # opcodes; a checkpoint with an optimizer has some thousands
+_FEWEST, _SHARED = 1000, 4  # values of a content, and per opcode: several places may hold the same container
 _DEEPEST = 64  # containers inside each other
 _BITS = 1024  # of a whole number; states of random generators have 128
 _DIMENSIONS = 64
@@ -184,6 +185,7 @@ class _Machine:
     """Carries out the opcodes of one pickle."""
 
     def __init__(self, storages: Storages) -> None:
+        self.count = 0  # of the opcodes carried out
         self._storages = storages
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks under the marks
@@ -191,8 +193,9 @@ class _Machine:
         self._numbers: dict[str, _Numbers] = {}
 
     def run(self, data: bytes) -> Any:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if count > _LONGEST:
+        for opcode, argument, _ in pickletools.genops(data):
+            self.count += 1
+            if self.count > _LONGEST:
                 raise UnreadableError(f"it makes more than {_LONGEST:,} values")
             name = opcode.name
             if name == "STOP":
@@ -316,13 +319,13 @@ def _bounded(value: Any) -> Any:
 class _Pruning:
     """Copies a content without stand-ins; what it holds several times counts as often, and nothing holds itself."""
 
-    def __init__(self) -> None:
-        self._count = 0
+    def __init__(self, most: int) -> None:
+        self._left = most
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        self._count += 1
-        if self._count > _LONGEST or depth > _DEEPEST:
-            raise UnreadableError(f"it nests containers more than {_DEEPEST} deep, or {_LONGEST:,} values in them")
+        self._left -= 1
+        if self._left < 0 or depth > _DEEPEST:
+            raise UnreadableError(f"it holds containers more than {_DEEPEST} deep, or some of them over and over")
         if isinstance(value, dict):
             kept = ((k, v) for k, v in value.items() if not (_left_out(k) or _left_out(v)))
             return {k: self.of(v, depth + 1) for k, v in kept}
@@ -346,5 +349,6 @@ def unpickled(data: bytes, storages: Storages) -> Any:
         UnreadableError: it holds what no file of weights has.
         Exception: it is damaged, so that ``pickletools`` or the machine stumbles.
     """
-    content = _Machine(storages).run(data)
-    return None if _left_out(content) else _Pruning().of(content)
+    machine = _Machine(storages)
+    content = machine.run(data)
+    return None if _left_out(content) else _Pruning(_FEWEST + _SHARED * machine.count).of(content)

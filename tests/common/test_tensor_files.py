@@ -1,19 +1,28 @@
 """Files of weights by the one reader, which runs nothing."""
 
+import copy
+import io
+import json
 import os
 import pickle
+import re
+import struct
 import sys
 import tarfile
+import tracemalloc
 import types
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
+import hostile
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lavis_dcd.common import tensor_files
+from lavis_dcd.common import archives, tensor_files, unpickling
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.unpickling import unpickled
 
 
 def test_tensors_of_safetensors_and_of_torch(tmp_path):
@@ -118,34 +127,10 @@ def test_the_malicious_file_is_a_real_one(tmp_path, marker):
     assert marker.exists()
 
 
-class Mapping(torch.nn.Module):
-    """As TorchScript, makes a file and fills it when it is read."""
-
-    def __init__(self, path: str):
-        super().__init__()
-        self.path = path
-        self.w = torch.ones(1)
-
-    @torch.jit.export
-    def __getstate__(self):
-        return self.path, self.w, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[str, torch.Tensor, bool]):
-        self.path, self.training = state[0], state[2]
-        # kept, or the compiler would leave it out
-        self.w = torch.from_file(self.path, shared=True, size=4, dtype=torch.uint8).fill_(65)
-
-    def forward(self, x):
-        return x + self.w
-
-
 @pytest.fixture
 def torchscript(tmp_path, marker):
     """An archive that fills ``marker`` when it is read."""
-    path = tmp_path / "evil.pt"
-    torch.jit.script(Mapping(str(marker))).save(str(path))
-    return path
+    return hostile.torchscript(tmp_path / "evil.pt", marker)
 
 
 def renamed(path, old, new):
@@ -233,3 +218,300 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError, match="not a readable"):
         tensor_files.load_tensors(path)
+
+
+# -- what is no regular file -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("kind", ["a pipe", "a link to a device", "a folder", "a link to nothing"])
+def test_only_regular_files_are_opened(tmp_path, name, kind):
+    path = tmp_path / name
+    words = {
+        "a pipe": (lambda: os.mkfifo(path), "is no regular file but a named pipe"),
+        "a link to a device": (lambda: path.symlink_to("/dev/zero"), "is no regular file but a device"),
+        "a folder": (path.mkdir, "is no regular file but a folder"),
+        "a link to nothing": (lambda: path.symlink_to(tmp_path / "none"), "does not exist"),
+    }
+    make, expected = words[kind]
+    make()
+    with pytest.raises(UserError, match=expected) as caught:
+        tensor_files.load_tensors(path)
+    assert len(caught.value.faults) == 1 and str(path) in caught.value.faults[0]
+
+
+def test_a_file_that_is_exchanged_while_it_is_read_is_still_the_one_that_was_checked(tmp_path, torchscript, marker):
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.ones(2)}, path)
+    with archives.opened_file(path) as file:
+        archive = archives.Archive(file, path)
+        os.replace(torchscript, path)
+        torch.testing.assert_close(unpickled(archive.pickle(), archive), {"a": torch.ones(2)})
+    assert not marker.exists()
+
+
+# -- containers that lie about their contents ------------------------------------------------------------------------
+
+
+def archive_of(path, pickle_bytes, compression=zipfile.ZIP_STORED, **records):
+    """An archive of `torch.save` with this pickle and these records of numbers."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("x/data.pkl", pickle_bytes)
+        for key, value in records.items():
+            archive.writestr(f"x/data/{key}", value)
+    return path
+
+
+def refused(path, words):
+    with pytest.raises(UserError, match=words) as caught:
+        tensor_files.load_tensors(path)
+    (line,) = caught.value.faults
+    assert str(path) in line and "\n" not in line and len(line) < 700 + len(str(path))
+
+
+@pytest.mark.parametrize("with_archive", [False, True])
+def test_an_old_tar_file_with_a_pipe_inside_does_not_hang(tmp_path, with_archive):
+    path, inside = tmp_path / "old.pth", tmp_path / "storages"
+    os.mkfifo(inside)
+    with tarfile.open(path, "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            archive.add(inside, name)
+    if with_archive:  # zip archives are found from their end, torch's own reader looks at the start
+        torch.save({"a": torch.ones(2)}, tmp_path / "new.pth")
+        path.write_bytes(path.read_bytes() + (tmp_path / "new.pth").read_bytes())
+        torch.testing.assert_close(tensor_files.load_tensors(path), {"a": torch.ones(2)})
+    else:
+        refused(path, "it is no whole zip archive")
+
+
+def test_a_pickle_that_inflates_is_refused_unread(tmp_path, peak_memory_of):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x/data.pkl", "w") as record:
+        for _ in range(64):
+            record.write(b"]" * (1 << 20))
+    assert path.stat().st_size < 1 << 20
+    assert peak_memory_of(lambda: refused(path, "its records are compressed")) < 8 << 20
+
+
+@pytest.fixture
+def peak_memory_of():
+    def measure(work):
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    return measure
+
+
+def test_records_of_one_name_are_refused(tmp_path):
+    path = archive_of(tmp_path / "x.pth", pickle.dumps({"a": 1}, 2))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("x/data.pkl", pickle.dumps({"a": 2}, 2))
+    refused(path, "two of its records have one name")
+    path = archive_of(tmp_path / "y.pth", pickle.dumps({"a": 1}, 2))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("X/DATA.PKL", pickle.dumps({"a": 2}, 2))
+    refused(path, "two of its records have one name")
+
+
+def test_records_that_overlap_are_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({"a": 1}, 2))
+        archive.writestr("x/data/0", bytes(100_000))
+        first = archive.getinfo("x/data/0")
+        for key in range(1, 50):
+            again = copy.copy(first)
+            again.filename = f"x/data/{key}"
+            archive.filelist.append(again)
+    refused(path, "its records say that they are larger than the file")
+
+
+def test_a_record_larger_than_the_file_is_refused(tmp_path):
+    path = archive_of(tmp_path / "x.pth", pickle.dumps({"a": 1}, 2), **{"0": b"1234"})
+    raw = bytearray(path.read_bytes())
+    entry = raw.rindex(b"PK\x01\x02")  # the list's entry of the last record
+    raw[entry + 20 : entry + 28] = struct.pack("<II", 1 << 30, 1 << 30)
+    path.write_bytes(raw)
+    refused(path, "its records say that they are larger than the file")
+
+
+# -- pickles that take more than they bring --------------------------------------------------------------------------
+
+
+def tensor_pickle(size, stride, offset=0, count=4, key="0"):
+    """The pickle of {"a": a tensor on a record of float32 numbers}."""
+
+    class Stored:
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", torch.FloatStorage, key, "cpu", count) if isinstance(value, Stored) else None
+
+    buffer = io.BytesIO()
+    arguments = (Stored(), offset, size, stride, False, OrderedDict())
+    Pickler(buffer, 2).dump({"a": hostile.Calls(torch._utils._rebuild_tensor_v2, *arguments)})
+    return buffer.getvalue()
+
+
+def test_a_tensor_of_this_form_is_read(tmp_path):
+    numbers = torch.arange(4.0)
+    path = archive_of(tmp_path / "x.pth", tensor_pickle((2, 2), (1, 2)), **{"0": numbers.numpy().tobytes()})
+    torch.testing.assert_close(tensor_files.load_tensors(path)["a"], numbers.view(2, 2).T)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"size": (10**9,), "stride": (1,)},  # torch's own function would allocate that much
+        {"size": (10**12,), "stride": (0,)},  # a copy of it would
+        {"size": (2,), "stride": (1,), "offset": 3},
+        {"size": (2,), "stride": (-1,)},
+        {"size": (-2,), "stride": (1,)},
+        {"size": (2,), "stride": (1, 1)},
+        {"size": (2.0,), "stride": (1,)},
+        {"size": (2,), "stride": (1,), "count": 1 << 50},
+        {"size": (2,), "stride": (1,), "count": -4},
+        {"size": (2,), "stride": (1,), "key": "1"},
+        {"size": (2,), "stride": (1,), "key": "../data.pkl"},
+        {"size": (1,) * 65, "stride": (1,) * 65},
+    ],
+)
+def test_a_tensor_larger_than_its_numbers_is_refused(tmp_path, arguments):
+    path = archive_of(tmp_path / "x.pth", tensor_pickle(**arguments), **{"0": bytes(16)})
+    refused(path, "is not a readable PyTorch file")
+
+
+def laughs(depth):
+    """The pickle of {"a": lists of two lists of two lists...}, each list in it twice."""
+    made = b"\x80\x02]q\x00K\x01a0"
+    for number in range(depth):
+        made += b"]q%c(h%ch%ce0" % (number + 1, number, number)
+    return made + b"}X\x01\x00\x00\x00ah%cs." % depth
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        laughs(50),
+        b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",  # a dictionary that holds itself
+        b"\x80\x02}X\x01\x00\x00\x00a" + b"]" * 5000 + b"a" * 4999 + b"s.",  # nested deeper than Python's stack
+        b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s.",  # a key whose hash would overflow C's stack
+        b"\x80\x02}X\x01\x00\x00\x00a" + b"]0" * 11_000 + b"K\x01s.",  # too many values
+        b"\x80\x02}X\x01\x00\x00\x00a\x8b\x00\x00\x01\x00" + b"\x7f" * (1 << 16) + b"s.",  # a number of 500,000 bits
+        b"\x80\x02}ccollections\nOrderedDict\n}\x85Rs.",
+        b"\x80\x02.",
+        b"",
+    ],
+    ids=["laughs", "itself", "deep", "key", "many", "number", "copy", "nothing", "empty"],
+)
+def test_a_pickle_that_would_take_more_than_it_brings_is_refused(tmp_path, monkeypatch, made, request):
+    if request.node.callspec.id == "many":
+        monkeypatch.setattr(unpickling, "_LONGEST", 20_000)
+    refused(archive_of(tmp_path / "x.pth", made), "is not a readable PyTorch file")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_gives_what_torch_s_own_reader_gives(tmp_path, protocol):
+    content = {
+        "model": OrderedDict(w=torch.arange(6.0).view(2, 3).T, h=torch.ones(3, dtype=torch.bfloat16)),
+        "flags": (True, None, 1.5, -(1 << 70), "text", [1, [2, (3,)]], {1: {"a": 2}}),
+        "kinds": [torch.zeros(2, dtype=kind) for kind in (torch.int64, torch.uint8, torch.bool, torch.complex64)],
+    }
+    content["tied"] = content["model"]["w"]
+    path = tmp_path / "x.pth"
+    torch.save(content, path, pickle_protocol=protocol)
+    read = tensor_files.load_tensors(path)
+    expected = torch.load(path, weights_only=True) if protocol == 2 else content
+    torch.testing.assert_close(read["kinds"], expected["kinds"], rtol=0, atol=0)
+    torch.testing.assert_close(dict(read["model"]), dict(expected["model"]), rtol=0, atol=0)
+    assert read["flags"] == expected["flags"]
+    assert read["tied"].data_ptr() == read["model"]["w"].data_ptr()
+
+
+def test_safetensors_whose_header_promises_too_much_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    large = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 16]}}).encode()
+    for length, rest in (
+        (1 << 60, b"{}"),
+        (40 << 20, b" " * (41 << 20)),
+        (200_005, b'{"a":' + b"[" * 200_000),
+        (len(large), large + bytes(16)),
+    ):
+        path.write_bytes(struct.pack("<Q", length) + rest)
+        refused(path, "is not a readable safetensors file")
+
+
+# -- tensors against a model's own -----------------------------------------------------------------------------------
+
+OWN = {
+    "w": torch.zeros(2, 2),
+    "half": torch.zeros(2, dtype=torch.float16),
+    "position_ids": torch.arange(4),
+    "steps": torch.tensor(0),
+    "flag": torch.tensor([True]),
+    "mask": torch.tensor([0.0, -torch.inf]),
+}
+NAN, BEYOND = torch.tensor([1.0, torch.nan]), torch.tensor([0, 1, 2, 9])
+
+
+@pytest.mark.parametrize(
+    "name, tensor, words",
+    [
+        ("w", torch.ones(2, 2, dtype=torch.int8), "holds numbers of type int8, the model takes float32, float16"),
+        ("w", torch.ones(2, 2, dtype=torch.bool), "holds numbers of type bool, the model takes float32, float16"),
+        ("w", torch.ones(2, 2, dtype=torch.complex64), "holds numbers of type complex64, the model takes float32"),
+        ("w", torch.ones(2, 2, dtype=torch.float8_e4m3fn), "holds numbers of type float8_e4m3fn"),
+        ("w", torch.ones(2, 3), r"is \(2, 3\) there, \(2, 2\) in the model"),
+        ("w", NAN.expand(2, 2), "holds NaN or infinite values"),
+        ("w", torch.full((2, 2), -torch.inf), "holds NaN or infinite values"),
+        ("w", torch.full((2, 2), 1e300, dtype=torch.float64), "holds NaN or infinite values"),  # once it is float32
+        ("half", torch.full((2,), 1e6), "holds NaN or infinite values"),
+        ("position_ids", torch.ones(4), "holds numbers of type float32, the model takes int64"),
+        ("position_ids", BEYOND, "counts beyond the model's own"),
+        ("position_ids", -torch.arange(4), "counts beyond the model's own"),
+        ("steps", torch.tensor(True), "holds numbers of type bool, the model takes int64"),
+        ("flag", torch.tensor([1]), "holds numbers of type int64, the model takes bool"),
+    ],
+)
+def test_tensors_of_another_kind_are_told_with_their_names(name, tensor, words):
+    (line,) = tensor_files.tensor_faults({name: tensor, "other": NAN}, OWN, "x.pth")
+    assert re.match(rf"x\.pth: {name} {words}", line)
+
+
+def test_tensors_that_fit_pass():
+    fitting = {
+        "w": torch.ones(2, 2, dtype=torch.bfloat16),
+        "half": torch.ones(2, dtype=torch.float64),
+        "position_ids": torch.arange(4, dtype=torch.int32),
+        "steps": torch.tensor(9000),
+        "flag": torch.tensor([False]),
+        "mask": torch.tensor([0.0, -torch.inf]),
+        "other": torch.ones(1, dtype=torch.int8),
+    }
+    assert tensor_files.tensor_faults(fitting, OWN, "x.pth") == []
+    assert tensor_files.tensor_faults({"w": torch.ones(3, 3)}, OWN, "x.pth", shapes=False) == []
+    on_meta = {name: tensor.to("meta") for name, tensor in OWN.items()}
+    assert tensor_files.tensor_faults(OWN, on_meta | {"mask": OWN["mask"]}, "x.pth") == []
+    assert tensor_files.tensor_faults(on_meta, OWN, "x.pth") == []
+
+
+# -- the loading of others -------------------------------------------------------------------------------------------
+
+
+def test_the_loading_of_others_reads_by_this_reader_and_only_within_the_block(tmp_path, torchscript, marker):
+    torch.save({"a": torch.ones(2), "settings": OrderedDict(b=1)}, tmp_path / "x.pth")
+    load, load_script = torch.load, torch.jit.load
+    with tensor_files.tensors_only(lambda content, path: {**content, "path": path}):
+        read = torch.load(str(tmp_path / "x.pth"), map_location="cpu", weights_only=False)
+        assert read["settings"] == {"b": 1} and read["path"] == tmp_path / "x.pth"
+        for reader in (torch.load, torch.jit.load):
+            with pytest.raises(UserError):
+                reader(str(torchscript))
+        with pytest.raises(UserError, match="from memory"):
+            torch.load(io.BytesIO(torchscript.read_bytes()))
+    assert (torch.load, torch.jit.load) == (load, load_script) and not marker.exists()
