@@ -23,7 +23,7 @@ _LARGEST_HEADER = 32 << 20  # bytes of a safetensors file's names and shapes
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # buffers whose numbers are rows of something, by the ends of their names
-_INDEXES = ("position_ids", "token_type_ids", "relative_position_index")
+INDEXES = ("position_ids", "token_type_ids", "relative_position_index")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _fault(tensor: Tensor, own: Tensor, name: str, shapes: bool) -> str | None:
         return None  # a shape without numbers
     if own.is_floating_point() and not _finite(tensor.to(own.dtype)) and (own.is_meta or _finite(own)):
         return "holds NaN or infinite values; name another file, a training that diverged writes such"
-    if name.endswith(_INDEXES) and own.numel() and not own.is_meta and not _within(tensor, own):
+    if name.endswith(INDEXES) and own.numel() and not own.is_meta and not _within(tensor, own):
         return "counts beyond the model's own; leave it out of the file, it is the same in every model"
     return None
 

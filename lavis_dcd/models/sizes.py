@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ from lavis_dcd.common.texts import one_line, shown
 _DEEPEST, _MOST, _LONGEST = 16, 10_000, 4096  # sections inside each other, values, characters of a text
 _LARGEST = 1 << 21  # of any number; vocabularies have a million entries at most
 # the keys of sizes that no tensor of the file bounds before something is computed with them
-_BOUNDS = {"image_size": 2048, "grid": 64, "num_labels": 1 << 16}
+_BOUNDS = {"image_size": 2048, "grid": 64, "max_length": 4096, "num_labels": 1 << 16}
+_COUNTS = re.compile(r"(width|heads|layers|hidden_size|dim|ratio)$")  # keys of what is never negative
 # A model of the file's configuration has the file's tensors; beside them timm's classifier, which is dropped, poolers,
 # and position embeddings of a larger grid. Weights that are tied are registered twice.
 _SPARE_TENSORS, _SPARE_NUMBERS = 256, 1 << 25
@@ -57,10 +59,14 @@ def _fault(key: str, value: Any) -> str | None:
         return None
     if not isinstance(value, (int, float)):
         return f"is a {type(value).__name__}"
-    largest = _BOUNDS.get(key, _LARGEST)
-    if not math.isfinite(value) or abs(value) > largest:
-        return f"is {shown(value)}, more than {largest:,}" if math.isfinite(value) else f"is {value}, no number"
-    return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}, no number"
+    largest, least = _BOUNDS.get(key, _LARGEST), 0 if _COUNTS.search(key) else -_LARGEST
+    if key.endswith("heads"):
+        least = 1
+    if key.endswith("eps"):
+        largest, least = 1, 0
+    return None if least <= value <= largest else f"is {shown(value)}, not between {least:,} and {largest:,}"
 
 
 class _TooLargeError(Exception):
