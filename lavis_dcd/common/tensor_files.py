@@ -168,25 +168,41 @@ def no_check(content: Any, path: Path) -> Any:
     return content
 
 
+def no_scripts(path: Path) -> Any:
+    """Refuse TorchScript.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(f"{path} is read as TorchScript, which runs when it is read; name a file of tensors only")
+
+
 @contextmanager
-def tensors_only(checked: Callable[[Any, Path], Any] = no_check) -> Iterator[None]:
+def tensors_only(
+    checked: Callable[[Any, Path], Any] = no_check, scripts: Callable[[Path], Any] = no_scripts
+) -> Iterator[None]:
     """Let the loading of others (LAVIS, ``transformers``, timm) within the ``with`` block read by this reader alone.
 
     They call ``torch.load``, whose dispatcher also takes tar files, and ``torch.jit.load``, which runs what it reads.
 
     Args:
-        checked: (content of a file, its path) -> what the caller gets.
+        checked: (content of a file, its path) -> what the caller of ``torch.load`` gets.
+        scripts: (path of a file) -> what the caller of ``torch.jit.load`` gets.
     """
 
     def load(f: Any, *_: Any, **__: Any) -> Any:
-        path = Path(os.fsdecode(f)) if isinstance(f, (str, bytes, os.PathLike)) else None
-        if path is None:
-            raise UserError("a model reads weights from memory, which is not supported; name a file of weights")
+        path = _path_of(f)
         return checked(load_tensors(path), path)
 
     def load_script(f: Any, *_: Any, **__: Any) -> Any:
-        raise UserError(f"{f} is read as TorchScript, which runs when it is read; name a file of tensors only")
+        return scripts(_path_of(f))
 
     # the only way in: each of them calls torch by these names. It lasts as long as one model's building or loading.
     with mock.patch.object(torch, "load", load), mock.patch.object(torch.jit, "load", load_script):
         yield
+
+
+def _path_of(source: Any) -> Path:
+    if not isinstance(source, (str, bytes, os.PathLike)):
+        raise UserError("a model reads weights from memory, which is not supported; name a file of weights")
+    return Path(os.fsdecode(source))

@@ -23,7 +23,7 @@ from lavis.common.registry import registry
 from lavis.models.clip_models import model as lavis_clip
 
 from lavis_dcd.matching.adapters.registry import adapter_for
-from lavis_dcd.models.building import build_matcher
+from lavis_dcd.models.building import build_matcher, reading_tensors_only
 
 TOWERS = {
     "vision": {"image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2},
@@ -106,12 +106,12 @@ def job(retrieval_files, tmp_path, monkeypatch, cache) -> Any:
     reads = {"vis_processor": {s: {"name": f"dcd_image_{s}", "image_size": 64} for s in ("train", "eval")},
              "text_processor": {s: {"name": "dcd_caption"} for s in ("train", "eval")}}  # fmt: skip
 
-    def write(model: dict[str, Any]) -> None:
+    def write(model: dict[str, Any], **run: Any) -> None:
         sections = {
             "model": model,
             "datasets": {"coco_retrieval": {**reads, "build_info": retrieval_files}},
             "run": {"task": "dcd_retrieval", "runner": "runner_dcd", "device": "cpu", "max_epoch": 1,
-                    "batch_size_train": 4, "batch_size_eval": 4, "test_splits": ["test"], "output_dir": "out"},
+                    "batch_size_train": 4, "batch_size_eval": 4, "test_splits": ["test"], "output_dir": "out", **run},
         }  # fmt: skip
         Path("job.yaml").write_text(json.dumps(sections))
 
@@ -130,6 +130,24 @@ def test_the_commands_end_with_one_line(job, evil, marker, capsys, command):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and telling(lines[0])
     assert not marker.exists()
+
+
+def test_a_model_that_lavis_builds_ends_with_one_line(job, evil, marker, capsys, small_clip):
+    job({"arch": "clip", "model_type": "ViT-B-32", "pretrained": evil}, task="retrieval")
+    assert train.main(["--cfg-path", "job.yaml"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and telling(lines[0])
+    assert not marker.exists()
+
+
+def test_lavis_s_own_loading_reads_tensors_only(evil, marker, small_clip):
+    model_class = registry.get_model_class("clip")
+    section = OmegaConf.create({"model_type": "ViT-B-32", "pretrained": evil})
+    with pytest.raises((UserError, RuntimeError, OSError)), reading_tensors_only(model_class):
+        model_class.from_config(section)
+    assert not marker.exists()
+    with reading_tensors_only(type("Own", (), {})):
+        assert torch.load.__module__ == "torch.serialization"  # a plug-in's model is its own affair
 
 
 # -- the keys --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -158,25 +158,35 @@ def published(name: str, tag: Any) -> str:
 
 
 def _openai_model(address: str) -> nn.Module:
-    """Return a CLIP of OpenAI's, which are TorchScript: run when they are read, and so read by their SHA-256 alone.
+    archive = official_script(Path(lavis_clip.download_pretrained(address)), [address]).eval()
+    model: nn.Module = lavis_clip.build_model_from_openai_state_dict(archive.state_dict()).float()
+    return model
+
+
+def official_script(path: Path, addresses: Sequence[str] | None = None) -> Any:
+    """Return an archive of OpenAI's: TorchScript, which runs when it is read, and so for its official SHA-256 alone.
 
     The checked bytes are those that run, whatever gets the file's name meanwhile.
 
+    Args:
+        path: of the archive.
+        addresses: from which it may be; by default any that LAVIS lists. OpenAI's have the SHA-256 as their last but
+            one part.
+
     Raises:
-        UserError: the file on the disk is not the one that the address names.
+        UserError: the file has another SHA-256.
     """
-    path, official = Path(lavis_clip.download_pretrained(address)), address.split("/")[-2]
+    if addresses is None:
+        addresses = [published(name, "openai") for name in lavis_clip.list_openai_models()]
     with opened_file(path) as file:
         content = file.read()
     found = hashlib.sha256(content).hexdigest()
-    if found != official:
+    if all(address.split("/")[-2] != found for address in addresses):
         raise UserError(
-            f"model.pretrained: {path} has the SHA-256 {found}, OpenAI's file has {official}: it was not run; remove "
-            "it, or name a file of tensors"
+            f"model.pretrained: {path} has the SHA-256 {found}, which is not that of OpenAI's file: it was not run; "
+            "remove it, or name a file of tensors"
         )
-    archive: Any = load_script(io.BytesIO(content), map_location="cpu").eval()  # type: ignore[no-untyped-call]
-    model: nn.Module = lavis_clip.build_model_from_openai_state_dict(archive.state_dict()).float()
-    return model
+    return load_script(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
 
 
 def finetuned(section: Any) -> str | None:
