@@ -126,6 +126,8 @@ def _check_folder(name: str) -> None:
     if is_url(name):
         raise UserError(f"model.text.name: {name} is an address; give a hub name or a local folder")
     folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"model.text.name: {name} is no folder; give one with the files of a tokenizer, or a vocab.txt")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         try:
             mode = path.stat().st_mode

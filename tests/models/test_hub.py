@@ -147,6 +147,13 @@ def test_a_vocabulary_without_a_word_for_unknown_ones_is_one_line(tmp_path):
     refused("the tokenizer cannot be read", lambda: hub.load_tokenizer(str(tmp_path / "vocab.txt")))
 
 
+@pytest.mark.parametrize("name", ["pipe", "pipe.txt"])
+def test_a_pipe_in_the_place_of_a_folder_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    refused("is no folder|no vocabulary file", lambda: hub.load_tokenizer(str(tmp_path / name)))
+    refused("is no folder", lambda: hub.load_tokenizer("/dev/zero"))
+
+
 def test_an_address_is_not_fetched():
     refused("is an address", lambda: hub.load_tokenizer("https://127.0.0.1/x"))
 
