@@ -32,6 +32,7 @@ from lavis_dcd.models.sizes import no_larger_than
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # they read a pickle, or tokenizers of folders below theirs
 _REFUSED = ("TransfoXLTokenizer", "RagTokenizer")
+_LABELS = 1 << 16
 _PATH = re.compile(r"[/\\~\s]")
 
 
@@ -62,6 +63,15 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def _sizes(name: str) -> PretrainedConfig:
+    """Return what a `config.json` says; `transformers` makes a name for each label that it counts."""
+    values, _ = PretrainedConfig.get_config_dict(name)
+    labels = values.get("num_labels")
+    if isinstance(labels, (int, float)) and not 0 <= labels <= _LABELS:
+        raise UserError(f"model.text.name: config.json of {name} says num_labels: {shown(labels)}; correct it")
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
 def sizes_in(name: str) -> PretrainedConfig:
     """Return the sizes in a hub model's or a folder's `config.json`.
 
@@ -70,7 +80,7 @@ def sizes_in(name: str) -> PretrainedConfig:
     """
     with _one_line_each("the sizes", name):
         _check_folder(name)
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return _sizes(name)
 
 
 def encoder_with_weights(model_class: type[PreTrainedModel], name: str, **options: Any) -> PreTrainedModel:
@@ -142,7 +152,7 @@ def _check_tokenizer(name: str) -> None:
     settings = get_tokenizer_config(name)
     kind = settings.get("tokenizer_class")
     if kind is None:
-        sizes = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        sizes = _sizes(name)
         kinds: Iterable[Any] = sizes.tokenizer_class or TOKENIZER_MAPPING_NAMES.get(sizes.model_type) or ("",)
         kinds = (kinds,) if isinstance(kinds, str) else kinds
     else:

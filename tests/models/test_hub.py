@@ -226,6 +226,14 @@ def test_sizes_beyond_the_weights_are_refused(folder, key, value):
     refused("model", lambda: tower(folder))
 
 
+@pytest.mark.parametrize("labels", [10**9, -1])
+def test_labels_without_end_are_refused_before_they_get_names(folder, labels):
+    edited(folder / "config.json", num_labels=labels)
+    refused(f"config.json of .* says num_labels: {labels}", lambda: tower(folder))
+    edited(folder / "tokenizer_config.json", tokenizer_class=None)
+    refused(f"config.json of .* says num_labels: {labels}", lambda: hub.load_tokenizer(str(folder)))
+
+
 @pytest.mark.parametrize("config", [{"hidden_size": -8}, {"num_attention_heads": 0}, {"hidden_act": "no such"}])
 def test_sizes_in_a_job_that_no_encoder_has_are_one_line(config):
     text = TextConfig(family="bert", name="x", config={**SIZES, **config}, max_length=8)
