@@ -59,7 +59,9 @@ def load_tokenizer(name: str) -> Any:
             _check_folder(name)
             _check_tokenizer(name)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        tokenizer("a \N{SNOWMAN}")  # a vocabulary without a token for unknown words shows it only now
+        # a vocabulary without tokens for unknown words or for padding shows it only now
+        padding = "longest" if tokenizer.pad_token is not None else False
+        tokenizer(["a \N{SNOWMAN}", "a"], padding=padding, truncation=True, max_length=8)
     return tokenizer
 
 
