@@ -22,6 +22,7 @@ from lavis_dcd.config.checks import check_sections
 from lavis_dcd.config.job import Job
 from lavis_dcd.config.job_file import merge_defaults, read_job, refuse_unusable
 from lavis_dcd.config.required_files import fetch_and_check, missing_faults, required_files
+from lavis_dcd.models.building import reading_tensors_only
 from lavis_dcd.plugins import load_plugins
 from lavis_dcd.training.devices import Process, device_faults, this_process
 from lavis_dcd.variants import Variant
@@ -152,7 +153,8 @@ def on_its_place(job: Job) -> Iterator[Process]:
 def _build_and_run(job: Job, job_id: str) -> None:
     task = registry.get_task_class(job.run.task).setup_task(cfg=job)
     datasets = task.build_datasets(job)
-    model = task.build_model(job)
+    with reading_tensors_only(registry.get_model_class(job.model_cfg.arch)):
+        model = task.build_model(job)
     runner_class = registry.get_runner_class(job.run.runner)
     runner = runner_class(cfg=job, task=task, model=model, datasets=datasets, job_id=job_id)
     log.info("job %s: %s with %s", job_id, job.run.task, job.run.runner)

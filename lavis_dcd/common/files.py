@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, found in a checkout or a wheel, hashed, and read without running code."""
+"""Files: written whole or not at all, found in a checkout or a wheel, and hashed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.unpickling import load_inert
 
 _BLOCK = 1 << 20
 
@@ -126,34 +123,6 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while block := handle.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running any code that it may contain.
-
-    Args:
-        path: a `.safetensors` file, or one written by `torch.save`.
-
-    Returns:
-        The dictionary in the file, as stored (a Lightning file keeps its tensors under "state_dict").
-
-    Raises:
-        UserError: the file is absent, is no checkpoint, or holds no dictionary.
-    """
-    source = Path(path)
-    if not source.is_file():
-        raise UserError(f"checkpoint {source} does not exist")
-    if source.suffix == ".safetensors":
-        try:
-            tensors: dict[str, Any] = load_file(str(source))
-            return tensors
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"checkpoint {source} is not a readable safetensors file: {error}") from error
-    content = load_inert(source)
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UserError(f"checkpoint {source} holds a {kind}, expected a dictionary of tensors")
-    return content
 
 
 ASSET_PREFIX = "asset:"  # of files that ship inside the package, under lavis_dcd/assets
