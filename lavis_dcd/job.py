@@ -15,7 +15,9 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_dcd import variants
+from lavis_dcd.common import secrets
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.names import name_fault, path_fault
 from lavis_dcd.common.processes import leave_group
 from lavis_dcd.common.seeding import seed_everything
 from lavis_dcd.config.checks import check_sections
@@ -80,6 +82,7 @@ def check_job(sections: DictConfig, path: Path, options: Sequence[str] = ()) -> 
     """
     refuse_unusable(sections, path)
     config = merge_defaults(sections)
+    secrets.remember(config)
     if config.run.get("project") is None:
         config.run.project = path.stem
     checked, files = check_sections(config), required_files(config)
@@ -93,10 +96,16 @@ def check_job(sections: DictConfig, path: Path, options: Sequence[str] = ()) -> 
 
 def _run_comparison(sections: DictConfig, comparison: DictConfig, path: Path, options: Sequence[str]) -> None:
     """Run every variant with every seed, all checked before the first runs; finished ones are not repeated."""
+    refuse_unusable(sections, path)
     run = sections.get("run", {})
     if run.get("evaluate") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{path}: variants are trained in one process; take one out to evaluate it or to use torchrun")
-    project = run.get("project") or path.stem
+    project = str(run.get("project") or path.stem)
+    places = {"run.project": project, "run.job_id": str(run.get("job_id") or "x")}
+    faults = [name_fault(value, field) for field, value in places.items()]
+    faults.append(path_fault(run.get("output_dir", "output"), "run.output_dir"))
+    if found := [line for line in faults if line is not None]:
+        raise UserError(found)
     home = variants.home_folder(run, project)
     todo = variants.expand(comparison, run, home)
     jobs = [_check_variant(sections, variant, path, options) for variant in todo]

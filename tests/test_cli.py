@@ -140,9 +140,14 @@ def test_a_disk_that_takes_nothing_is_a_line(number, words, capsys):
     assert line.startswith(f"error: out/log.txt: {os.strerror(number)}; ") and words in line and line.count("\n") == 1
 
 
-def test_other_faults_of_the_system_keep_their_traceback():
+@pytest.mark.parametrize(
+    "name",
+    ["EIO", "ENAMETOOLONG", "EMFILE", "ENFILE", "ESTALE", "EROFS", "EDQUOT", "ENOMEM", "ENOENT", "EBUSY", "EINVAL"],
+)
+def test_whatever_the_system_refuses_is_one_line(name, capsys):
     def fail():
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "out/x")
 
-    with pytest.raises(OSError, match="Input/output"):
-        guarded(fail)
+    assert guarded(fail) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: out/x: {os.strerror(getattr(errno, name))}; ") and line.count("\n") == 1
