@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import getpass
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from lavis_dcd.common.faults import user_lines
@@ -99,15 +103,32 @@ def _run(args: argparse.Namespace, evaluate: bool) -> None:
 def ready_process() -> None:
     """Set up logging and environment; every command calls it first, before it imports LAVIS."""
     set_up_logging()
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # in a container that runs under a number alone; torch's import would fail for it
-        os.environ["LOGNAME"] = f"user-{os.getuid()}"
+    _make_up_for_a_user()
     # loader workers are forked after the tokenizer has run; it would warn at each of them
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # LAVIS's own readers of checkpoints leave it to torch's default that no code in a file runs
     if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):
         logging.warning("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: code in a checkpoint could run")
+
+
+def _make_up_for_a_user() -> None:
+    """Let imports pass in a container that runs under a number without a name or a home folder.
+
+    torch's import fails for the name; transformers makes a folder called `~` for the home.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
+    try:
+        Path.home()
+    except RuntimeError:
+        cache = os.environ.get("LAVIS_CACHE")
+        if cache is None:
+            cache = tempfile.mkdtemp(prefix="lavis-dcd-")
+            atexit.register(shutil.rmtree, cache, ignore_errors=True)
+        for name in ("HF_HOME", "TORCH_HOME"):
+            os.environ.setdefault(name, str(Path(cache) / name.lower()))
 
 
 def set_up_logging() -> None:

@@ -78,7 +78,7 @@ def _of_runtime(error: Exception, text: str) -> list[str] | None:
 
 def _of_system(error: OSError) -> str:
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-    what = error.strerror or str(error) or type(error).__name__
+    what = error.strerror or (str(error) if any(error.args) else type(error).__name__)
     return f"{where}{what}; {_WAYS_OUT.get(error.errno or 0, _OTHER)}"
 
 

@@ -284,21 +284,34 @@ class Trainer:
 
     def _save(self) -> None:
         self._log.finite_means(self.position.global_step)
+        self._require_folder()
         self._state.save(self.position)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         with self._memory.phase("evaluation"), self._strategy.unsharded():
             yield
+        self._require_folder()
+
+    def _require_folder(self) -> None:
+        """Refuse to go on where the run folder was deleted: a new one would lack all that was in it."""
+        if self.process.is_main and not self.output_dir.is_dir():
+            raise UserError(
+                f"run.output_dir: {self.output_dir} is gone: it was deleted or moved while the job ran; put it back, "
+                "then run.resume=auto, or start the job anew"
+            )
 
     def _finish(self, export: bool = True) -> dict[str, Any]:
         best, process = self._best, self.process
         step = best.best["step"] if best.best is not None else self.position.global_step
         with self._strategy.unsharded():
             with self._memory.phase("evaluation"):
+                self._require_folder()
                 by_split = best.evaluate_learner(self.run.table_splits, step, self.position.global_step)
+                self._require_folder()
                 best.write_evaluations()
                 best.evaluate_teacher(self.position.global_step)
+            self._require_folder()
             written = process.is_main and best.write_results(self.project, step, self._memory.facts())
             process.share(None)
         if export:
