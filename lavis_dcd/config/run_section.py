@@ -109,19 +109,9 @@ class RunConfig:
 
     def faults(self) -> list[str]:
         """Return one line per value out of its range; empty when the section is sound."""
-        found = []
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                found.append(f"run.{name}: {value!r} must be greater than 0")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                found.append(f"run.{name}: {value!r} must not be negative")
-        for name in (*_POSITIVE, *_NOT_NEGATIVE):
-            value = getattr(self, name)
-            if isinstance(value, int) and value > _LARGEST and name != "seed":
-                found.append(f"run.{name}: {shown(value)} is more than {_LARGEST:,}")
+        if found := self._kind_faults():  # the comparisons below take numbers
+            return found + self._place_faults()
+        found = self._range_faults()
         if not 0 <= self.warmup <= 1:
             found.append(f"run.warmup: {self.warmup!r} is a fraction of all steps, 0 to 1 (see run.warmup_steps)")
         if self.amp == "fp16" and self.device == "cpu":
@@ -133,6 +123,28 @@ class RunConfig:
         if self.min_lr > self.init_lr:
             found.append(f"run.min_lr: {self.min_lr!r} is greater than run.init_lr {self.init_lr!r}")
         return found + self._place_faults()
+
+    def _kind_faults(self) -> list[str]:
+        values = {name: getattr(self, name) for name in (*_POSITIVE, *_NOT_NEGATIVE, "warmup") if name != "seed"}
+        return [
+            f"run.{name}: {shown(value)} is no number"
+            for name, value in values.items()
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float))
+        ]
+
+    def _range_faults(self) -> list[str]:
+        found = []
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
+            value = getattr(self, name)
+            if not isinstance(value, int | float):
+                continue
+            if name in _POSITIVE and not value > 0:
+                found.append(f"run.{name}: {value!r} must be greater than 0")
+            elif name in _NOT_NEGATIVE and value < 0:
+                found.append(f"run.{name}: {shown(value)} must not be negative")
+            elif isinstance(value, int) and value > _LARGEST and name != "seed":
+                found.append(f"run.{name}: {shown(value)} is more than {_LARGEST:,}")
+        return found
 
     def _place_faults(self) -> list[str]:
         """Return one line per name or path that cannot be that of a folder, and for a seed that is none."""
