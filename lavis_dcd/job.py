@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lavis  # noqa: F401  registers LAVIS's own names, then ours
 import torch.distributed as dist
@@ -100,9 +101,9 @@ def _run_comparison(sections: DictConfig, comparison: DictConfig, path: Path, op
     run = sections.get("run", {})
     if run.get("evaluate") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{path}: variants are trained in one process; take one out to evaluate it or to use torchrun")
-    project = str(run.get("project") or path.stem)
-    places = {"run.project": project, "run.job_id": str(run.get("job_id") or "x")}
-    faults = [name_fault(value, field) for field, value in places.items()]
+    project = _name(run.get("project")) or path.stem
+    named = {"run.project": project, "run.job_id": _name(run.get("job_id"))}
+    faults = [name_fault(value, field) for field, value in named.items() if value is not None]
     faults.append(path_fault(run.get("output_dir", "output"), "run.output_dir"))
     if found := [line for line in faults if line is not None]:
         raise UserError(found)
@@ -117,6 +118,11 @@ def _run_comparison(sections: DictConfig, comparison: DictConfig, path: Path, op
         _run(job)
     report = variants.summarise(home, project, todo, OmegaConf.to_container(OmegaConf.merge(sections, comparison)))
     log.info("report: %s", report)
+
+
+def _name(value: Any) -> Any:
+    """Return a name that YAML has read as a number as the text that it was."""
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _check_variant(sections: DictConfig, variant: Variant, path: Path, options: Sequence[str]) -> Job:
