@@ -122,4 +122,4 @@ def _because(text: str) -> str:
 
 def _shown(line: str) -> str:
     """Return the text as one line of a terminal."""
-    return one_line(" ".join(line.splitlines()), 2000)
+    return one_line(" ".join(line.splitlines()), 4000)

@@ -15,13 +15,15 @@ from typing import Any
 from urllib.parse import quote
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 _SHORTEST = 4  # letters: a shorter value stands in too many words that have nothing to do with it
 _LONG = 8  # letters: a value so long is hidden inside words, too
 _VARIABLE = re.compile(r"oc\.env\s*:\s*[\"']?([^\s,:${}\"'()]+)")
 # a resolver of a plug-in; or a variable whose name is itself put together
 _OTHER = re.compile(r"\$\{\s*(?!oc\.)[A-Za-z_][\w.]*\s*:|oc\.env\s*:\s*[\"']?\$")
+
+_PLACES = {"name", "path", "root", "storage", "url", "weights", "finetuned", "pretrained"}  # keys of paths
+_IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 # By value, the text that stands for it. Logging is one per process and so is this: whoever formats a line, in any
 # room, must hide the same values. `remember` is its only writer, `forget` empties it for the next job.
@@ -35,37 +37,35 @@ def forget() -> None:
 
 def remember(config: Any) -> None:
     """Hide the values that `config`'s interpolations take from the environment, or from a resolver of a plug-in."""
-    for node, raw in _written(config):
-        with suppress(OmegaConfBaseException, ValueError, TypeError, RecursionError):
-            value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node._value()
-            _remember(value, raw)
+    for node in _interpolations(config):
+        raw = str(node._value())
+        for name in _VARIABLE.findall(raw):  # also of one that cannot be resolved: the error may show the value
+            _add(os.environ.get(name), f"${{oc.env:{name}}}")
+        if _OTHER.search(raw):  # the whole text stands for the whole value
+            # a plug-in's resolver may raise anything; that is told where the setting is read
+            with suppress(Exception):
+                value = node._dereference_node()
+                plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value._value()
+                for leaf in _leaves(plain):
+                    _add(leaf, raw)
 
 
-def _written(config: Any) -> Iterator[tuple[Any, str]]:
-    """Yield the resolved value of each interpolation in a configuration, as a node, and its text."""
+def _interpolations(config: Any) -> Iterator[Any]:
+    """Yield the nodes of a configuration that are interpolations."""
     if not isinstance(config, DictConfig | ListConfig) or config._is_none() or config._is_missing():
         return
     keys = range(len(config)) if isinstance(config, ListConfig) else list(config.keys())
     for key in keys:
         node: Any = config._get_node(key, validate_access=False)
         if node is not None and node._is_interpolation():
-            with suppress(OmegaConfBaseException, ValueError, TypeError, RecursionError):
-                yield node._dereference_node(), str(node._value())
+            yield node
         else:
-            yield from _written(node)
-
-
-def _remember(value: Any, raw: str) -> None:
-    for name in _VARIABLE.findall(raw):
-        _add(os.environ.get(name), f"${{oc.env:{name}}}")
-    if _OTHER.search(raw):  # the whole text stands for the whole value
-        for leaf in _leaves(value):
-            _add(leaf, raw)
+            yield from _interpolations(node)
 
 
 def _add(value: str | None, name: str) -> None:
-    if value is not None and len(value) >= _SHORTEST:
-        for spelt in (value, os.path.normpath(value)):
+    for spelt in () if value is None else (value, os.path.normpath(value)):
+        if len(spelt) >= _SHORTEST:
             _NAMES.setdefault(spelt, name)
 
 
@@ -84,10 +84,17 @@ def hidden(text: str) -> str:
     """Return a text with the names of the variables in place of their values, however the text quotes them."""
     for value in sorted(_NAMES, key=len, reverse=True):
         for spelt in dict.fromkeys((value, repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe=""))):
-            edge = "" if len(value) >= _LONG else r"\b"
-            name = _NAMES[value].replace("\\", r"\\")
-            text = re.sub(rf"{edge}{re.escape(spelt)}{edge}", name, text)
+            if spelt in text:
+                text = _word(spelt).sub(_NAMES[value].replace("\\", r"\\"), text)
     return text
+
+
+def _word(value: str) -> re.Pattern[str]:
+    """Return the pattern of a value: a short one stands for itself, not inside a longer word."""
+    short = len(value) < _LONG
+    before = r"(?<!\w)" if short and value[0].isalnum() else ""
+    after = r"(?!\w)" if short and value[-1].isalnum() else ""
+    return re.compile(f"{before}{re.escape(value)}{after}")
 
 
 def as_stored(value: Any) -> Any:
@@ -97,6 +104,18 @@ def as_stored(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(as_stored(item) for item in value)
     return hidden(value) if isinstance(value, str) else value
+
+
+def as_exported(config: Any) -> Any:
+    """Return the configuration in a file of weights as it is stored; words such as "bert" stay, whatever equals them.
+
+    The file's readers need them, and what a schema takes as the name of a family or a pooling is no secret.
+    """
+    if isinstance(config, Mapping):
+        return {key: as_stored(item) if key in _PLACES else as_exported(item) for key, item in config.items()}
+    if isinstance(config, list | tuple):
+        return type(config)(as_exported(item) for item in config)
+    return config if isinstance(config, str) and _IDENTIFIER.fullmatch(config) else as_stored(config)
 
 
 def as_written(resolved: Any, section: Any) -> Any:

@@ -14,7 +14,7 @@ import yaml
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
-from lavis_dcd.common.secrets import as_stored, hidden
+from lavis_dcd.common.secrets import as_exported, hidden
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.training.checkpoint import FOLDER
@@ -104,7 +104,7 @@ def export_model(folder: Path, strategy: Strategy) -> Path:
     exported = as_learner(model).exported()
     content = strategy.whole(as_learner(exported).checkpoint())
     if "config" in content:
-        content = {**content, "config": as_stored(content["config"])}
+        content = {**content, "config": as_exported(content["config"])}
     path = folder / ("student.pth" if exported is not model else "model.pth")
     if strategy.process.is_main:
         with atomic_write(path) as handle:

@@ -91,3 +91,37 @@ def test_values_that_cannot_be_resolved_are_no_matter():
         {"a": "${oc.env:ABSENT}", "b": "${nobody}", "c": "${a}", "d": "???", "e": None, "f": "${oc.env:MY_TOKEN}"}
     )
     assert secrets.hidden(TOKEN) == "${oc.env:MY_TOKEN}"
+
+
+@pytest.mark.parametrize(
+    "text", ["${oc.decode:${oc.env:MY_TOKEN}}", "${oc.env:MY_TOKEN}${nobody}", "${no_such:${oc.env:MY_TOKEN}}"]
+)
+def test_a_value_is_hidden_where_its_setting_cannot_be_read(text, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "{hunter2: [")
+    remembered({"a": text})
+    assert secrets.hidden("cannot parse {hunter2: [") == "cannot parse ${oc.env:MY_TOKEN}"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [("/tmp", "in /tmp/x and /tmp"), ("/data/photos/", "below /data/photos: none")]
+)
+def test_paths_are_hidden_with_and_without_their_slash(value, text, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", value)
+    remembered({"a": "${oc.env:MY_TOKEN}"})
+    assert value.rstrip("/") not in secrets.hidden(text)
+
+
+def test_a_dot_is_no_secret(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "././")
+    remembered({"a": "${oc.env:MY_TOKEN}"})
+    assert secrets.hidden("1.5 at ./x") == "1.5 at ./x"
+
+
+def test_a_file_of_weights_keeps_the_words_that_its_readers_need(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "roberta")
+    remembered({"a": "${oc.env:MY_TOKEN}"})
+    config = {"text": {"family": "roberta", "name": "roberta", "config": {"act": "gelu"}}, "more": ["/x/roberta/y"]}
+    assert secrets.as_exported(config) == {
+        "text": {"family": "roberta", "name": "${oc.env:MY_TOKEN}", "config": {"act": "gelu"}},
+        "more": ["/x/${oc.env:MY_TOKEN}/y"],
+    }
