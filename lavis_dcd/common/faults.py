@@ -33,7 +33,12 @@ _WAYS_OUT = {
 }  # fmt: skip
 _OTHER = "put that right; what was written before stays"
 _NO_HOME = re.compile(r"[Cc]ould not determine home directory|[Cc]an't determine home directory|getpwuid\(\)")
-_NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED")
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|[Cc]annot allocate memory|CUDA (?:error: )?out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
+_SHARED_MEMORY = re.compile(r"(?:unable to|error) .*(?:/torch_|shared memory).*: (.+) \((\d+)\)")
+_NO_FILES = "received 0 items of ancdata"  # a loader's process could not send a descriptor
+_NO_THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable")
 _LOST_PEER = re.compile(r"gloo.*(?:[Cc]onnection|[Tt]imed out)|NCCL (?:error|communicator)|ncclRemoteError", re.DOTALL)
 _PEER_ERRORS = ("DistNetworkError", "DistStoreError", "DistBackendError")
 _LAST_ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*)(?:: |$)", re.MULTILINE)
@@ -59,7 +64,7 @@ def _lines(error: BaseException) -> list[str] | None:
         return [f"something that the job reads is nested too deeply{_because(text)}; look at its YAML and JSON files"]
     if isinstance(error, SystemExit):
         return [_of_exit(error)]
-    if isinstance(error, RuntimeError | KeyError):
+    if isinstance(error, RuntimeError | KeyError | ValueError):
         return _of_runtime(error, text)
     return None
 
@@ -69,6 +74,16 @@ def _of_runtime(error: Exception, text: str) -> list[str] | None:
         return [f"HOME: the user has no home folder and no name{_because(text)}; set HOME, USER and LAVIS_CACHE"]
     if _NO_MEMORY.search(text):
         return [f"out of memory{_because(text)}; {_MEMORY}"]
+    if match := _SHARED_MEMORY.search(text):
+        return [
+            f"/dev/shm: {match[1]}{_because(text)}; lower run.num_workers, or give the container more shared memory"
+        ]
+    if _NO_FILES in text:
+        return [f"too many files are open{_because(text)}; {_FILES}"]
+    if _NO_THREADS.search(text):
+        return [f"the system starts no more threads{_because(text)}; lower run.num_workers or raise ulimit -u"]
+    if text.startswith("Error initializing torch.distributed"):
+        return [f"{text}; start several processes by torchrun, which sets all of it"]
     if text.startswith("DataLoader worker"):
         return [f"run.num_workers: {text}; often memory (or /dev/shm) is short: lower run.num_workers, 0 loads without"]
     if type(error).__name__ in _PEER_ERRORS or _LOST_PEER.search(text):
@@ -91,7 +106,7 @@ def _of_worker(error: Exception, text: str) -> list[str] | None:
         return message.splitlines()
     if isinstance(error, OSError):
         return [f"{message or type(error).__name__}; {_OTHER}"]
-    return _lines(type(error)(message)) if isinstance(error, MemoryError | RecursionError) else None
+    return _lines(type(error)(message))
 
 
 def _of_exit(error: SystemExit) -> str:

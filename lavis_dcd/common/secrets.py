@@ -17,6 +17,7 @@ from urllib.parse import quote
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 _SHORTEST = 4  # letters: a shorter value stands in too many words that have nothing to do with it
+_SHORTEST_NUMBER = 12  # digits: steps, seeds and numbers of cluster jobs are no secrets
 _LONG = 8  # letters: a value so long is hidden inside words, too
 _VARIABLE = re.compile(r"oc\.env\s*:\s*[\"']?([^\s,:${}\"'()]+)")
 # a resolver of a plug-in; or a variable whose name is itself put together
@@ -33,6 +34,11 @@ _NAMES: dict[str, str] = {}
 def forget() -> None:
     """Hide nothing any more: another job is read."""
     _NAMES.clear()
+
+
+def hides_something() -> bool:
+    """Return whether there is any value to hide."""
+    return bool(_NAMES)
 
 
 def remember(config: Any) -> None:
@@ -65,7 +71,7 @@ def _interpolations(config: Any) -> Iterator[Any]:
 
 def _add(value: str | None, name: str) -> None:
     for spelt in () if value is None else (value, os.path.normpath(value)):
-        if len(spelt) >= _SHORTEST:
+        if len(spelt) >= (_SHORTEST_NUMBER if spelt.isdigit() else _SHORTEST):
             _NAMES.setdefault(spelt, name)
 
 

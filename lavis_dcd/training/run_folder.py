@@ -14,7 +14,7 @@ import yaml
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
-from lavis_dcd.common.secrets import as_exported, hidden
+from lavis_dcd.common.secrets import as_exported, hidden, hides_something
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.training.checkpoint import FOLDER
@@ -103,7 +103,7 @@ def export_model(folder: Path, strategy: Strategy) -> Path:
     model = strategy.bare_model
     exported = as_learner(model).exported()
     content = strategy.whole(as_learner(exported).checkpoint())
-    if "config" in content:
+    if "config" in content and hides_something():
         content = {**content, "config": as_exported(content["config"])}
     path = folder / ("student.pth" if exported is not model else "model.pth")
     if strategy.process.is_main:

@@ -26,6 +26,12 @@ from lavis_dcd.common.faults import user_lines
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "run.num_workers: DataLoader worker"),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"),
          "another process of this job is gone"),
+        (RuntimeError("unable to write to file </torch_7_8_9>: No space left on device (28)"),
+         "/dev/shm: No space left on device (unable to write"),
+        (RuntimeError("received 0 items of ancdata"), "too many files are open (received 0 items of"),
+        (RuntimeError("can't start new thread"), "the system starts no more threads"),
+        (ValueError("Error initializing torch.distributed using env:// rendezvous: environment variable MASTER_ADDR "
+                    "expected, but not set"), "Error initializing torch.distributed using env://"),
         (torch.distributed.DistNetworkError("the peer is gone"), "another process of this job is gone"),
         (OSError(None, None), "OSError; put that right"),
         (ConnectionResetError(104, "Connection reset by peer"), "Connection reset by peer; "),
@@ -68,7 +74,10 @@ class Failing(Dataset):
         (UserError(["a.png: is no picture", "b.png: is none"]), ["a.png: is no picture", "b.png: is none"]),
         (OSError(5, "Input/output error", "a.png"),
          ["[Errno 5] Input/output error: 'a.png'; put that right; what was written before stays"]),
+        (RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)"),
+         "/dev/shm: Too many open files (unable to open"),
         (ZeroDivisionError("a bug"), None),
+        (RuntimeError("a bug"), None),
         (SystemExit(0), "run.num_workers: DataLoader worker (pid"),
     ],
 )  # fmt: skip
