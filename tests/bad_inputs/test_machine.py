@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavis_dcd.banks.score_bank import BankIdentity, BankTable, ScoreBank
+from lavis_dcd.banks.score_bank import BankTable, ScoreBank
 from lavis_dcd.cli import EXIT_USER_ERROR, guarded
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
+from lavis_dcd.common.manifest import Identity
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training.devices import this_process
 from lavis_dcd.training.run_folder import new_run_folder
@@ -114,9 +115,8 @@ def test_an_output_folder_that_may_not_be_written(tmp_path, capsys):
 
 def test_a_disk_that_fills_at_the_score_bank(tmp_path, capsys):
     """safetensors says it in an exception of its own; the limit of a file's size stands for the disk."""
-    candidates = torch.zeros(2_000, 8, dtype=torch.int32)
-    table = BankTable(candidates, torch.zeros(2_000, 9))
-    bank = ScoreBank(BankIdentity("t", "d", "p"), {}, {"image_to_text": table})
+    table = BankTable(torch.zeros(2_000, 8, dtype=torch.int32), torch.zeros(2_000, 9))
+    bank = ScoreBank(Identity({}, {}, {}), {}, {"image_to_text": table})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
@@ -124,7 +124,7 @@ def test_a_disk_that_fills_at_the_score_bank(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     line = capsys.readouterr().err
-    assert line.startswith(f"error: {tmp_path / 'bank'}") and "File too large; " in line and line.count("\n") == 1
+    assert str(tmp_path / "bank") in line and "File too large" in line and line.count("\n") == 1
     assert list((tmp_path / "bank").iterdir()) == []
 
 
