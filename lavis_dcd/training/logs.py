@@ -211,7 +211,7 @@ def log_file(path: Path, active: bool = True) -> Iterator[None]:
     if not active:
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             with suppress(OSError), RunLog(path) as handler:
                 handler.write_traceback(error)
             raise
