@@ -123,6 +123,11 @@ class Retriever(LavisEvaluation, Learner, BaseModel, Matcher):
         return cls.config_class
 
     @classmethod
+    def negatives_in_batch_only(cls, section: Mapping[str, Any]) -> bool:
+        """Return True: the losses compare the pairs of a batch."""
+        return True
+
+    @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Self:
         """Build the model from a ``model:`` section, weights loaded when it names some.
 

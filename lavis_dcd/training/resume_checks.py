@@ -11,6 +11,7 @@ import torch
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.training.environment import comparable
 
 Force = Literal["teacher", "data", "recipe", "world_size"]
 
@@ -97,6 +98,7 @@ def _changes(
 ) -> Iterator[tuple[Force | None, str]]:
     """Yield every difference, with what overrides it."""
     old = saved["config"]
+    config = comparable(old, config)
     if saved["teacher_fingerprint"] != teacher:
         before, now = _short(saved["teacher_fingerprint"]), _short(teacher)
         yield "teacher", f"the teacher's weights changed (fingerprint {before} in the checkpoint, {now} now)"

@@ -1,11 +1,18 @@
+import errno
 import hashlib
 import os
+import resource
 import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from lavis_dcd.common import files
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import atomic_path, writing
 
 
 def test_atomic_write_replaces_whole_or_not_at_all(tmp_path):
@@ -78,3 +85,86 @@ def test_packaged_folder(tmp_path):
     assert (files.packaged_folder("configs") / "models").is_dir()
     with pytest.raises(FileNotFoundError, match="reinstall"):
         files.packaged_folder("nothing")
+
+
+def write_safetensors(path):
+    save_file({"a": torch.zeros(50_000)}, str(path))
+
+
+def write_torch_by_name(path):
+    torch.save({"a": torch.zeros(50_000)}, path)
+
+
+def write_torch_by_handle(path):
+    with open(path, "wb") as handle:
+        torch.save({"a": torch.zeros(50_000)}, handle)
+
+
+def write_bytes(path):
+    Path(path).write_bytes(bytes(200_000))
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_torch_by_name, write_torch_by_handle, write_bytes])
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_file_that_does_not_fit_is_told_by_its_name_whoever_writes_it(tmp_path, write, before):
+    """The limit of a file's size is a disk that is full for the process alone: the writers meet the real thing."""
+    target = tmp_path / "weights"
+    if before is not None:
+        target.write_bytes(before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught, atomic_path(target) as path:
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # torch writes to a name by C++'s streams, which keep no number
+    assert caught.value.errno in ((errno.EFBIG,) if write is not write_torch_by_name else (errno.EFBIG, errno.EIO))
+    assert caught.value.filename == str(target)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if before is None else ["weights"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space" })'),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_a_full_disk_whoever_wraps_it(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(files, "_is_full", lambda folder: True)
+    with pytest.raises(OSError) as caught, writing(tmp_path / "x"):
+        raise error
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "x"))
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("PytorchStreamWriter failed"),
+        RuntimeError("shapes differ"),
+        SafetensorError("Error while deserializing header"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "a picture"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    ],
+)
+def test_other_errors_pass_as_they_are(tmp_path, error):
+    with pytest.raises(type(error)) as caught, writing(tmp_path / "x"):
+        raise error
+    assert caught.value is error
+
+
+def test_without_a_home_the_cache_is_asked_for_in_one_line(monkeypatch):
+    for name in ("LAVIS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UserError, match=r"LAVIS_CACHE: user \d+ has no home folder; set LAVIS_CACHE"):
+        files.cache_root()
