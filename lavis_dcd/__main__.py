@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from lavis_dcd.common.streams import kept_streams
+
 # name: the module whose main(argv) runs it, and what it does
 COMMANDS = {
     "mine": ("lavis_dcd.mine", "let the teacher of a distillation job score candidates once, into a score bank"),
@@ -16,16 +18,14 @@ EXIT_USAGE = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; without one, list them."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args:
-        sys.stderr.write(usage())
-        return EXIT_USAGE
-    name, *rest = args
-    if name in ("-h", "--help"):
-        sys.stdout.write(usage())
-        return 0
-    if name not in COMMANDS:
-        sys.stderr.write(f"error: {name!r} is no command\n{usage()}")
-        return EXIT_USAGE
+    name, *rest = args or [""]
+    with kept_streams():
+        if name in ("-h", "--help"):
+            sys.stdout.write(usage())
+            return 0
+        if name not in COMMANDS:
+            sys.stderr.write(f"error: {name!r} is no command\n{usage()}" if args else usage())
+            return EXIT_USAGE
     status: int = importlib.import_module(COMMANDS[name][0]).main(rest)
     return status
 

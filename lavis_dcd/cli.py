@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import atexit
+import getpass
 import logging
 import os
+import shutil
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
 
-from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.faults import user_lines
+from lavis_dcd.common.streams import KeptStream, kept_streams
 from lavis_dcd.training.interrupt import Terminated, terminations_raised
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143  # as a shell names the end by SIGTERM: 128 + 15
 
 
 def job_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -48,61 +54,81 @@ def job_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def run_command(program: str, description: str, argv: Sequence[str] | None, evaluate: bool) -> int:
-    """Run a job and return the exit status: 0, 2 for what the user can put right, 130 or 143 when stopped.
+    """Run a job and return the exit status: 0, 2 for what the user can put right, 129, 130 or 143 when stopped.
 
-    130 is for Ctrl-C, 143 for SIGTERM.
+    130 is for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP (the terminal or the connection was closed).
     """
     args = job_parser(program, description).parse_args(argv)
     return guarded(lambda: _run(args, evaluate))
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Call `work`; its user errors, and a disk that takes nothing, become lines on stderr, without a traceback."""
-    try:
-        with terminations_raised():
-            work()
-    except UserError as error:
-        for line in error.faults:
-            sys.stderr.write(f"error: {line}\n")
-        return EXIT_USER_ERROR
-    except OSError as error:
-        way_out = _way_out(error)
-        if way_out is None:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {where}{error.strerror}; {way_out}\n")
-        return EXIT_USER_ERROR
-    except Terminated:
-        return EXIT_TERMINATED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    """Call `work` and return the exit status; what the user can put right becomes a line each on stderr.
+
+    That is every `UserError`, what the system refuses (a full disk, a lost one, no memory), and a plug-in that calls
+    `sys.exit`. Where there is a run folder, its log.txt has the traceback. Any other exception is a bug, and passes.
+    """
+    with kept_streams():
+        try:
+            with terminations_raised():
+                work()
+        except Terminated as stop:
+            return stop.status
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        except BaseException as error:
+            lines = user_lines(error)
+            if lines is None:
+                sys.excepthook = _hiding_excepthook
+                raise
+            for line in lines:
+                sys.stderr.write(f"error: {line}\n")
+            return EXIT_USER_ERROR
     return 0
 
 
-def _way_out(error: OSError) -> str | None:
-    """Return the user's way out where a disk takes nothing; None for other faults of the system."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space; what was written before stays, and run.resume=auto continues a training"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return "permit it or name another place; outputs go to run.output_dir"
-    return None
+def _hiding_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback as Python does, without the values that came from the environment."""
+    if sys.stderr is not None:
+        KeptStream(sys.stderr).write("".join(traceback.format_exception(kind, error, trace)))
 
 
 def _run(args: argparse.Namespace, evaluate: bool) -> None:
+    ready_process()
     from lavis_dcd.job import run_job
 
-    ready_process()
     run_job(args.cfg_path, args.options, args.plugins, evaluate)
 
 
 def ready_process() -> None:
-    """Set up logging and environment; every command calls it first."""
+    """Set up logging and environment; every command calls it first, before it imports LAVIS."""
     set_up_logging()
+    _make_up_for_a_user()
     # loader workers are forked after the tokenizer has run; it would warn at each of them
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # LAVIS's own readers of checkpoints leave it to torch's default that no code in a file runs
     if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):
         logging.warning("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: code in a checkpoint could run")
+
+
+def _make_up_for_a_user() -> None:
+    """Let imports pass in a container that runs under a number without a name or a home folder.
+
+    torch's import fails for the name; transformers makes a folder called `~` for the home.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
+    try:
+        Path.home()
+    except RuntimeError:
+        cache = os.environ.get("LAVIS_CACHE")
+        if cache is None:
+            cache = tempfile.mkdtemp(prefix="lavis-dcd-")
+            atexit.register(shutil.rmtree, cache, ignore_errors=True)
+        for name in ("HF_HOME", "TORCH_HOME"):
+            os.environ.setdefault(name, str(Path(cache) / name.lower()))
 
 
 def set_up_logging() -> None:

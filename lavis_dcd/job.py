@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lavis  # noqa: F401  registers LAVIS's own names, then ours
 import torch.distributed as dist
@@ -15,13 +16,16 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_dcd import variants
+from lavis_dcd.common import secrets
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.names import name_fault, path_fault
 from lavis_dcd.common.processes import leave_group
 from lavis_dcd.common.seeding import seed_everything
 from lavis_dcd.config.checks import check_sections
 from lavis_dcd.config.job import Job
 from lavis_dcd.config.job_file import merge_defaults, read_job, refuse_unusable
 from lavis_dcd.config.required_files import fetch_and_check, missing_faults, required_files
+from lavis_dcd.models.building import reading_tensors_only
 from lavis_dcd.plugins import load_plugins
 from lavis_dcd.training.devices import Process, device_faults, this_process
 from lavis_dcd.variants import Variant
@@ -80,6 +84,7 @@ def check_job(sections: DictConfig, path: Path, options: Sequence[str] = ()) -> 
     """
     refuse_unusable(sections, path)
     config = merge_defaults(sections)
+    secrets.remember(config)
     if config.run.get("project") is None:
         config.run.project = path.stem
     checked, files = check_sections(config), required_files(config)
@@ -93,10 +98,16 @@ def check_job(sections: DictConfig, path: Path, options: Sequence[str] = ()) -> 
 
 def _run_comparison(sections: DictConfig, comparison: DictConfig, path: Path, options: Sequence[str]) -> None:
     """Run every variant with every seed, all checked before the first runs; finished ones are not repeated."""
+    refuse_unusable(sections, path)
     run = sections.get("run", {})
     if run.get("evaluate") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{path}: variants are trained in one process; take one out to evaluate it or to use torchrun")
-    project = run.get("project") or path.stem
+    project = _name(run.get("project")) or path.stem
+    named = {"run.project": project, "run.job_id": _name(run.get("job_id"))}
+    faults = [name_fault(value, field) for field, value in named.items() if value is not None]
+    faults.append(path_fault(run.get("output_dir", "output"), "run.output_dir"))
+    if found := [line for line in faults if line is not None]:
+        raise UserError(found)
     home = variants.home_folder(run, project)
     todo = variants.expand(comparison, run, home)
     jobs = [_check_variant(sections, variant, path, options) for variant in todo]
@@ -108,6 +119,11 @@ def _run_comparison(sections: DictConfig, comparison: DictConfig, path: Path, op
         _run(job)
     report = variants.summarise(home, project, todo, OmegaConf.to_container(OmegaConf.merge(sections, comparison)))
     log.info("report: %s", report)
+
+
+def _name(value: Any) -> Any:
+    """Return a name that YAML has read as a number as the text that it was."""
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _check_variant(sections: DictConfig, variant: Variant, path: Path, options: Sequence[str]) -> Job:
@@ -152,7 +168,8 @@ def on_its_place(job: Job) -> Iterator[Process]:
 def _build_and_run(job: Job, job_id: str) -> None:
     task = registry.get_task_class(job.run.task).setup_task(cfg=job)
     datasets = task.build_datasets(job)
-    model = task.build_model(job)
+    with reading_tensors_only(registry.get_model_class(job.model_cfg.arch)):
+        model = task.build_model(job)
     runner_class = registry.get_runner_class(job.run.runner)
     runner = runner_class(cfg=job, task=task, model=model, datasets=datasets, job_id=job_id)
     log.info("job %s: %s with %s", job_id, job.run.task, job.run.runner)

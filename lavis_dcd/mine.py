@@ -46,6 +46,7 @@ def _mine(args: argparse.Namespace) -> None:
     from lavis_dcd.models.dcd.config import DcdConfig
     from lavis_dcd.plugins import load_plugins
     from lavis_dcd.runners.runner_dcd import by_split
+    from lavis_dcd.training.devices import load_warnings
     from lavis_dcd.variants import split_off
 
     load_plugins(args.plugins)
@@ -60,6 +61,8 @@ def _mine(args: argparse.Namespace) -> None:
         raise UserError(faults)
     folder = bank_folder(job.model_cfg, job.datasets_cfg)
     with on_its_place(job) as place, _one_miner(folder, place):
+        for line in load_warnings(job.run) if place.is_main else []:
+            log.warning("%s", line)
         if job.run.num_threads:
             torch.set_num_threads(job.run.num_threads)
         task = registry.get_task_class(job.run.task).setup_task(cfg=job)

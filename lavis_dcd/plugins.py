@@ -13,6 +13,7 @@ from PIL import ImageFile
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import cache_root
+from lavis_dcd.common.texts import one_line
 
 log = logging.getLogger(__name__)
 
@@ -90,17 +91,26 @@ def _entry_point_faults() -> list[str]:
 
 
 def _import_faults(name: str, origin: str, load: Callable[[], object]) -> list[str]:
-    # A plug-in is foreign code: whatever it raises is its own fault, told in one line.
+    # A plug-in is foreign code: whatever it raises is its own fault, told in one line. One that calls sys.exit must
+    # not end the job, as if it were done.
     try:
         load()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         reason = str(error).splitlines()[0] if str(error) else ""
-        return [f"{origin}: cannot import {name}: {type(error).__name__}: {reason}"]
+        if isinstance(error, SystemExit):
+            reason = f"it called sys.exit({reason}); a plug-in must raise an error or return"
+        return [one_line(f"{origin}: cannot import {name}: {type(error).__name__}: {reason}")]
     return []
 
 
 def _set_cache_root() -> None:
     from lavis.common.registry import registry
 
+    try:
+        root = cache_root()
+    except UserError:  # no home folder; whoever needs the cache says so, and most jobs do not
+        return
     # register_path refuses a name that it has, and LAVIS has put a path on its authors' machine there.
-    registry.mapping["paths"]["cache_root"] = str(cache_root())
+    registry.mapping["paths"]["cache_root"] = str(root)

@@ -169,3 +169,30 @@ def test_entry_points_are_loaded_by_group(modules, caplog):
     with pytest.raises(UserError) as caught:
         plugins.load_plugins([])
     assert caught.value.faults == [line]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import sys\nsys.exit(0)\n", "SystemExit: it called sys.exit(0)"),
+        ("raise SystemExit\n", "SystemExit: it called sys.exit()"),
+        ("raise GeneratorExit('no')\n", "GeneratorExit: no"),
+        ("def f(): f()\nf()\n", "RecursionError: maximum recursion depth exceeded"),
+        ("raise MemoryError\n", "MemoryError: "),
+        ("raise ValueError('x' * 10_000)\n", "ValueError: xxx"),
+    ],
+)
+def test_whatever_a_plug_in_raises_is_its_own_fault(modules, code, words):
+    (modules / "odd_plugin.py").write_text(code)
+    sys.modules.pop("odd_plugin", None)
+    importlib.invalidate_caches()
+    with pytest.raises(UserError) as caught:
+        plugins.load_plugins(["odd_plugin"])
+    (line,) = caught.value.faults
+    assert line.startswith(f"--plugins: cannot import odd_plugin: {words}") and len(line) < 500
+
+
+def test_ctrl_c_while_a_plug_in_is_imported_is_ctrl_c(modules):
+    (modules / "slow_plugin.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        plugins.load_plugins(["slow_plugin"])

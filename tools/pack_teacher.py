@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from lavis_dcd.common.files import atomic_write, load_tensors
+from lavis_dcd.common.files import atomic_write
+from lavis_dcd.common.tensor_files import load_tensors
 
 
 def pack(source: Path, folder: Path, logs: Path) -> None:

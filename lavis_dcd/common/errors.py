@@ -22,3 +22,7 @@ class UserError(RuntimeError):
     def __reduce__(self) -> tuple[type[UserError], tuple[list[str]]]:
         # Keeps the list of faults when a data-loader worker sends the error to its parent.
         return type(self), (self.faults,)
+
+
+class NotFiniteError(UserError, ValueError):
+    """Scores that are NaN or infinite, which no ranking can be made of."""

@@ -1,24 +1,82 @@
-"""Files: written whole or not at all, found in a checkout or a wheel, hashed, and read without running code."""
+"""Files: written whole or not at all, found in a checkout or a wheel, and hashed."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.unpickling import load_inert
 
 _BLOCK = 1 << 20
+# Of a disk or its file system, not of the program that writes to it
+_OF_THE_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG),
+}
+_RUST_NUMBER = re.compile(r"(?:os error|code:) (\d+)")
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a write that fails raises inside into an `OSError` that names `path`, whoever wrapped it.
+
+    torch and safetensors put a full disk into exceptions of their own, which say neither the file nor the cause.
+
+    Args:
+        path: the file as its readers call it; a temporary one that becomes it is not named.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = _number_of_system(error, Path(path))
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _number_of_system(error: Exception, target: Path) -> int | None:
+    """Return the errno of a write that failed; None for any other error, and for one that names its own file."""
+    if isinstance(error, UserError):
+        return None
+    if isinstance(error, OSError):
+        named = error.filename is not None and not _is_temporary(error.filename, target)
+        return None if named or error.errno not in _OF_THE_DISK else error.errno
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        match = _RUST_NUMBER.search(text)
+        return int(match[1]) if match else None
+    if not any(words in text for words in _TORCH_WRITER):
+        return None
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return (cause and cause.errno) or (errno.ENOSPC if _is_full(target.parent) else errno.EIO)
+
+
+def _is_temporary(name: Any, target: Path) -> bool:
+    return isinstance(name, str) and Path(name).name.startswith(f".{target.name}.")
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as handle:
+            handle.write(b"\0" * _BLOCK)
+            os.fsync(handle.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 @contextmanager
@@ -44,21 +102,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields:
         An empty temporary file in the same folder. Leaving the block without an error brings it to the disk and
-        renames it over `path`; an exception removes it and passes through.
+        renames it over `path`; an exception removes it and passes through, as :func:`writing` puts it.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        sync(Path(name))
-        os.chmod(name, 0o666 & ~umask())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync(target.parent)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(descriptor)
+        try:
+            yield Path(name)
+            sync(Path(name))
+            os.chmod(name, 0o666 & ~umask())
+            os.replace(name, target)
+        except BaseException:
+            with suppress(OSError):  # its folder may have gone; the first error says so
+                Path(name).unlink(missing_ok=True)
+            raise
+        sync(target.parent)
 
 
 def sync(path: Path) -> None:
@@ -94,12 +154,21 @@ def umask() -> int:
 
 
 def cache_root() -> Path:
-    """Return the folder of downloads (not created): `LAVIS_CACHE`, else `lavis` in the user's cache folder."""
+    """Return the folder of downloads (not created): `LAVIS_CACHE`, else `lavis` in the user's cache folder.
+
+    Raises:
+        UserError: neither variable names one, and the user has no home folder.
+    """
     chosen = os.environ.get("LAVIS_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lavis"
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        return (Path(base) if base else Path.home() / ".cache") / "lavis"
+    except RuntimeError as error:
+        user = os.getuid() if hasattr(os, "getuid") else "this one"
+        raise UserError(f"LAVIS_CACHE: user {user} has no home folder; set LAVIS_CACHE to a folder for downloads, "
+                        "or HOME") from error  # fmt: skip
 
 
 def packaged_folder(name: str) -> Path:
@@ -126,34 +195,6 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while block := handle.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running any code that it may contain.
-
-    Args:
-        path: a `.safetensors` file, or one written by `torch.save`.
-
-    Returns:
-        The dictionary in the file, as stored (a Lightning file keeps its tensors under "state_dict").
-
-    Raises:
-        UserError: the file is absent, is no checkpoint, or holds no dictionary.
-    """
-    source = Path(path)
-    if not source.is_file():
-        raise UserError(f"checkpoint {source} does not exist")
-    if source.suffix == ".safetensors":
-        try:
-            tensors: dict[str, Any] = load_file(str(source))
-            return tensors
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"checkpoint {source} is not a readable safetensors file: {error}") from error
-    content = load_inert(source)
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UserError(f"checkpoint {source} holds a {kind}, expected a dictionary of tensors")
-    return content
 
 
 ASSET_PREFIX = "asset:"  # of files that ship inside the package, under lavis_dcd/assets

@@ -9,6 +9,8 @@ import unicodedata
 from lavis_dcd.common.texts import shown
 
 LONGEST_NAME = 200  # bytes as UTF-8: file systems take 255, and temporary files put a few around the name
+_LONGEST_PART = 255
+LONGEST_PATH = 3000  # bytes; systems take 4,096, and names of files come behind
 _PLAIN_TITLE = re.compile(r"[a-z0-9]+( [a-z0-9]+)*")
 _LONGEST_SLUG = 80
 _TAG = 6  # hexadecimal digits
@@ -42,6 +44,18 @@ def _reason(name: str) -> str | None:
         return "it has a character that cannot be printed"
     size = len(name.encode())
     return f"it has {size} bytes, {LONGEST_NAME} fit" if size > LONGEST_NAME else None
+
+
+def path_fault(value: object, field: str) -> str | None:
+    """Return why ``value`` cannot be the path of a folder, as a line that names ``field``; None where it can."""
+    if not isinstance(value, str) or not value.strip():
+        return f"{field}: {shown(value)} is no path of a folder; give one, or . for the current folder"
+    if not value.isprintable():
+        return f"{field}: {shown(value)} has a character that cannot be printed; give another path"
+    too_long = [part for part in value.split("/") if len(part.encode()) > _LONGEST_PART]
+    if too_long or len(value.encode()) > LONGEST_PATH:
+        return f"{field}: {shown(value)} is too long for a path ({_LONGEST_PART} bytes a folder, {LONGEST_PATH} in all)"
+    return None
 
 
 def folder_name(title: str) -> str:

@@ -10,6 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.texts import shown
+
+LARGEST_SEED = 2**32 - 1  # that NumPy takes; torch takes larger ones
+
+
+def seed_fault(value: object, field: str) -> str | None:
+    """Return why `value` cannot be a job's seed, as a line that names `field`; None where it can."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SEED:
+        return None
+    return f"{field}: {shown(value)} is no seed; give a whole number from 0 to {LARGEST_SEED:,}"
+
 
 def seed_for(*parts: int | str) -> int:
     """Return a 63-bit seed that depends on all parts (say the job's seed, "step", and the step's number)."""
@@ -18,7 +30,13 @@ def seed_for(*parts: int | str) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (the CPU and every CUDA device)."""
+    """Seed Python, NumPy and torch (the CPU and every CUDA device).
+
+    Raises:
+        UserError: `seed` is no whole number, negative, or has more than 64 bits.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise UserError(f"run.seed: {shown(seed)} is no seed; give a whole number from 0 to {LARGEST_SEED:,}")
     seed_host(seed)
     # torch.manual_seed would keep the call, traceback and all, for a device that may never come: memory that grows
     if torch.cuda.is_available():

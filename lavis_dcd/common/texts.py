@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from lavis_dcd.common.secrets import hidden
+
 # Control characters that are no white space, marks of writing direction, and byte order marks inside a text. None is
 # a part of a word. Zero-width joiners are not among them: Persian words and many emoji need them.
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
@@ -22,7 +24,11 @@ def half_character(text: str) -> str | None:
 
 
 def one_line(text: str, longest: int = 400) -> str:
-    """Return the text as a message shows it: escaped where it cannot be printed, without the middle if long."""
+    """Return the text as a message shows it: escaped where it cannot be printed, without the middle if long.
+
+    What came from the environment is named by its variable; half of a value, cut off, could not be recognised later.
+    """
+    text = hidden(text)
     if len(text) > longest:
         text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
     if text.isprintable():

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import logging
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import parse, unknown_key
 from lavis_dcd.common.texts import one_line, shown
-from lavis_dcd.config.contracts import ChecksItself, HasSchema, HoldsModels, tells
+from lavis_dcd.config.contracts import ChecksItself, HasSchema, HoldsModels, LearnsFromNegatives, tells
 from lavis_dcd.config.job_file import among, model_defaults, registered
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.adapters.registry import adapter_for
@@ -56,6 +57,7 @@ def check_sections(config: DictConfig) -> CheckedSections:
     # another runner may have a schema of its own
     if isinstance(run, RunConfig) and not of_model:
         faults += _shortlist_faults(run, config.model)
+        _warn_of_single_pairs(run, config.model)
     return CheckedSections(faults, run, model)
 
 
@@ -101,6 +103,20 @@ def _shortlist_faults(run: RunConfig, section: DictConfig) -> list[str]:
     if run.shortlist in names:
         return []
     return [f"run.shortlist: {run.shortlist!r} is none of this job's matchers: {', '.join(['joint', *names])}"]
+
+
+def _warn_of_single_pairs(run: RunConfig, section: DictConfig) -> None:
+    """Log that a batch of one pair has no negatives, where that is certain."""
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    model = registered(registry.get_model_class, section.arch)
+    if run.evaluate or run.batch_size_train * processes > 1 or not tells(model, LearnsFromNegatives):
+        return
+    if model.negatives_in_batch_only(section):
+        log.warning(
+            "run.batch_size_train: 1 leaves no negatives, since %s compares the pairs of a batch: the loss is 0 for "
+            "ever and nothing is learnt; raise it, or take candidates from elsewhere (model.candidates.source)",
+            section.arch,
+        )
 
 
 def _check_model(section: DictConfig, path: str) -> tuple[Any, list[str]]:

@@ -51,6 +51,19 @@ class HoldsModels(Protocol):
         """Return the names of the matchers that are evaluated, as ``run.shortlist`` may give them."""
 
 
+@runtime_checkable
+class LearnsFromNegatives(Protocol):
+    """A model whose loss compares a pair with others; it may have them from elsewhere than the batch."""
+
+    @classmethod
+    def negatives_in_batch_only(cls, section: Mapping[str, Any]) -> bool:
+        """Return whether a batch with a single pair leaves nothing to compare with: its loss is 0.
+
+        Args:
+            section: the section over its defaults, without faults.
+        """
+
+
 def tells(registered: type | None, what: type) -> bool:
     """Return whether a registered class (or None) has the methods of one of the Protocols above."""
     return registered is not None and issubclass(registered, what)

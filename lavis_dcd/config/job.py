@@ -12,6 +12,7 @@ from typing import Any, cast
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_dcd.common.secrets import as_stored
 from lavis_dcd.config.required_files import RequiredFile
 from lavis_dcd.config.run_section import RunConfig
 
@@ -65,8 +66,11 @@ class Job:
         return self.config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all sections as plain containers, interpolations resolved."""
-        return cast(dict[str, Any], OmegaConf.to_container(self.config, resolve=True))
+        """Return all sections as plain containers, as they are logged and stored: interpolations as they are written.
+
+        What they bring in from the environment is nobody else's business.
+        """
+        return cast(dict[str, Any], as_stored(OmegaConf.to_container(self.config, resolve=False)))
 
     def pretty_print(self) -> None:
         """Log the run, the data sets and the model, as LAVIS does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -12,10 +13,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lavis_dcd.common import secrets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import unknown_key
 from lavis_dcd.common.texts import one_line, shown
+from lavis_dcd.config.bounds import (
+    MOST_BYTES,
+    MOST_LETTERS,
+    MOST_VALUES,
+    bounded_text,
+    check_aliases,
+    resolved_too_large,
+)
 
 _SECTIONS = ("model", "datasets", "run", "preprocess")
 _REQUIRED = ("model", "datasets")
@@ -26,11 +36,18 @@ _NO_YAML = (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeE
 
 
 def read_job(cfg_path: str, options: Sequence[str] = (), evaluate: bool = False) -> tuple[DictConfig, Path]:
-    """Return a job's sections as written, the options over them, and the file they stand in; nothing is checked."""
+    """Return a job's sections as written, the options over them, and the file they stand in; nothing is checked.
+
+    From here on, the values that they take from the environment are hidden in every message.
+    """
     path = find_config(cfg_path)
     user = merge(read_yaml(path), parse_options(options))
     if evaluate:
         user = merge(user, OmegaConf.create({"run": {"evaluate": True}}))
+    if resolved_too_large(user):
+        raise UserError(f"{path}: its interpolations (${{...}}) stand for more than {MOST_VALUES:,} values")
+    secrets.forget()
+    secrets.remember(user)
     return user, path
 
 
@@ -45,6 +62,8 @@ def find_config(cfg_path: str) -> Path:
         return here
     if os.path.isdir(here):
         raise UserError(f"--cfg-path {cfg_path}: is a folder; name a YAML file")
+    if os.path.exists(here):
+        raise UserError(f"--cfg-path {cfg_path}: is no regular file but a device, a pipe or the like; name a YAML file")
     try:
         packaged = packaged_folder("projects")
     except FileNotFoundError as error:
@@ -65,7 +84,9 @@ def read_yaml(path: Path) -> DictConfig:
         UserError: it is no YAML, or no mapping.
     """
     try:
-        content = OmegaConf.load(path)
+        text = bounded_text(path)
+        check_aliases(text)
+        content = OmegaConf.load(io.StringIO(text))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not readable as YAML: it is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
@@ -90,11 +111,16 @@ def parse_options(options: Sequence[str]) -> DictConfig:
         UserError: one line per item that is neither.
     """
     faults, pairs, rest = [], [], list(options)
+    if sum(map(len, rest)) > MOST_BYTES:
+        raise UserError(f"--options: they have more than {MOST_BYTES:,} letters; put them into the file")
     while rest:
         item = rest.pop(0)
         if "=" not in item and rest:
             item = f"{item}={rest.pop(0)}"
         key, equals, _ = item.partition("=")
+        if len(item) > MOST_LETTERS:
+            faults.append(f"--options {one_line(item, 80)}: has {len(item):,} letters, {MOST_LETTERS:,} are the most")
+            continue
         if not equals or not all(part.strip() for part in key.split(".")):
             faults.append(f"--options {one_line(item)}: expected key=value, as in run.max_epoch=3")
             continue
@@ -102,6 +128,7 @@ def parse_options(options: Sequence[str]) -> DictConfig:
     merged = OmegaConf.create({})
     for item in pairs:
         try:
+            check_aliases(item.partition("=")[2])
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         except (*_NO_YAML, RecursionError) as error:
             faults.append(f"--options {one_line(item)}: {_in_one_line(error)}")
@@ -165,13 +192,18 @@ def refuse_unusable(user: DictConfig, path: Path) -> None:
 
 
 def _unusable(content: Any, path: str) -> list[str]:
-    """Return the faults that hide all others: names that are no text, and OmegaConf's mark for a value to be given."""
+    """Return the faults that hide all others: names that are no text, texts that no file can be called by, and
+    OmegaConf's mark for a value to be given."""
+    if isinstance(content, str) and "\0" in content:
+        return [f"{path}: {shown(content)} has a NUL character, which no setting can have"]
     if content == _TO_BE_GIVEN:
         return [f"{path}: {_TO_BE_GIVEN} stands for a value; give one"]
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     found = []
     for key, value in items:
         where = f"{path}.{key}" if path else str(key)
+        if "\0" in where:
+            return [f"{one_line(where)}: a name with a NUL character"]
         if key in _NAMES and path.partition(".")[0] == "model" and not isinstance(value, str | None):
             found.append(one_line(f"{where}: {shown(value)} is no name"))
         else:

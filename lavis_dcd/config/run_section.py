@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.names import name_fault, path_fault
+from lavis_dcd.common.seeding import seed_fault
+from lavis_dcd.common.texts import shown
 
 FP16_ON_CPU = "run.amp: fp16 needs CUDA; on a CPU set run.amp=bf16 or off"
 
@@ -106,15 +109,9 @@ class RunConfig:
 
     def faults(self) -> list[str]:
         """Return one line per value out of its range; empty when the section is sound."""
-        found = []
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                found.append(f"run.{name}: {value!r} must be greater than 0")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                found.append(f"run.{name}: {value!r} must not be negative")
+        if found := self._kind_faults():  # the comparisons below take numbers
+            return found + self._place_faults()
+        found = self._range_faults()
         if not 0 <= self.warmup <= 1:
             found.append(f"run.warmup: {self.warmup!r} is a fraction of all steps, 0 to 1 (see run.warmup_steps)")
         if self.amp == "fp16" and self.device == "cpu":
@@ -125,9 +122,38 @@ class RunConfig:
             found.append("run.train_splits: is empty, so there is nothing to train on; run.evaluate=true evaluates")
         if self.min_lr > self.init_lr:
             found.append(f"run.min_lr: {self.min_lr!r} is greater than run.init_lr {self.init_lr!r}")
-        if self.job_id is not None and ("/" in self.job_id or self.job_id in ("", ".", "..")):
-            found.append(f"run.job_id: {self.job_id!r} must be the name of one folder")
+        return found + self._place_faults()
+
+    def _kind_faults(self) -> list[str]:
+        values = {name: getattr(self, name) for name in (*_POSITIVE, *_NOT_NEGATIVE, "warmup") if name != "seed"}
+        return [
+            f"run.{name}: {shown(value)} is no number"
+            for name, value in values.items()
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float))
+        ]
+
+    def _range_faults(self) -> list[str]:
+        found = []
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
+            value = getattr(self, name)
+            if not isinstance(value, int | float):
+                continue
+            if name in _POSITIVE and not value > 0:
+                found.append(f"run.{name}: {value!r} must be greater than 0")
+            elif name in _NOT_NEGATIVE and value < 0:
+                found.append(f"run.{name}: {shown(value)} must not be negative")
+            elif isinstance(value, int) and value > _LARGEST and name != "seed":
+                found.append(f"run.{name}: {shown(value)} is more than {_LARGEST:,}")
         return found
+
+    def _place_faults(self) -> list[str]:
+        """Return one line per name or path that cannot be that of a folder, and for a seed that is none."""
+        names = {"run.project": self.project, "run.job_id": self.job_id}
+        lines = [name_fault(value, field) for field, value in names.items() if value is not None]
+        lines.append(path_fault(self.output_dir, "run.output_dir"))
+        if not (isinstance(self.seed, int) and self.seed < 0):  # which has a line already
+            lines.append(seed_fault(self.seed, "run.seed"))
+        return [line for line in lines if line is not None]
 
     @property
     def table_splits(self) -> list[str]:
@@ -170,6 +196,8 @@ class RunConfig:
         """Return plain containers only, as a checkpoint may hold them."""
         return asdict(self)
 
+
+_LARGEST = 2**31 - 1  # what the counters of torch's C++ take
 
 _POSITIVE = (
     "num_threads",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lavis_dcd.banks.encoding import ImageRows, TextRows, reported, scoring_mode
 from lavis_dcd.banks.row_store import StreamedFeatures
+from lavis_dcd.common.errors import NotFiniteError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures, gather_rows
@@ -117,12 +118,15 @@ def finite(scores: Tensor) -> Tensor:
     """Return ``scores``, of any shape.
 
     Raises:
-        ValueError: a score is not a finite number.
+        NotFiniteError: a score is not a finite number.
     """
     blocks = scores.split(max(1, SCORES_PER_CHECK // max(1, scores[:1].numel())))
     bad = sum(int((~torch.isfinite(block)).sum()) for block in blocks)
     if bad:
-        raise ValueError(f"{bad} of {scores.numel()} scores are not finite numbers")
+        raise NotFiniteError(
+            f"{bad} of {scores.numel()} scores are not finite numbers; the weights hold NaN or infinite values, or "
+            "their training has diverged: try run.amp=off, a lower run.init_lr, run.grad_clip=1, or other weights"
+        )
     return scores
 
 

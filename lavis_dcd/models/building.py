@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lavis.common.registry import registry
@@ -10,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.tensor_files import tensors_only
 from lavis_dcd.config.job_file import model_defaults
+from lavis_dcd.matching.adapters.clip import official_script
 from lavis_dcd.matching.adapters.registry import adapter_for, require_adapter
 from lavis_dcd.matching.contract import Matcher
 
@@ -52,6 +55,15 @@ def build_matcher(section: Mapping[str, Any], path: str) -> Matcher:
         return adapter.from_config(model_class, config, path) if adapter else model_class.from_config(config)
     except UserError as error:
         raise UserError([_at(path, line) for line in error.faults]) from error
+
+
+def reading_tensors_only(model_class: type | None) -> AbstractContextManager[None]:
+    """Return the block in which to build a model: one of LAVIS's own reads its weights by this package's reader.
+
+    Those of this package do so anyway; what a plug-in's model reads is the plug-in's.
+    """
+    own = model_class is not None and model_class.__module__.partition(".")[0] == "lavis"
+    return tensors_only(scripts=official_script) if own else nullcontext()
 
 
 def _at(path: str, fault: str) -> str:

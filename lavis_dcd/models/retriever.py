@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
@@ -25,6 +26,7 @@ from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.matching.learner import Learner
 from lavis_dcd.matching.recompute import repeated_layers
 from lavis_dcd.models import weights
+from lavis_dcd.models.sizes import no_larger_than
 from lavis_dcd.models.towers import TextTower, VisionTower, towers_signature
 from lavis_dcd.models.weights import CheckpointFormat
 
@@ -121,6 +123,11 @@ class Retriever(LavisEvaluation, Learner, BaseModel, Matcher):
         return cls.config_class
 
     @classmethod
+    def negatives_in_batch_only(cls, section: Mapping[str, Any]) -> bool:
+        """Return True: the losses compare the pairs of a batch."""
+        return True
+
+    @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Self:
         """Build the model from a ``model:`` section, weights loaded when it names some.
 
@@ -134,7 +141,9 @@ class Retriever(LavisEvaluation, Learner, BaseModel, Matcher):
             return cls(config)
         path = weights.locate(source, config.checkpoint_sha256)
         saved = cls.files.read(path)
-        model = cls(cls.files.built_from(saved, config))
+        built_from = cls.files.built_from(saved, config)
+        with no_larger_than(saved.tensors, path) if built_from is not config else nullcontext():
+            model = cls(built_from)
         cls.files.load_into(model, saved, path).log(path)
         return model
 
@@ -161,7 +170,8 @@ class Retriever(LavisEvaluation, Learner, BaseModel, Matcher):
             device, training = self.device, self.training
             self._modules.clear()
             self._parameters.clear()
-            self._build(rebuilt)
+            with no_larger_than(saved.tensors, path):
+                self._build(rebuilt)
             self.to(device).train(training)
         report = self.files.load_into(self, saved, path)
         report.log(path)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.clip.modeling_clip import CLIPVisionTransformer
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import load_tensors, update_with_tensors
+from lavis_dcd.common.files import update_with_tensors
+from lavis_dcd.common.tensor_files import load_tensors, tensor_faults, tensors_of
+from lavis_dcd.models.hub import encoder_with_weights, load_tokenizer, sizes_in
 
+_CLASSIFIERS = ("classifier.", "fc.", "head.")  # of timm's backbones
 _SPECIAL_TOKENS = 2  # around every caption: [CLS] and [SEP], or their like
 
 
@@ -45,8 +49,26 @@ class VisionConfig:
     freeze: bool = False  # the tower does not learn
 
     def __post_init__(self) -> None:
-        if self.backbone == "clip_vit" and (self.patch_size < 1 or self.image_size % self.patch_size):
-            raise ValueError(f"image_size: {self.image_size} is no multiple of patch_size {self.patch_size}")
+        least = {"image_size": 1, "grid": 1} | ({"width": 1, "layers": 0, "heads": 1} if self._is_clip() else {})
+        faults = [
+            f"{name}: {getattr(self, name)}, at least {minimum} is needed"
+            for name, minimum in least.items()
+            if getattr(self, name) is not None and getattr(self, name) < minimum
+        ]
+        if self._is_clip() and not faults:
+            if self.patch_size < 1 or self.image_size % self.patch_size:
+                faults.append(f"image_size: {self.image_size} is no multiple of patch_size {self.patch_size}")
+            if self.width % self.attention_heads():
+                faults.append(f"width: {self.width} is no multiple of heads {self.attention_heads()}")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def _is_clip(self) -> bool:
+        return self.backbone == "clip_vit"
+
+    def attention_heads(self) -> int:
+        """Return the heads of a block of clip_vit."""
+        return self.heads or max(1, self.width // 64)
 
 
 @dataclass
@@ -79,7 +101,7 @@ class ClipVisionTower(nn.Module):
                 hidden_size=config.width,
                 intermediate_size=4 * config.width,
                 num_hidden_layers=config.layers,
-                num_attention_heads=config.heads or max(1, config.width // 64),
+                num_attention_heads=config.attention_heads(),
                 image_size=config.image_size,
                 patch_size=config.patch_size,
             )
@@ -91,7 +113,7 @@ class ClipVisionTower(nn.Module):
             self._load(Path(config.weights))
 
     def _load(self, path: Path) -> None:
-        tensors = {k.rpartition("vision_model.")[2]: v for k, v in load_tensors(path).items()}
+        tensors = {k.rpartition("vision_model.")[2]: v for k, v in tensors_of(load_tensors(path)).items()}
         needed = {k: v for k, v in self.vit.state_dict().items() if not k.endswith("position_ids")}
         wrong = [k for k, v in needed.items() if k not in tensors or tensors[k].shape != v.shape]
         if wrong:
@@ -99,6 +121,7 @@ class ClipVisionTower(nn.Module):
                 f"model.vision.weights: {path} lacks {len(wrong)} of the tower's {len(needed)} weights or has them in "
                 f"another size, first {wrong[0]}; give a CLIP of model.vision's sizes in transformers' names"
             )
+        _refuse_faults(tensors, needed, path)
         self.vit.load_state_dict({k: tensors[k] for k in needed}, strict=False)
 
     def settings(self) -> dict[str, Any]:
@@ -154,11 +177,18 @@ class TimmVisionTower(nn.Module):
         return tokens.shape[1], tokens.shape[2]
 
     def _load(self, path: Path) -> None:
-        missing, unexpected = self.backbone.load_state_dict(load_tensors(path), strict=False)
+        tensors = tensors_of(load_tensors(path))
+        # another number of classes is no matter: the classifier is not run
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(_CLASSIFIERS)}
+        _refuse_faults(tensors, self.backbone.state_dict(), path)
+        missing, unexpected = self.backbone.load_state_dict(tensors, strict=False)
         # a classifier is not run, so a file may come without one
-        missing = [k for k in missing if not k.startswith(("classifier.", "fc.", "head."))]
+        missing = [k for k in missing if not k.startswith(_CLASSIFIERS)]
         if missing:
-            raise UserError(f"{path}: lacks {len(missing)} weights of the backbone, first {missing[0]}")
+            raise UserError(
+                f"model.vision.weights: {path} lacks {len(missing)} weights of the backbone, first {missing[0]}; give "
+                "weights in timm's names"
+            )
         if unexpected:
             logging.warning("%s: ignored %d tensors, first %s", path, len(unexpected), unexpected[0])
 
@@ -179,6 +209,11 @@ class TimmVisionTower(nn.Module):
 
 
 VisionTower = ClipVisionTower | TimmVisionTower
+
+
+def _refuse_faults(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    if faults := tensor_faults(tensors, expected, path):
+        raise UserError([f"model.vision.weights: {line}" for line in faults[:10]])
 
 
 class TextTower(nn.Module):
@@ -255,7 +290,13 @@ def _text_encoder(config: TextConfig) -> PreTrainedModel:
     model_class = MODEL_MAPPING[type(sizes)]
     poolable = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     options = {"add_pooling_layer": False} if poolable else {}
-    return _hub(model_class, config.name, **options).float() if config.load_weights else model_class(sizes, **options)
+    if config.load_weights:
+        return encoder_with_weights(model_class, config.name, **options).float()
+    try:
+        return model_class(sizes, **options)
+    except (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model.text.config: no {sizes.model_type} has such sizes ({reason}); correct them") from error
 
 
 def encoder_arithmetic(config: PretrainedConfig) -> dict[str, Any]:
@@ -277,7 +318,7 @@ def _text_sizes(config: TextConfig) -> PretrainedConfig:
             "(bert, roberta, distilbert, mpnet, ...)"
         )
     if config.load_weights or not config.config:
-        sizes = _hub(AutoConfig, config.name)
+        sizes = sizes_in(config.name)
         if family not in ("auto", sizes.model_type):
             raise UserError(f"model.text.family: {family}, but {config.name} holds a {sizes.model_type}; say auto")
         return sizes
@@ -291,30 +332,10 @@ def _text_sizes(config: TextConfig) -> PretrainedConfig:
             f"model.text.config.model_type: {kind!r}; with family: auto the sizes must name a model type of "
             "transformers (bert, distilbert, mpnet, ...)"
         )
-    return AutoConfig.for_model(kind, **options)
-
-
-def load_tokenizer(name: str) -> Any:
-    """Read a tokenizer of ``transformers`` by hub name or folder, or BERT's from a ``vocab.txt``."""
-    from transformers import AutoTokenizer, BertTokenizerFast  # noqa: PLC0415  slow to import
-
-    if name.endswith(".txt"):
-        if not Path(name).is_file():
-            raise UserError(f"model.text.name: no vocabulary file {name}")
-        return BertTokenizerFast(vocab_file=name, do_lower_case=True)
-    return _hub(AutoTokenizer, name)
-
-
-def _hub(loader: Any, name: str, **options: Any) -> Any:
-    """Return ``loader.from_pretrained(name)``; a missing file or network is an error of one line."""
     try:
-        return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        kind = "folder" if Path(name).is_absolute() or Path(name).exists() else "hub name"
-        raise UserError(
-            f"model.text.name: {loader.__name__} cannot be read from {kind} {name!r} "
-            f"({str(error).splitlines()[0]}); give a local folder with its files, or run once with a network"
-        ) from error
+        return AutoConfig.for_model(kind, **options)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise UserError(f"model.text.config: {kind} takes no such sizes ({error}); correct them") from error
 
 
 # buffers that no frozen tower's output depends on

@@ -7,26 +7,32 @@ import dataclasses
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from lavis_dcd.common.address import looks_like_address
 from lavis_dcd.common.download import fetch
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import asset_path, load_tensors
+from lavis_dcd.common.files import ASSET_PREFIX, asset_path
 from lavis_dcd.common.schema import parse
-from lavis_dcd.common.texts import one_line
+from lavis_dcd.common.tensor_files import read_tensor_file, tensor_faults, tensors_of
+from lavis_dcd.common.texts import one_line, shown
+from lavis_dcd.models.hub import plain_text_family
+from lavis_dcd.models.sizes import check_configuration
+from lavis_dcd.models.towers import TextConfig
 
 log = logging.getLogger(__name__)
 
 C = TypeVar("C")
+# of sections: how the modules work, which a file of sizes leaves to the model's own section
+_SWITCHES = ("freeze", "shortcuts", "grad_checkpoint", "compile")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -89,28 +95,33 @@ def read(path: Path, config_class: type[C]) -> SavedWeights[C]:
     Raises:
         UserError: the file is no such file, holds anything but tensors and plain containers, or is another model's.
     """
+    file = read_tensor_file(path)
     if path.suffix == ".safetensors":
-        tensors = load_tensors(path)  # refuses what is no such file
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-        try:
-            config = json.loads(metadata["config"]) if "config" in metadata else None
-        except ValueError as error:
-            raise UserError(f"{path}: the configuration in it is not JSON ({error}); name a whole file") from error
+        tensors: Any = file.content
+        config = _json(file.metadata["config"], path) if "config" in file.metadata else None
     else:
-        content = load_tensors(path)
-        config = content.get("config")
-        tensors = content.get("model", content.get("state_dict", content))
+        config = file.content.get("config")
+        tensors = file.content.get("model", file.content.get("state_dict", file.content))
     for name, value in (("tensors", tensors), ("configuration", config or {})):
         if not isinstance(value, Mapping):
             raise UserError(f"{path}: {name} as a {type(value).__name__}, expected names and values")
-    tensors = {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
+    tensors = tensors_of(tensors)
     if not config:
         return SavedWeights(tensors)
+    check_configuration(config, path)
     arch = config_class.__dataclass_fields__["arch"].default  # type: ignore[attr-defined]
     if config.get("arch", arch) != arch:
-        raise UserError(f"{path}: holds a {config['arch']}, this model is a {arch}; name a file of the same arch")
+        raise UserError(
+            f"{path}: holds a {one_line(str(config['arch']), 80)}, this model is a {arch}; name a file of the same arch"
+        )
     return SavedWeights(tensors, parse(config_class, config, str(path)))
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: the configuration in it is not JSON ({error}); name a whole file") from error
 
 
 def rank_head_from_matching(named: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -130,15 +141,13 @@ def fill(model: nn.Module, named: Mapping[str, Tensor], report: LoadReport, path
         ``report`` with what was loaded, and what the model lacks added to ``ignored``.
 
     Raises:
-        UserError: shapes that differ, or inference weights that the file lacks.
+        UserError: shapes or kinds of numbers that differ, numbers that are not finite, or inference weights that the
+            file lacks.
     """
     expected = model.state_dict()
     report.ignored += [k for k in named if k not in expected]
     known = {k: v for k, v in named.items() if k in expected}
-    wrong = [f"{path}: {k} is {tuple(v.shape)} there, {tuple(expected[k].shape)} in the model; "
-             "make the model's sizes fit"
-             for k, v in known.items() if v.shape != expected[k].shape]  # fmt: skip
-    if wrong:
+    if wrong := tensor_faults(known, expected, path):
         raise UserError(wrong[:10])
     report.loaded = list(known)
     report.missing = [k for k in expected if k not in known and not k.endswith("position_ids")]
@@ -175,14 +184,38 @@ class CheckpointFormat(Generic[C]):
     adapt: Callable[[Tensor, int], Tensor]
 
     def read(self, path: Path) -> SavedWeights[C]:
-        """Return tensors and, for a file of ours, configuration; raises as :func:`read`."""
-        return read(path, self.config_class)
+        """Return tensors and, for a file of ours, the sizes in its configuration; raises as :func:`read`.
+
+        Whatever in it points at other files is left out: the model's own section says that.
+        """
+        saved = read(path, self.config_class)
+        return saved if saved.config is None else SavedWeights(saved.tensors, self._sizes_only(saved.config, path))
+
+    def _sizes_only(self, config: C, path: Path) -> C:
+        sizes: Any = self._without_files(config)
+        text = sizes.text
+        if isinstance(text, TextConfig) and text.config:
+            kind = text.config.get("model_type") if text.family == "auto" else text.family
+            if not plain_text_family(kind):
+                raise UserError(
+                    f"{path}: the configuration in it has a text tower of the family {shown(kind)}, which is no plain "
+                    "text encoder; name a whole file"
+                )
+        if not _is_vocabulary(text.name):
+            log.info("%s: the tokenizer %s that it names is not opened; model.text.name says which one serves", path,
+                     one_line(text.name, 200))  # fmt: skip
+            text.name = type(text)().name
+        return sizes
 
     def portable(self, config: C) -> dict[str, Any]:
         """Return the configuration as it goes into a file: nothing that points at other weights."""
+        return dataclasses.asdict(self._without_files(config))  # type: ignore[call-overload]
+
+    def _without_files(self, config: C) -> C:
+        """Return a copy of the configuration that names no weights."""
         sections = {name: dataclasses.replace(getattr(config, name), **v) for name, v in self.without_weights.items()}
         nowhere = {"finetuned": None, "pretrained": None, "checkpoint_sha256": None}
-        return dataclasses.asdict(dataclasses.replace(config, **nowhere, **sections))  # type: ignore[type-var,call-overload]
+        return copy.deepcopy(dataclasses.replace(config, **nowhere, **sections))  # type: ignore[type-var]
 
     def built_from(self, saved: SavedWeights[C], config: C) -> C:
         """Return what a model of ``config`` must be built from to take ``saved``.
@@ -198,8 +231,8 @@ class CheckpointFormat(Generic[C]):
         merged: Any = dataclasses.replace(config, **modules)  # type: ignore[type-var]
         current: Any = config
         for name in self.sections:
-            if "freeze" in self.no_modules.get(name, ()):
-                getattr(merged, name).freeze = getattr(current, name).freeze
+            for key in set(_SWITCHES) & set(getattr(getattr(merged, name), "__dataclass_fields__", ())):
+                setattr(getattr(merged, name), key, getattr(getattr(current, name), key))
         if current.text.name != type(current.text)().name:
             merged.text.name = current.text.name  # the file may name a folder of another machine
         return merged
@@ -210,6 +243,18 @@ class CheckpointFormat(Generic[C]):
         Raises:
             UserError: shapes that differ, positions that are no square grid, or inference weights that the file lacks.
         """
+        try:
+            named, report = self._renamed(model, saved, path)
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            reason = one_line(str(error).splitlines()[0], 200) if str(error) else type(error).__name__
+            raise UserError(f"{path}: a tensor of it has another shape than its name promises ({reason}); name a whole "
+                            "file") from error  # fmt: skip
+        return fill(model, named, report, path)
+
+    def _renamed(self, model: nn.Module, saved: SavedWeights[C], path: Path) -> tuple[dict[str, Tensor], LoadReport]:
+        """Return the file's tensors by the model's names, positions fitted to its grid, and the report so far."""
         named, ignored = self.rename(model, saved.tensors)
         report = LoadReport(ignored=ignored)
         given, wanted = named.get(self.positions), model.state_dict().get(self.positions)
@@ -221,7 +266,13 @@ class CheckpointFormat(Generic[C]):
                 raise UserError(f"{path}: {patches} patch positions are no square grid")
             named[self.positions] = self.adapt(given, wanted.shape[-2])
             report.adapted.append(self.positions)
-        return fill(model, named, report, path)
+        return named, report
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Return whether a tokenizer's name can be taken from a file: one of the package's, or a bare name of the hub."""
+    bare = re.fullmatch(r"[A-Za-z0-9][\w-]*", name) is not None and not Path(name).exists()
+    return bare or name.startswith(ASSET_PREFIX)
 
 
 def same_modules(

@@ -13,6 +13,7 @@ from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse, plain
+from lavis_dcd.common.secrets import as_written, remember
 from lavis_dcd.config.job import Job
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.splits import distinct_image_ids
@@ -35,9 +36,20 @@ class RunnerDCD(Trainer):
     """
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Mapping[str, Any], job_id: str | None) -> None:
+        for section in (
+            cfg.model_cfg,
+            cfg.datasets_cfg,
+            cfg.run_cfg,
+        ):  # LAVIS's own Config is read by none of our doors
+            remember(section)
         run = cfg.run if isinstance(cfg, Job) else parse(RunConfig, cfg.run_cfg, "run")
-        config = {"model": plain(cfg.model_cfg), "datasets": plain(cfg.datasets_cfg)}
-        super().__init__(run, config, task, model, by_split(datasets, run), _project(cfg, run), job_id)
+        sections = {"model": cfg.model_cfg, "datasets": cfg.datasets_cfg}
+        config = {name: plain(section) for name, section in sections.items()}
+        written = {
+            name: as_written(values, cfg.run_cfg if name == "run" else sections[name])
+            for name, values in {**config, "run": run.to_dict()}.items()
+        }
+        super().__init__(run, config, task, model, by_split(datasets, run), _project(cfg, run), job_id, written)
         self.cfg = cfg
         # LAVIS's own code reads the run folder from its registry. `register_path` refuses a name that it has, which
         # would rule out a second runner in a process.

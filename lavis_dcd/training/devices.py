@@ -21,12 +21,16 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ProcessGroup, patient_group
 from lavis_dcd.common.texts import memory_in_words
 from lavis_dcd.config.run_section import FP16_ON_CPU, RunConfig
+from lavis_dcd.training.heartbeat import watch_ranks
 
 log = logging.getLogger(__name__)
 
 # All processes are in the same step, so a peer that is silent for so long is lost: torch ends this one with an error.
 # One that dies is noticed at once, by its closed connections and by torchrun.
 STEP_TIMEOUT = timedelta(minutes=30)
+
+# Loader processes wait for disks, so that some more than the cores are no mistake.
+_FEW_LOADERS, _LOADERS_PER_CORE = 4, 2
 
 MB = 1e6
 _STATUS = Path("/proc/self/status")
@@ -108,6 +112,20 @@ def device_faults(run: RunConfig) -> list[str]:
     return [FP16_ON_CPU] if run.amp == "fp16" else []
 
 
+def load_warnings(run: RunConfig) -> list[str]:
+    """Return a line where the processes that load the data are far more than this machine's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    loaders = run.num_workers * here
+    if loaders <= max(_FEW_LOADERS, _LOADERS_PER_CORE * cores):
+        return []
+    of_all = f" in each of {here} processes" if here > 1 else ""
+    return [
+        f"run.num_workers: {run.num_workers}{of_all}, but there are {cores} cores: so many loaders take memory and "
+        f"slow each other down; at most {max(1, cores // here)} is sensible here"
+    ]
+
+
 def this_process(run: RunConfig) -> Process:
     """Choose the device and, under torchrun with several processes, join their group. May be called again.
 
@@ -136,6 +154,7 @@ def _join(backend: str, url: str) -> None:
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT)
+    watch_ranks(store, rank, world_size)
 
 
 def autocast(run: RunConfig, device: torch.device) -> torch.autocast:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lavis_dcd.common.errors import NotFiniteError, UserError
 from lavis_dcd.common.manifest import AbsentError, DamagedError, Identity, Manifest, digest_of
 from lavis_dcd.common.processes import ALONE
 from lavis_dcd.common.texts import shown
@@ -176,10 +177,13 @@ class Evaluations:
     def _measure(self, name: str, matcher: Any, dataset: Any, split: str) -> dict[str, Any]:
         begin = time.monotonic()
         ranks = self._process.ranks if self._shares_work else ALONE
-        with torch.no_grad():
-            evaluation = self._task.evaluate_matcher(
-                matcher, dataset, self._run, self._process.device, ranks=ranks, folder=self._folder
-            )
+        try:
+            with torch.no_grad():
+                evaluation = self._task.evaluate_matcher(
+                    matcher, dataset, self._run, self._process.device, ranks=ranks, folder=self._folder
+                )
+        except NotFiniteError as error:
+            raise UserError([f"{name} on {split}: {line}" for line in error.faults]) from error
         metrics = {key: _plain(value) for key, value in evaluation.items()}
         if self._process.is_main:
             log.info("%s on %s: %s (%.1f s)", name, split, summary(metrics), time.monotonic() - begin)

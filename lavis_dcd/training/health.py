@@ -158,6 +158,19 @@ class Health:
             "run.grad_clip=1, or run.amp=off"
         )
 
+    def refuse_untaken(self, steps: int) -> None:
+        """Refuse to call a job of `steps` steps finished of which every one was skipped: nothing was learnt.
+
+        Raises:
+            UserError: whatever run.max_bad_steps says.
+        """
+        if self.last_taken is None and self.skipped >= steps > 0:
+            raise UserError(
+                f"run: every one of the {steps} steps was skipped, because the loss or its gradient was NaN or "
+                "infinite: the model has learnt nothing and is not evaluated; try a lower run.init_lr, run.grad_clip=1 "
+                "or run.amp=off, and look at the data"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, for a checkpoint."""
         return {"skipped": self.skipped, "in_row": self.in_row, "last_taken": self.last_taken}
@@ -234,15 +247,37 @@ class LiveBuffers:
 
 
 class ScoreWatch:
-    """Warns once of a student whose scores are all alike, and of a teacher that is worse than chance."""
+    """Warns once of a student whose scores are all alike, of a teacher that is worse than chance, and of batches in
+    which no query has a negative."""
 
     def __init__(self) -> None:
         self._dead_steps = 0
+        self._without_negative: Tensor | None = None
         self._rank, self._rank_steps = 0.0, 0
         self._told: set[str] = set()
 
+    def note(self, report: Mapping[str, Tensor]) -> None:
+        """Take one step's scalars: without any negative its loss is exactly 0, and a distiller's spread no number.
+
+        They are counted where they are, so that nothing waits for the GPU.
+        """
+        if "loss" not in report:
+            return
+        empty = report["loss"].detach() == 0
+        if "student_spread" in report:
+            empty = empty | torch.isnan(report["student_spread"].detach()).to(empty.device)
+        self._without_negative = empty.long() if self._without_negative is None else self._without_negative + empty
+
     def see(self, means: Mapping[str, float], steps: int) -> None:
         """Take the means of `steps` more steps; "student_spread" and "teacher_match_rank" are read where given."""
+        without = 0 if self._without_negative is None else int(self._without_negative)
+        self._without_negative = None
+        if without:
+            self._tell(
+                "negatives",
+                f"{without} of {steps} steps had no negative at all, or a loss of exactly 0: nothing is learnt from "
+                "such a batch; raise run.batch_size_train, or take candidates from elsewhere (model.candidates.source)",
+            )
         if "student_spread" in means:
             self._dead_steps = self._dead_steps + steps if means["student_spread"] < DEAD_SPREAD else 0
             if self._dead_steps >= STEPS_TO_TELL:

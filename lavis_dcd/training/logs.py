@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
+from typing_extensions import override
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.common.progress import progress_bar
+from lavis_dcd.common.secrets import hidden
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED
 from lavis_dcd.reporting.metrics_lines import FILE, read_lines
@@ -225,23 +229,67 @@ def _board(folder: Path, resume_step: int | None) -> Any:
 
 @contextmanager
 def log_file(path: Path, active: bool = True) -> Iterator[None]:
-    """Also write the log to `path` while inside; the other handlers stay as they are."""
-    root, package = logging.getLogger(), logging.getLogger("lavis_dcd")
+    """Also write the log to `path` while inside; the other handlers stay as they are.
+
+    An exception that leaves the block is written there with its traceback, also by the processes of which the log is
+    not kept (`active` False): theirs may be the cause.
+    """
     if not active:
-        yield
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            with suppress(OSError), RunLog(path) as handler:
+                handler.write_traceback(error)
+            raise
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root, package = logging.getLogger(), logging.getLogger("lavis_dcd")
     level = package.level
-    root.addHandler(handler)
-    if not package.isEnabledFor(logging.INFO):
-        package.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        package.setLevel(level)
-        handler.close()
+    with RunLog(path) as handler:
+        root.addHandler(handler)
+        if not package.isEnabledFor(logging.INFO):
+            package.setLevel(logging.INFO)
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            handler.write_traceback(error)
+            raise
+        finally:
+            root.removeHandler(handler)
+            package.setLevel(level)
+
+
+class RunLog(logging.FileHandler):
+    """The log of a run folder: values from the environment are hidden, and a full disk is told of once."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(_HidingFormatter("%(asctime)s %(levelname)s %(message)s"))
+        self._failed = False
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self.close()
+
+    def write_traceback(self, error: BaseException) -> None:
+        """Write an error that ends the job, for whoever looks into it; the terminal has its one line."""
+        rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+        trace = (type(error), error, error.__traceback__)
+        self.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, f"the job has failed{rank}", (), trace))
+
+    @override
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            sys.stderr.write(f"{self.baseFilename}: {sys.exc_info()[1]}; lines of the log are lost\n")
+
+
+class _HidingFormatter(logging.Formatter):
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return hidden(super().format(record))
 
 
 def progress(total: int, done: int, label: str, active: bool = True) -> AbstractContextManager[tqdm]:
@@ -296,6 +344,7 @@ class StepLog:
             skipped: steps of the job that were.
         """
         self.means.add(report)
+        self._watch.note(report)
         if step % self._run.log_freq == 0 or step == self._total:
             self._write(step, lr, skipped)
 

@@ -17,6 +17,7 @@ from lavis_dcd.common.texts import one_line
 from lavis_dcd.datasets.identity import Content, pictures_digests, rows_digests
 from lavis_dcd.datasets.tree import plain_sets
 from lavis_dcd.training.checkpoint import Checkpoint
+from lavis_dcd.training.environment import comparable
 from lavis_dcd.training.run_folder import settings_digests
 
 Force = Literal["teacher", "data", "recipe", "world_size"]
@@ -137,7 +138,8 @@ def resume_faults(
 
 def _changes(saved: Checkpoint, origin: Origin, world_size: int) -> Iterator[tuple[Force | None, str]]:
     """Yield every difference, with what overrides it."""
-    old, config = saved.content["config"], origin.config
+    old = saved.content["config"]
+    config = comparable(old, origin.config)
     teacher_before, teacher = saved.content["teacher_fingerprint"], origin.teacher_fingerprint
     if teacher_before != teacher:
         before, now = _short(teacher_before), _short(teacher)

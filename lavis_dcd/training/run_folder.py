@@ -17,6 +17,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.common.locks import one_writer
 from lavis_dcd.common.manifest import MANIFEST, DamagedError, Identity, Manifest, digest_of
+from lavis_dcd.common.secrets import as_exported, hidden, hides_something
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.training.checkpoint import FOLDER
@@ -197,7 +198,7 @@ def write_results(
     names = []
     for number, (split, split_rows) in enumerate(rows.items()):
         content = {
-            "title": title,
+            "title": hidden(title),
             "split": split,
             "rows": list(split_rows),
             "gallery": [] if number else list(gallery),
@@ -228,6 +229,8 @@ def export_model(folder: Path, strategy: Strategy) -> Path:
     model = strategy.bare_model
     exported = as_learner(model).exported()
     content = strategy.whole(as_learner(exported).checkpoint())
+    if "config" in content and hides_something():
+        content = {**content, "config": as_exported(content["config"])}
     path = folder / ("student.pth" if exported is not model else "model.pth")
     if strategy.process.is_main:
         with writing_into(folder), atomic_write(path) as handle:

@@ -165,7 +165,9 @@ _GRACE = 30  # seconds that a worker goes on after SIGTERM, as many as torchrun 
 
 
 def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    # Ctrl-C, and a cluster's SIGTERM, reach the whole process group; the parent finishes its step and needs the
-    # workers for it. After SIGTERM they end by themselves, should the parent hang.
+    # Ctrl-C, a cluster's SIGTERM and a lost terminal's SIGHUP reach the whole process group; the parent finishes its
+    # step and needs the workers for it. After the latter two they end by themselves, should the parent hang.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: signal.alarm(_GRACE))

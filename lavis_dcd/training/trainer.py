@@ -17,15 +17,17 @@ import torch
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.names import name_fault
+from lavis_dcd.common.secrets import as_stored
 from lavis_dcd.common.seeding import seed_everything, seed_for
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.tree import batch_groups
 from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.reporting.report import write_report
-from lavis_dcd.training import checkpoint
+from lavis_dcd.training import checkpoint, environment
 from lavis_dcd.training.best_checkpoint import BestCheckpoint
 from lavis_dcd.training.contracts import as_task
-from lavis_dcd.training.devices import MemoryPeaks, this_process
+from lavis_dcd.training.devices import MemoryPeaks, load_warnings, this_process
 from lavis_dcd.training.interrupt import InterruptGuard
 from lavis_dcd.training.logs import MetricsLog, StepLog, log_file, progress
 from lavis_dcd.training.resume_checks import Origin, fingerprint
@@ -44,16 +46,18 @@ class Trainer:
 
     Args:
         run: the `run:` section.
-        config: the whole job, {"model", "datasets", "run"} in plain containers; kept in checkpoints and in
-            config.yaml.
+        config: the whole job, {"model", "datasets", "run"} in plain containers.
         task: a `TrainTask`, or an object with `train_step`, `evaluate_matcher` and any other method of its.
         model: a `Learner`, or any module, with any of its hooks.
         datasets: by split; "train" is the training set, concatenated from run.train_splits.
         project: the name of the folder below run.output_dir.
         job_id: a proposed name of the run folder.
+        written: `config` with interpolations as they are written (by default `config` itself); that is what
+            checkpoints and config.yaml keep, without the values that come from the environment.
 
     Raises:
-        UserError: a split is missing; the device is not there; the job to resume cannot be continued.
+        UserError: a name that cannot be a folder's; a split is missing; the device is not there; the job to resume
+            cannot be continued.
     """
 
     metrics: MetricsLog
@@ -72,12 +76,14 @@ class Trainer:
         datasets: Mapping[str, Any],
         project: str = "job",
         job_id: str | None = None,
+        written: Mapping[str, Any] | None = None,
     ) -> None:
         self.run, self.task, self.datasets, self.project = run, task, dict(datasets), project
-        self.config = {**config, "run": run.to_dict()}
-        missing = run.missing_splits(self.datasets)
-        if missing:
-            raise UserError(missing)
+        self.config = _stored({**config, "run": run.to_dict()}, written)
+        named = {"run.project": project, "run.job_id": job_id}
+        faults = [name_fault(value, field) for field, value in named.items() if value is not None]
+        if found := [*filter(None, faults), *run.missing_splits(self.datasets)]:
+            raise UserError(found)
         self.process = this_process(run)
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
@@ -129,6 +135,7 @@ class Trainer:
             self._restore()
             self._evaluate_before()
             self._train_epochs()
+            self._stepper.health.refuse_untaken(self.total_steps)
             self._best.load_best()
             return self._finish()
 
@@ -169,6 +176,9 @@ class Trainer:
     def _begin(self) -> None:
         run, process, step = self.run, self.process, self._step_before()
         log.info("run folder: %s (%s)", self.output_dir, process.device)
+        if process.is_main:
+            for line in load_warnings(run):
+                log.warning("%s", line)
         seed_everything(seed_for(run.seed, "start"))
         if not self._begun:
             used = {split: self.datasets[split] for split in run.used_splits}
@@ -178,7 +188,8 @@ class Trainer:
         if process.is_main:
             with writing_into(self.output_dir):
                 clear_run_manifest(self.output_dir)
-                write_config(self.output_dir, self.config)
+                kept = {key: value for key, value in self.config.items() if key != environment.KEY}
+                write_config(self.output_dir, kept)
                 if step is not None:
                     checkpoint.discard_after(self.output_dir, step)
         self.metrics = MetricsLog(self.output_dir, step, process.is_main, changed)
@@ -331,21 +342,34 @@ class Trainer:
 
     def _save(self) -> None:
         self._log.finite_means(self.position.global_step)
+        self._require_folder()
         self._state.save(self.position)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         with self._memory.phase("evaluation"), self._strategy.unsharded():
             yield
+        self._require_folder()
+
+    def _require_folder(self) -> None:
+        """Refuse to go on where the run folder was deleted: a new one would lack all that was in it."""
+        if self.process.is_main and not self.output_dir.is_dir():
+            raise UserError(
+                f"run.output_dir: {self.output_dir} is gone: it was deleted or moved while the job ran; put it back, "
+                "then run.resume=auto, or start the job anew"
+            )
 
     def _finish(self, export: bool = True) -> dict[str, Any]:
         best, process = self._best, self.process
         step = best.best["step"] if best.best is not None else self.position.global_step
         with self._strategy.unsharded():
             with self._memory.phase("evaluation"):
+                self._require_folder()
                 by_split = best.evaluate_learner(self.run.table_splits, step, self.position.global_step)
+                self._require_folder()
                 best.write_evaluations()
                 best.evaluate_teacher(self.position.global_step)
+            self._require_folder()
             if process.is_main:
                 self._written.update(best.write_results(self.project, step, self._memory.facts()))
             process.share(None)
@@ -369,3 +393,10 @@ class Trainer:
         best = self._best.best
         identity, step = self._resume_point.origin.identity, None if best is None else best["step"]
         write_run_manifest(self.output_dir, identity, sorted(self._written), step)
+
+
+def _stored(config: Mapping[str, Any], written: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a configuration as it is kept: texts of interpolations, and digests of what came in by them."""
+    kept: dict[str, Any] = as_stored(dict(written or config))
+    from_environment = environment.digests(kept, config)
+    return {**kept, environment.KEY: from_environment} if from_environment else kept

@@ -21,6 +21,7 @@ from lavis_dcd.training import checkpoint
 from lavis_dcd.training.best_checkpoint import BestCheckpoint
 from lavis_dcd.training.checkpoint import Checkpoint
 from lavis_dcd.training.devices import Process
+from lavis_dcd.training.environment import comparable
 from lavis_dcd.training.logs import ScalarMeans
 from lavis_dcd.training.optimizer_form import OptimizerForm
 from lavis_dcd.training.resume_checks import (
@@ -207,7 +208,7 @@ class _Fits:
         if shape_faults("", content["model"], built):
             return
         check_finite(content["model"], built)
-        before, now = content["config"]["run"], self._config["run"]
+        before, now = content["config"]["run"], comparable(content["config"], self._config)["run"]
         if any(not same(before.get(key), now.get(key)) for key in OPTIMIZER_KEYS):
             return  # another optimizer: told as a change, not as damage
         if self._form is None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import load_tensors
+from lavis_dcd.common.tensor_files import load_tensors
 
 pytest.importorskip("lavis")
 

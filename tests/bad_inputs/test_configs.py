@@ -126,7 +126,8 @@ OPTIONS = {
     "run.device=gpu": "run.device: 'gpu' is not one of auto, cpu, cuda; did you mean cpu?",
     "run.train_splits=train": "run.train_splits: 'train' (text) is not a list of (text)",
     "run.train_splits=[]": "run.train_splits: is empty, so there is nothing to train on; run.evaluate=true evaluates",
-    "run.job_id=../x": "run.job_id: '../x' must be the name of one folder",
+    "run.job_id=../x": "run.job_id: '../x' cannot be a folder's name: it has a / or \\ (outputs go below "
+    "run.output_dir, which may have them); give a name of letters, digits, - and _",
     "run.verify=true": "run.verify: True is not one of fast, full, off",
     "run.report=maybe": "run.report: 'maybe' (text) is not true or false",
     "run.resume=gone": "run.resume: gone does not exist; give a checkpoint, a run folder, or auto",

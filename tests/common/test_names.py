@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavis_dcd.common.names import LONGEST_NAME, folder_name, name_fault
+from lavis_dcd.common.names import LONGEST_NAME, folder_name, name_fault, path_fault
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,14 @@ def test_plain_titles_keep_their_letters():
 @given(st.text(max_size=200))
 def test_every_title_gives_a_name_that_passes(title):
     assert name_fault(folder_name(title), "f") is None
+
+
+@pytest.mark.parametrize("path", [".", "/data/out", "../out put/ü", "x" * 255])
+def test_usual_paths_pass(path):
+    assert path_fault(path, "run.output_dir") is None
+
+
+@pytest.mark.parametrize("path", ["", " ", "a\0b", "a\nb", "a\ud800", "x" * 256, "d/" * 2000, None, 7])
+def test_paths_that_are_none_are_told_in_one_line(path):
+    line = path_fault(path, "run.output_dir")
+    assert line.startswith("run.output_dir: ") and line.isprintable() and len(line) < 300

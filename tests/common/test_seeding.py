@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from lavis_dcd.common.seeding import check_rng_state, rng_state, seed_everything, seed_for, seed_host
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.seeding import (
+    LARGEST_SEED,
+    check_rng_state,
+    rng_state,
+    seed_everything,
+    seed_fault,
+    seed_for,
+    seed_host,
+)
 
 
 def draws() -> tuple[float, float, torch.Tensor]:
@@ -67,3 +76,19 @@ def test_the_check_of_a_state_draws_nothing():
 def test_no_state_of_the_generators(change):
     with pytest.raises(ValueError, match="is no state of"):
         check_rng_state({**rng_state(), **change})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, "seven", 1.5, None])
+def test_what_is_no_seed_is_one_line(seed):
+    with pytest.raises(UserError, match=r"run\.seed: .* is no seed; give a whole number from 0 to 4,294,967,295"):
+        seed_everything(seed)
+
+
+@pytest.mark.parametrize("seed", [0, LARGEST_SEED])
+def test_the_bounds_of_a_seed_are_numpys_and_torchs(seed):
+    assert seed_fault(seed, "run.seed") is None
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    assert "is no seed" in seed_fault(LARGEST_SEED + 1, "run.seed")
+    with pytest.raises(ValueError):
+        np.random.seed(LARGEST_SEED + 1)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from lavis_dcd.common import secrets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.config import job_file as config_module
@@ -15,7 +16,7 @@ from lavis_dcd.config.checks import check_sections, inner_models, model_faults, 
 from lavis_dcd.config.job_file import find_config, merge_defaults, parse_options, read_yaml
 from lavis_dcd.config.required_files import required_files
 from lavis_dcd.config.run_section import RunConfig
-from lavis_dcd.job import load_config
+from lavis_dcd.job import load_config, run_job
 from lavis_dcd.matching.adapters import registry as adapter_registry
 from lavis_dcd.matching.adapters.base import Adapter, AdapterOptions
 from lavis_dcd.models.dcd.config import DcdConfig
@@ -634,3 +635,55 @@ def test_the_files_of_several_teachers(adapted):
     found = files_of(distilled(teacher={}, teachers=[ALBEF, {"arch": "clip", "model_type": "RN50"}], student=METER))
     assert {"model.teachers.0.finetuned", "model.teachers.0.tokenizer", "model.teachers.1.pretrained",
             "model.student.finetuned"} <= set(found)  # fmt: skip
+
+
+NO_NEGATIVES = "run.batch_size_train: 1 leaves no negatives"
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ([], True),
+        (["model.candidates.source=bank"], False),
+        (["model.candidates.image_to_text.source=random", "model.candidates.image_to_text.count=3",
+          "model.candidates.source=null"], False),
+        (["run.evaluate=true"], False),
+        (["run.batch_size_train=2"], False),
+    ],
+)  # fmt: skip
+def test_a_distillers_batch_of_one_is_warned_of_where_it_is_certain(cache, caplog, options, warned):
+    load_config("projects/dcd/quickstart.yaml", ["run.batch_size_train=1", *options])
+    assert (NO_NEGATIVES in caplog.text) == warned
+
+
+def test_a_retrievers_batch_of_one_is_warned_of_unless_processes_join_theirs(job, caplog, monkeypatch):
+    load_config(job(SCENES), ["run.batch_size_train=1"])
+    assert f"{NO_NEGATIVES}, since meter_retrieval compares the pairs of a batch" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    load_config(job(SCENES), ["run.batch_size_train=1"])
+    assert NO_NEGATIVES not in caplog.text
+
+
+def test_a_job_tells_others_what_was_written_and_reads_what_it_means(job, caplog, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hunter2-token")
+    options = ["run.output_dir=out/${oc.env:MY_TOKEN}", "run.seed=${oc.env:MY_SEED,5}", "run.job_id=x"]
+    checked = load_config(job(SCENES), options)
+    assert checked.run.output_dir == "out/hunter2-token" and checked.run.seed == 5
+    assert checked.to_dict()["run"]["output_dir"] == "out/${oc.env:MY_TOKEN}"
+    with caplog.at_level("INFO"):
+        checked.pretty_print()
+    assert "${oc.env:MY_TOKEN}" in caplog.text and "hunter2" not in caplog.text
+    secrets.forget()
+
+
+@pytest.mark.parametrize(
+    "keys", [{"project": "../../x"}, {"job_id": "x" * 300}, {"output_dir": "a\x1bb"}, {"project": ["a"]}, "text", None]
+)
+def test_a_comparison_has_names_and_places_like_any_job(job, tmp_path, keys):
+    path = job({**SCENES, "run": keys, "variants": {"one": {}}})
+    with pytest.raises(UserError) as caught:
+        run_job(path, [], [], evaluate=False)
+    assert all(line.startswith(("run", "job.yaml: run: ")) for line in caught.value.faults)
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["job.yaml", "work"]

@@ -109,3 +109,43 @@ def test_two_nodes(dying_job, launch, outcome, finished, metrics, tmp_path, free
     results = [json.loads((runs / name / "results.json").read_text()) for name in ("nodes", "node")]
     assert results[0]["rows"][-1]["r_mean"] == results[1]["rows"][-1]["r_mean"]
     assert_whole_files(runs / "nodes")
+
+
+STOPS = """
+import os, signal, subprocess
+from lavis_dcd.training import heartbeat
+from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
+
+heartbeat.BEAT, heartbeat.SILENT = 0.2, 2.0
+train_step = DcdRetrievalTask.train_step
+steps = 0
+
+def stopping(self, model, samples):
+    global steps
+    steps += 1
+    if steps == 3 and os.environ["RANK"] == "{rank}":
+        subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {{os.getpid()}}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return train_step(self, model, samples)
+
+DcdRetrievalTask.train_step = stopping
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["main", "other"])
+def test_a_rank_that_is_stopped_is_named_and_changes_nothing(rank, dying_job, launch, outcome, finished, tmp_path):
+    job = dying_job("stopped")
+    (tmp_path / "stopping.py").write_text(STOPS.format(rank=rank))
+    status, output = outcome(launch(job, "--nproc_per_node=2", plugin="stopping"))
+    assert status == 0, output
+    named = [line for line in output.splitlines() if "has given no sign of life for" in line]
+    assert named and all(f"process {rank} (host " in line and "pid " in line for line in named)
+    assert any(f"process {rank} (host" in line and "answers again" in line for line in output.splitlines())
+    log = (tmp_path / "output" / "job" / "stopped" / "log.txt").read_text()
+    assert ("no sign of life" in log) == (rank == 1)  # the main process keeps the log, and was stopped itself
+    finished(dying_job("whole"), "--nproc_per_node=2")
+    stopped, whole = (
+        torch.load(tmp_path / "output" / "job" / name / "student.pth", weights_only=True)["model"]
+        for name in ("stopped", "whole")
+    )
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)

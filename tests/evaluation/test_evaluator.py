@@ -13,6 +13,7 @@ from stubs import NumberSet as Numbers
 from stubs import StubMatcher
 from torch import Tensor, nn
 
+from lavis_dcd.cli import guarded
 from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.evaluation import evaluator as evaluation
 from lavis_dcd.evaluation.evaluator import EvaluationCache, Evaluator, milliseconds_per_pair
@@ -323,3 +324,19 @@ def test_one_picture_and_one_caption_suffice() -> None:
     matcher = Counting()
     images, texts = matcher.encode_images(torch.randn(1, 3, 2, 2)), matcher.encode_texts(["a"])
     assert milliseconds_per_pair(matcher, images, texts) > 0
+
+
+@pytest.mark.parametrize("k_test", [None, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_one_line(
+    k_test: int | None, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model whose training has diverged: its scores are no bug of the program."""
+
+    class Diverged(Reader):
+        def match(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
+            return super().match(images, texts, pairs) * value
+
+    assert guarded(lambda: evaluate(Diverged(), Numbers(), k_test=k_test) and None) == 2
+    line = capsys.readouterr().err
+    assert "scores are not finite numbers; the weights hold NaN" in line and line.count("\n") == 1

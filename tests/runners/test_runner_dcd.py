@@ -4,6 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lavis_dcd.common import secrets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.config.run_section import RunConfig
 
@@ -85,3 +86,32 @@ def test_two_sources_of_an_evaluation_split_are_refused(runner_class, stubs):
 
     with pytest.raises(UserError, match="'val' comes from 2 data sets"):
         by_split({"a": sets(stubs), "b": sets(stubs)}, RunConfig(valid_splits=["val"]))
+
+
+def test_no_name_of_lavis_own_config_leads_out_of_the_output_folder(runner_class, stubs, tmp_path):
+    for keys in ({"project": "../../x"}, {"job_id": "../x"}, {"project": "x" * 300}):
+        cfg = config(tmp_path / "out", **keys)
+        with pytest.raises(UserError, match=f"run.{next(iter(keys))}: "):
+            runner_class(cfg, stubs.Task(), stubs.Distiller(), {"noise": sets(stubs)}, "now")
+    with pytest.raises(UserError, match=r"run\.job_id: "):
+        runner_class(config(tmp_path / "out"), stubs.Task(), stubs.Distiller(), {"noise": sets(stubs)}, "../now")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interpolations_are_stored_as_they_are_written(runner_class, stubs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hunter2-token")
+    cfg = config(tmp_path, seed="${oc.env:MY_SEED,7}", job_id="x")
+    cfg.model_cfg = OmegaConf.create({"arch": "stub", "list": [{"key": "${oc.env:MY_TOKEN}"}]})
+    cfg.datasets_cfg = OmegaConf.create({"noise": {"root": "${oc.env:MY_TOKEN}/x", "again": "${.root}"}})
+    try:
+        runner = runner_class(cfg, stubs.Task(), stubs.Distiller(), {"noise": sets(stubs)}, None)
+        runner.train()
+    finally:
+        secrets.forget()
+    assert runner.run.seed == 7
+    files = [path for path in runner.output_dir.rglob("*") if path.is_file()]
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
+    stored = OmegaConf.to_container(OmegaConf.load(runner.output_dir / "config.yaml"), resolve=False)
+    assert stored["model"]["list"] == [{"key": "${oc.env:MY_TOKEN}"}]
+    assert stored["datasets"]["noise"] == {"root": "${oc.env:MY_TOKEN}/x", "again": "${.root}"}
+    assert stored["run"]["seed"] == "${oc.env:MY_SEED,7}" and stored["run"]["max_epoch"] == 1

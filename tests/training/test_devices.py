@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lavis_dcd.common.texts import memory_in_words
+from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training import devices
 from lavis_dcd.training.devices import MemoryPeaks, peak
 
@@ -94,3 +95,24 @@ def test_steps_do_not_grow(stubs, tmp_path):
     (first, _), (last, traced) = readings
     assert last - first < 5, f"{MEASURED} steps grew by {last - first:.1f} MB"
     assert traced < 1, f"{MEASURED} steps left {traced:.2f} MB of Python objects"
+
+
+@pytest.mark.parametrize(
+    ("workers", "here", "warned"),
+    [(0, 1, False), (4, 1, False), (8, 1, False), (9, 1, True), (5, 2, True), (4000, 1, True)],
+)
+def test_loaders_far_above_the_cores_are_warned_of(monkeypatch, workers, here, warned):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    lines = devices.load_warnings(RunConfig(num_workers=workers))
+    assert bool(lines) == warned
+    if warned:
+        assert lines[0].startswith(f"run.num_workers: {workers}") and "there are 4 cores" in lines[0]
+
+
+def test_the_warning_of_loaders_stands_in_the_log(stubs, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    trainer = stubs.job(tmp_path, evaluate=True, num_workers=7)
+    trainer.evaluate()
+    assert "WARNING run.num_workers: 7, but there are 1 cores" in (trainer.output_dir / "log.txt").read_text()

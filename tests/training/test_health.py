@@ -293,3 +293,39 @@ def test_a_model_that_says_nothing_of_them_is_left_alone(told):
     watch.see({"loss": 1.0}, 100)
     watch.see({}, 0)
     assert told() == []
+
+
+def test_a_job_of_skipped_steps_alone_is_not_finished():
+    health = Health(CPU)
+    broken = Blame(("loss",), (), in_loss=True)
+    for number in range(3):
+        health.skip(number, broken, None)
+    with pytest.raises(UserError, match="every one of the 3 steps was skipped"):
+        health.refuse_untaken(3)
+    resumed = Health(CPU)
+    resumed.load_state_dict(health.state_dict())
+    with pytest.raises(UserError):
+        resumed.refuse_untaken(3)
+    health.took(3)
+    health.refuse_untaken(4)
+    Health(CPU).refuse_untaken(0)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [{"loss": torch.tensor(0.0)}, {"loss": torch.tensor(0.5), "student_spread": torch.tensor(NAN)}],
+    ids=["a loss of 0", "no spread"],
+)
+def test_batches_without_a_negative_are_told_once(report, caplog):
+    watch = ScoreWatch()
+    with caplog.at_level(logging.WARNING):
+        watch.note({"loss": torch.tensor(0.5), "student_spread": torch.tensor(0.1)})
+        watch.note({})
+        watch.see({}, 2)
+        assert caplog.messages == []
+        for _ in range(2):
+            watch.note(report)
+            watch.note({"loss": torch.tensor(0.5)})
+            watch.see({}, 2)
+    (line,) = caplog.messages
+    assert line.startswith("1 of 2 steps had no negative at all") and "raise run.batch_size_train" in line

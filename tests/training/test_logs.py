@@ -1,13 +1,17 @@
 import json
+import logging
+import os
 import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from lavis_dcd.common import secrets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.training import logs
 from lavis_dcd.training.devices import Process
-from lavis_dcd.training.logs import DataClock, MetricsLog, ScalarMeans, scalars_of
+from lavis_dcd.training.logs import DataClock, MetricsLog, ScalarMeans, log_file, scalars_of
 
 
 def test_window_means_over_the_steps_that_had_a_value():
@@ -134,3 +138,65 @@ def test_tensorboard_scalars(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["train/loss", "train/lr", "val/student/r_mean"]
     assert events.Scalars("val/student/r_mean")[0].value == 7.0
+
+
+@pytest.fixture
+def failing_log(tmp_path):
+    def run(error, active=True):
+        with log_file(tmp_path / "log.txt", active):
+            raise error
+
+    return run
+
+
+@pytest.mark.parametrize("active", [True, False], ids=["main", "another process"])
+@pytest.mark.parametrize("error", [UserError("a line"), OSError(28, "No space left on device"), ZeroDivisionError("x")])
+def test_what_ends_a_job_has_its_traceback_in_the_log(failing_log, tmp_path, capsys, error, active):
+    with pytest.raises(type(error)):
+        failing_log(error, active)
+    text = (tmp_path / "log.txt").read_text()
+    assert "ERROR the job has failed" in text and "Traceback (most recent call last)" in text and str(error) in text
+    assert capsys.readouterr() == ("", "")
+    assert logging.getLogger().handlers == [h for h in logging.getLogger().handlers if not isinstance(h, logs.RunLog)]
+
+
+def test_ctrl_c_has_no_traceback(failing_log, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        failing_log(KeyboardInterrupt())
+    assert (tmp_path / "log.txt").read_text() == ""
+
+
+def test_a_processes_number_stands_beside_its_traceback(failing_log, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UserError):
+        failing_log(UserError("a line"), active=False)
+    assert "ERROR the job has failed (process 3)" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_log_hides_what_came_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hunter2-token")
+    secrets.remember(OmegaConf.create({"a": "${oc.env:MY_TOKEN}"}))
+    try:
+        with pytest.raises(ValueError), log_file(tmp_path / "log.txt"):
+            logging.getLogger("lavis_dcd").info("reading %s", "hunter2-token/x")
+            raise ValueError("hunter2-token")
+    finally:
+        secrets.forget()
+    text = (tmp_path / "log.txt").read_text()
+    assert "hunter2" not in text and text.count("${oc.env:MY_TOKEN}") == 3  # the line of code, too
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_costs_lines_of_the_log_and_one_on_the_terminal(tmp_path, capsys):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with log_file(tmp_path / "log.txt"):
+        for _ in range(3):
+            logging.getLogger("lavis_dcd").info("a line")
+    assert capsys.readouterr().err.count("No space left on device; lines of the log are lost") == 1
+    assert "Logging error" not in capsys.readouterr().err
+
+
+def test_letters_that_no_file_takes(tmp_path):
+    with log_file(tmp_path / "log.txt"):
+        logging.getLogger("lavis_dcd").info("half a character: \ud800")
+    assert "half a character: \\ud800" in (tmp_path / "log.txt").read_text()

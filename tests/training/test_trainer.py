@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
+from lavis_dcd.cli import guarded
+from lavis_dcd.common import secrets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.locks import one_writer
+from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training import checkpoint
-from lavis_dcd.training.interrupt import Terminated, terminations_raised
+from lavis_dcd.training import trainer as trainer_module
+from lavis_dcd.training.interrupt import HungUp, Terminated, terminations_raised
+from lavis_dcd.training.trainer import Trainer
 
 SCRIPT = Path(__file__).with_name("stub_job.py")
 
@@ -339,7 +346,9 @@ def test_resume_refuses_another_model_whatever_is_forced(stubs, tmp_path):
             stubs.job(tmp_path, model=stubs.Learner(norm=False), resume="auto", resume_force=everything, **keys)
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated), (signal.SIGHUP, HungUp)]
+)
 def test_a_signal_finishes_the_step_saves_and_raises(stubs, tmp_path, whole, number, error):
     trainer = stubs.job(tmp_path, stubs.Task({6: lambda: os.kill(os.getpid(), number)}))
     handler = signal.getsignal(number)
@@ -500,3 +509,111 @@ def test_two_processes_train_like_one(stubs, tmp_path):
     results = json.loads((folder / "results.json").read_text())
     assert results["machine"]["processes"] == 2
     assert not any(key.startswith("module.") for key in stubs.weights(folder))
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "x" * 300, "a\0b", "", "a\nb", 7])
+@pytest.mark.parametrize("which", ["project", "job_id"])
+def test_no_name_leads_out_of_the_output_folder(stubs, tmp_path, name, which):
+    datasets = {"train": stubs.Pictures(), "val": stubs.Pictures(6), "test": stubs.Pictures(5)}
+    run = RunConfig(output_dir=str(tmp_path / "out"), device="cpu")
+    with pytest.raises(UserError, match=f"run.{which}: "):
+        Trainer(run, {}, stubs.Task(), stubs.Distiller(), datasets, **{which: name})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("most", [2, 1000])
+def test_a_job_of_which_every_step_is_skipped_does_not_end_well(stubs, tmp_path, most):
+    class Broken(stubs.Task):
+        def train_step(self, model, samples):
+            return model(samples)["loss"] * float("nan")
+
+    trainer = stubs.job(tmp_path, Broken(), max_bad_steps=most)
+    assert guarded(lambda: trainer.train() and None) == 2
+    assert not (trainer.output_dir / "student.pth").exists() and not (trainer.output_dir / "results.json").exists()
+    text = (trainer.output_dir / "log.txt").read_text()
+    assert (
+        "Traceback" in text and ("every one of the 15 steps was skipped" if most > 15 else "run.max_bad_steps") in text
+    )
+
+
+@pytest.mark.parametrize("how", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("moved"))])
+def test_a_run_folder_that_goes_is_one_line_and_no_half_a_folder(stubs, tmp_path, capsys, how):
+    trainer = stubs.job(tmp_path, save_every=2)
+    trainer.task.at_step[5] = lambda: how(trainer.output_dir)
+    assert guarded(lambda: trainer.train() and None) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and str(trainer.output_dir) in line
+    assert not trainer.output_dir.exists()
+
+
+@pytest.mark.usefixtures("permissions_count")
+def test_a_run_folder_that_may_not_be_written_any_more(stubs, tmp_path, capsys):
+    trainer = stubs.job(tmp_path, save_every=2)
+    trainer.task.at_step[5] = lambda: (trainer.output_dir / "checkpoints").chmod(0o500)
+    assert guarded(lambda: trainer.train() and None) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "Permission denied" in line
+    assert "Traceback" in (trainer.output_dir / "log.txt").read_text()
+    (trainer.output_dir / "checkpoints").chmod(0o700)
+
+
+def test_a_full_disk_at_the_exported_student(stubs, tmp_path, capsys, monkeypatch):
+    """A limit on the size of files is met by torch's own writer, which wraps what the system says."""
+    trainer = stubs.job(tmp_path, max_epoch=1)
+    export = trainer_module.export_model
+
+    def limited(*args):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+        try:
+            return export(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(trainer_module, "export_model", limited)
+    assert guarded(lambda: trainer.train() and None) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(trainer.output_dir / "student.pth") in line and "File too large" in line
+    assert "Traceback" in (trainer.output_dir / "log.txt").read_text()
+    assert not list(trainer.output_dir.glob(".*.tmp")) and not (trainer.output_dir / "student.pth").exists()
+
+
+def test_what_comes_from_the_environment_is_in_no_file(stubs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hunter2-token")
+    secrets.remember(OmegaConf.create({"a": "${oc.env:MY_TOKEN}"}))
+    config = {"model": {"arch": "stub", "text": "hunter2-token/bert"}, "datasets": {"noise": {"root": "hunter2-token"}}}
+    written = {"model": {"arch": "stub", "text": "${oc.env:MY_TOKEN}/bert"},
+               "datasets": {"noise": {"root": "${oc.env:MY_TOKEN}"}}}  # fmt: skip
+
+    class Task(stubs.Task):
+        def gallery(self, *args):
+            return []
+
+    class Student(stubs.Learner):
+        def checkpoint(self):
+            return {**super().checkpoint(), "config": {"text": {"name": "hunter2-token/bert"}, "width": 6}}
+
+    def job(value=None, **more):
+        datasets = {"train": stubs.Pictures(), "val": stubs.Pictures(6, noise=0), "test": stubs.Pictures(5, noise=0)}
+        keys = {"output_dir": str(tmp_path / "hunter2-token"), "max_epoch": 1, "device": "cpu", "valid_splits": ["val"],
+                "batch_size_train": 4, "job_id": "x", **more}  # fmt: skip
+        run = RunConfig(**keys)
+        stored = {**written, "run": run.to_dict()}
+        values = config if value is None else {**config, "datasets": {"noise": {"root": value}}}
+        return Trainer(run, values, Task(), Student(), datasets, "stub", written=stored)
+
+    try:
+        trainer = job()
+        trainer.train()
+        files = [path for path in trainer.output_dir.rglob("*") if path.is_file()]
+        assert len(files) > 6 and [path for path in files if b"hunter2" in path.read_bytes()] == []
+        model = torch.load(trainer.output_dir / "model.pth", weights_only=True)
+        assert model["config"] == {"text": {"name": "${oc.env:MY_TOKEN}/bert"}, "width": 6}
+        assert "${oc.env:MY_TOKEN}/bert" in (trainer.output_dir / "config.yaml").read_text()
+        job(resume="auto")
+        with pytest.raises(
+            UserError, match=r"datasets.noise.root was .*MY_TOKEN}' in the checkpoint, is .*another value"
+        ):
+            job("another-value", resume="auto")
+    finally:
+        secrets.forget()

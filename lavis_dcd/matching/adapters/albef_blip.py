@@ -176,6 +176,9 @@ class CrossAttentionAdapter(Adapter):
     @override
     def _read(self, source: str, where: str, pretrained: bool = False) -> list[str]:
         missing = super()._read(source, where, pretrained)
+        pointer = getattr(self.model, "queue_ptr", None)
+        if pointer is not None and not 0 <= int(pointer) < self.model.queue_size:
+            pointer.zero_()  # of a queue of another size, or of none: outside of this one
         if any(name.split(".")[0].endswith("_m") for name in missing):
             self.model.copy_params()  # a file without the momentum copies: they start from what was loaded
         return missing

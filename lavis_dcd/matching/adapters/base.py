@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from lavis_dcd.common.address_secrets import without_secrets
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import asset_path, update_with_tensors
 from lavis_dcd.common.schema import parse, plain
+from lavis_dcd.common.tensor_files import tensor_faults, tensors_of, tensors_only
 from lavis_dcd.matching.adapters.lavis_files import fetched_for_lavis
 from lavis_dcd.matching.adapters.vocabulary import local_vocabulary
 from lavis_dcd.matching.contract import Matcher, pair_chunks
@@ -124,7 +125,7 @@ class Adapter(Learner, nn.Module, Matcher):
         """
         options = cls.read_options(plain(section), path)
         try:
-            with local_vocabulary(options.tokenizer, f"{path}.tokenizer"):
+            with local_vocabulary(options.tokenizer, f"{path}.tokenizer"), tensors_only():
                 model = cls.build(model_class, section, options)
         except ValueError as error:
             raise UserError(f"{path}: {model_class.__name__} cannot be built: {error}") from error
@@ -166,7 +167,7 @@ class Adapter(Learner, nn.Module, Matcher):
         """Load the weights of a file of this model or of LAVIS; return the names of those that it does not bring.
 
         Raises:
-            UserError: a file that is missing, cannot be fetched, holds more than tensors and plain containers, or
+            UserError: a file that is missing, cannot be fetched, holds code or other numbers than the model's, or
                 leaves a weight of ``inference_modules`` at random.
         """
         return self._read(url_or_filename, "checkpoint")
@@ -184,17 +185,29 @@ class Adapter(Learner, nn.Module, Matcher):
         local = str(fetched_for_lavis(source) if "://" in source else Path(source).expanduser())
         source = without_secrets(source)
         try:
-            message = load(url_or_filename=local)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{where}: {source} holds more than tensors and plain containers, which could run code when read; "
-                "save its weights alone as {'model': state_dict}"
-            ) from error
-        except (RuntimeError, OSError, LookupError, ValueError) as error:
+            with tensors_only(self._checked):
+                message = load(url_or_filename=local)
+        except UserError as error:
+            raise UserError([f"{where}: {line}" for line in error.faults]) from error
+        except (RuntimeError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: {source} cannot be loaded into {kind}: {_one_line(error)}") from error
         missing = list(getattr(message, "missing_keys", ()))
         self._refuse_random(missing, source, where)
         return missing
+
+    def _checked(self, content: Any, path: Path) -> dict[str, Any]:
+        """Return what LAVIS's loading gets of a file: its tensors, in the layout that the file has.
+
+        Raises:
+            UserError: tensors that are not of the model's kind of numbers, or not finite.
+        """
+        nested = isinstance(content.get("model"), Mapping)
+        tensors = tensors_of(content["model"] if nested else content)
+        # LAVIS's loading takes "bert." out of names, and fits positions to the model's grid
+        by_name = {name.replace("bert.", ""): tensor for name, tensor in tensors.items()} | tensors
+        if faults := tensor_faults(by_name, self.model.state_dict(), path, shapes=False):
+            raise UserError(faults[:10])
+        return {"model": tensors} if nested else dict(tensors)
 
     def _refuse_random(self, missing: list[str], source: str, where: str) -> None:
         """Raise a ``UserError`` where a file without ``missing`` leaves weights of a score at random."""
@@ -312,6 +325,15 @@ class Adapter(Learner, nn.Module, Matcher):
     @override
     def encode_texts(self, texts: list[str]) -> TextFeatures:
         raise NotImplementedError
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put ``where``, the field that named a file, before the faults that are found within the ``with`` block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError([f"{where}: {line}" for line in error.faults]) from error
 
 
 def _one_line(error: Exception) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import zipfile
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,13 +15,16 @@ from lavis.common.dist_utils import is_dist_avail_and_initialized
 from lavis.models.clip_models import model as lavis_clip
 from lavis.models.clip_models.loss import ClipLoss
 from torch import Tensor, nn
+from torch.jit import load as load_script
 from torch.nn import functional as nnf
 from typing_extensions import override
 
+from lavis_dcd.common.archives import opened_file
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.files import asset_path, load_tensors
+from lavis_dcd.common.files import asset_path
 from lavis_dcd.common.schema import parse
-from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions, CommonOptions
+from lavis_dcd.common.tensor_files import load_tensors, tensor_faults, tensors_of
+from lavis_dcd.matching.adapters.base import ENCODERS, Adapter, AdapterOptions, CommonOptions, naming
 from lavis_dcd.matching.adapters.registry import register_adapter
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 
@@ -116,29 +119,74 @@ def created(name: str, pretrained: str, precision: str, quick_gelu: bool) -> nn.
 
     Args:
         name: ViT-B-16, say.
-        pretrained: a tag of LAVIS's (``openai``), a local file, or empty. Only an archive of OpenAI's is read here.
+        pretrained: a tag of LAVIS's (``openai``), a local file, whose weights follow in ``_load``, or empty.
         precision: LAVIS's ``fp32`` or ``amp``; OpenAI's half-precision weights become float32.
 
     Raises:
-        UserError: an unknown type or tag, weights that cannot be fetched, half precision.
+        UserError: an unknown type or tag, weights that cannot be fetched or are not OpenAI's, half precision.
     """
-    file = local_file(pretrained)
+    address = published(name, pretrained)
+    if pretrained and not address and local_file(pretrained) is None:
+        raise UserError(_not_built(name, pretrained, "it is neither a file nor a tag that LAVIS lists for this type"))
     try:
-        if file is not None and is_torchscript(file):
-            model: nn.Module = lavis_clip.load_openai_model(str(file), device="cpu", jit=False).float()
-            return model
-        # a local file's weights follow in _load, which reads more forms of files than LAVIS here
-        source = "" if file is not None else pretrained
-        model = lavis_clip.create_model(name, source, precision=precision, force_quick_gelu=quick_gelu)
+        if address and pretrained.lower() == "openai":
+            return _openai_model(address)
+        # LAVIS takes whatever exists for a path; a local file is read here instead
+        source = pretrained if address else ""
+        model: nn.Module = lavis_clip.create_model(name, source, precision=precision, force_quick_gelu=quick_gelu)
         return model
+    except UserError:
+        raise
     except AssertionError as error:
         raise UserError(f"model.precision: {precision} cannot be built on a CPU; leave it at fp32") from error
-    except (RuntimeError, OSError, KeyError) as error:
+    except (RuntimeError, OSError, LookupError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(_not_built(name, pretrained, reason)) from error
+
+
+def _not_built(name: str, pretrained: str, reason: str) -> str:
+    named = pretrained or "(none)"
+    return (
+        f"model.pretrained: {named} for clip {name}: {reason}; name a local file of tensors, or run once with a network"
+    )
+
+
+def published(name: str, tag: Any) -> str:
+    """Return the address of the weights that LAVIS lists for a type under a tag; empty where it lists none."""
+    address: str = lavis_clip.get_pretrained_url(name.replace("/", "-"), str(tag)) if tag else ""
+    return address
+
+
+def _openai_model(address: str) -> nn.Module:
+    archive = official_script(Path(lavis_clip.download_pretrained(address)), [address]).eval()
+    model: nn.Module = lavis_clip.build_model_from_openai_state_dict(archive.state_dict()).float()
+    return model
+
+
+def official_script(path: Path, addresses: Sequence[str] | None = None) -> Any:
+    """Return an archive of OpenAI's: TorchScript, which runs when it is read, and so for its official SHA-256 alone.
+
+    The checked bytes are those that run, whatever gets the file's name meanwhile.
+
+    Args:
+        path: of the archive.
+        addresses: from which it may be; by default any that LAVIS lists. OpenAI's have the SHA-256 as their last but
+            one part.
+
+    Raises:
+        UserError: the file has another SHA-256.
+    """
+    if addresses is None:
+        addresses = [published(name, "openai") for name in lavis_clip.list_openai_models()]
+    with opened_file(path) as file:
+        content = file.read()
+    found = hashlib.sha256(content).hexdigest()
+    if all(address.split("/")[-2] != found for address in addresses):
         raise UserError(
-            f"model.pretrained: {pretrained or '(none)'} for clip {name}: {reason}; name a local file, or run once "
-            "with a network"
-        ) from error
+            f"model.pretrained: {path} has the SHA-256 {found}, which is not that of OpenAI's file: it was not run; "
+            "remove it, or name a file of tensors"
+        )
+    return load_script(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
 
 
 def finetuned(section: Any) -> str | None:
@@ -150,14 +198,6 @@ def local_file(source: Any) -> Path | None:
     """Return ``source`` as a path where it is a file here; ``None`` for tags, addresses and nothing."""
     path = Path(asset_path(str(source))).expanduser() if source else None
     return path if path is not None and path.is_file() else None
-
-
-def is_torchscript(path: Path) -> bool:
-    """Return whether the file is an archive of code and weights, as OpenAI publishes its models."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
 @register_adapter("clip", "clip_feature_extractor")
@@ -212,8 +252,8 @@ class ClipAdapter(Adapter):
     @override
     def _load(self, section: Any, path: str) -> list[str]:
         named = None if finetuned(section) else section.get("pretrained")
-        if named and ((file := local_file(named)) is None or is_torchscript(file)):
-            return []  # an address, a tag, an archive of OpenAI's: LAVIS loaded it while it built the model
+        if named and not self.options.sizes and published(str(section.get("model_type")), named):
+            return []  # a tag: the weights came when the model was built
         return super()._load(section, path)
 
     @override
@@ -222,12 +262,15 @@ class ClipAdapter(Adapter):
         file = local_file(source)
         if file is None:
             return super()._read(source, where, pretrained)
-        saved = load_tensors(file)
-        weights = saved.get("model", saved.get("state_dict", saved))
+        with naming(where):
+            saved = load_tensors(file)
+        weights = tensors_of(saved.get("model", saved.get("state_dict", saved)))
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        if faults := tensor_faults(weights, self.model.state_dict(), file):
+            raise UserError([f"{where}: {line}" for line in faults[:10]])
         try:
-            weights = {key.removeprefix("module."): value for key, value in weights.items()}
             missing = list(self.model.load_state_dict(weights, strict=False).missing_keys)
-        except (RuntimeError, AttributeError) as error:
+        except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{where}: {source} cannot be loaded into this CLIP: {reason}") from error
         self._refuse_random(missing, source, where)

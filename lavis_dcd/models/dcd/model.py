@@ -47,7 +47,7 @@ from lavis_dcd.models.dcd.checks import (
     method_faults,
     section_faults,
 )
-from lavis_dcd.models.dcd.config import DcdConfig
+from lavis_dcd.models.dcd.config import IN_BATCH, DcdConfig
 from lavis_dcd.models.dcd.scores import GivesScores, ScoreTable, gather_tables, match_tables
 from lavis_dcd.models.dcd.teachers import Teachers
 
@@ -108,6 +108,11 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def config_faults(cls, section: Mapping[str, Any], path: str) -> list[str]:
         """Return what is wrong with a ``model:`` section across its keys, one line per fault; nothing is built."""
         return section_faults(section, path)
+
+    @classmethod
+    def negatives_in_batch_only(cls, section: Mapping[str, Any]) -> bool:
+        """Return whether no direction has candidates from elsewhere than the batch."""
+        return set(parse(DcdConfig, section, "model").candidates.sources().values()) <= {IN_BATCH}
 
     @classmethod
     def inner_models(cls, section: DictConfig) -> dict[str, DictConfig]:

@@ -18,9 +18,9 @@ from lavis_dcd.matching.attention import Shortcuts, additive_mask
 from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, last_used
 from lavis_dcd.models.batch import Batch, encode_batch
+from lavis_dcd.models.hub import load_tokenizer
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
 from lavis_dcd.models.retriever import LayeredRetriever, Succession, model_types
-from lavis_dcd.models.towers import load_tokenizer
 from lavis_dcd.models.vilt.config import ViltConfig, transformers_config
 from lavis_dcd.models.vilt.stack import BlockStack, PairSide
 from lavis_dcd.models.vilt.weights import VILT_FILES

@@ -108,3 +108,11 @@ def test_a_file_without_an_inference_weight_is_refused(tiny, key, tmp_path):
     for field in ("finetuned", "pretrained"):
         with pytest.raises(UserError, match=rf"model.{field}: .*leaves 1 weights .* at random, first {key}"):
             tiny("albef_retrieval", **{field: str(path)})
+
+
+@pytest.mark.parametrize("pointer, expected", [(-1, 0), (8, 0), (1 << 40, 0), (4, 4)])
+def test_a_queue_s_place_outside_of_it_starts_anew(tiny, tmp_path, pointer, expected):
+    content = tiny("albef_retrieval").checkpoint()
+    content["model"]["queue_ptr"] = torch.tensor([pointer])
+    torch.save(content, tmp_path / "x.pth")
+    assert int(tiny("albef_retrieval", finetuned=str(tmp_path / "x.pth")).model.queue_ptr) == expected

@@ -138,9 +138,36 @@ def test_files_that_do_not_serve_are_refused_in_one_line(tmp_path):
     torch.save({"weights": {}}, tmp_path / "d.pth")
     refused("cannot be loaded into Finetuned: it has no 'model'", tmp_path / "d.pth")
     torch.save({"model": {"vision.weight": Plain()}}, tmp_path / "e.pth")
-    refused("more than tensors and plain containers, which could run code", tmp_path / "e.pth")
+    refused("leaves 5 weights that scoring needs at random", tmp_path / "e.pth")
     (tmp_path / "f.pth").write_bytes(pickle.dumps({"model": {}})[:5])
     refused("f.pth", tmp_path / "f.pth")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda w: w.to(torch.int8), "holds numbers of type int8"),
+        (lambda w: w.bool(), "holds numbers of type bool"),
+        (lambda w: w.to(torch.complex64), "holds numbers of type complex64"),
+        (lambda w: w * torch.nan, "holds NaN or infinite values"),
+        (lambda w: "a text", "leaves 1 weights that scoring needs at random, first vision.weight"),
+    ],
+)
+def test_weights_of_another_kind_are_told_by_name(tmp_path, change, words):
+    state = Plain().state_dict()
+    torch.save({"model": {**state, "vision.weight": change(state["vision.weight"])}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=rf"model\.teacher\.finetuned: .*a\.pth.*{words}") as caught:
+        build(finetuned=str(tmp_path / "a.pth"))
+    assert len(caught.value.faults) == 1
+
+
+def test_weights_under_lavis_s_other_names_are_compared_too(tmp_path):
+    state = Plain().state_dict()
+    # as in ALBEF's pre-trained files; LAVIS takes "bert." out
+    state["vision.bert.weight"] = state.pop("vision.weight").to(torch.int8)
+    torch.save({"model": state}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth: vision\.weight holds numbers of type int8"):
+        build(finetuned=str(tmp_path / "a.pth"))
 
 
 def test_what_scoring_does_not_use_may_be_absent(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from types import SimpleNamespace
 
@@ -237,7 +238,7 @@ def test_a_file_that_leaves_weights_at_random_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"model\.finetuned: .*half\.pth leaves \d+ weights.*visual\."):
         build(finetuned=str(file))
     torch.save({"model": {**weights, "text_projection": torch.zeros(3, 3)}}, file)
-    with pytest.raises(UserError, match=r"model\.pretrained: .*cannot be loaded.*text_projection"):
+    with pytest.raises(UserError, match=r"model\.pretrained: .*half\.pth: text_projection is \(3, 3\) there"):
         build(pretrained=str(file))
 
 
@@ -260,15 +261,39 @@ class _Tree(nn.Module):
         return x
 
 
-def test_openai_archive_from_a_local_file(tmp_path):
+def test_openai_archive_is_read_under_its_tag_but_not_as_a_file(tmp_path, monkeypatch):
     sizes = {**SIZES, "text": {"width": 64, "heads": 1, "layers": 1}}
     first = build(sizes=sizes, quick_gelu=True).model.state_dict()
     file = tmp_path / "ViT.pt"
     torch.jit.script(_Tree(first)).save(str(file))
-    adapter = build(sizes={}, model_type="ViT-B-32", pretrained=str(file))
+    address = f"https://openaipublic.invalid/{hashlib.sha256(file.read_bytes()).hexdigest()}/ViT-B-32.pt"
+    monkeypatch.setattr(lavis_clip, "get_pretrained_url", lambda name, tag: address if tag == "openai" else "")
+    monkeypatch.setattr(lavis_clip, "download_pretrained", lambda url: str(file) if url == address else None)
+    adapter = build(sizes={}, model_type="ViT-B-32", pretrained="openai")
     assert adapter.quick_gelu
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     torch.testing.assert_close(adapter.model.visual.proj, first["visual.proj"], atol=1e-2, rtol=1e-2)
+    for field in ("pretrained", "finetuned"):
+        with pytest.raises(UserError, match=rf"model\.{field}: .*ViT\.pt holds code: it is a TorchScript archive"):
+            build(**{"sizes": sizes, field: str(file)})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda w: w.to(torch.int8), "holds numbers of type int8"),
+        (lambda w: w.bool(), "holds numbers of type bool"),
+        (lambda w: w.to(torch.complex64), "holds numbers of type complex64"),
+        (lambda w: w * torch.inf, "holds NaN or infinite values"),
+    ],
+)
+def test_weights_of_another_kind_are_told_by_name(tmp_path, change, words):
+    weights = build().model.state_dict()
+    file = tmp_path / "x.pth"
+    torch.save({"model": {**weights, "text_projection": change(weights["text_projection"])}}, file)
+    for field in ("finetuned", "pretrained"):
+        with pytest.raises(UserError, match=rf"model\.{field}: .*x\.pth: text_projection {words}"):
+            build(**{field: str(file)})
 
 
 def test_lavis_types_are_built_by_lavis_with_the_right_activation(monkeypatch, tmp_path):
