@@ -160,8 +160,11 @@ class Manifest:
         if content["format"] != format:
             raise DamagedError(f"{name} has format {content['format']}, this version reads {format}")
         try:
-            files = {_file_name(file): FileRecord(**record) for file, record in content["files"].items()}
-            return cls(kind, format, Identity(**content["identity"]), files, dict(content["facts"]))
+            files = {
+                _file_name(file): _checked_record(FileRecord(**record)) for file, record in content["files"].items()
+            }
+            identity = _checked_identity(Identity(**content["identity"]))
+            return cls(kind, format, identity, files, dict(content["facts"]))
         except (TypeError, AttributeError, ValueError) as error:
             raise DamagedError(f"{name} is not of the form that this version writes") from error
 
@@ -183,6 +186,8 @@ class Manifest:
 def _checked_content(path: Path) -> dict[str, Any]:
     name = path.name
     try:
+        if os.path.lexists(path) and not path.is_file():
+            raise DamagedError(f"{name} is no file")  # opening a FIFO could take for ever
         with path.open("rb") as handle:
             raw = handle.read(_LONGEST + 1)
         content: dict[str, Any] = json.loads(raw)
@@ -200,6 +205,19 @@ def _checked_content(path: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{name} is no manifest, or was cut short") from error
     return content
+
+
+def _checked_record(record: FileRecord) -> FileRecord:
+    if type(record.bytes) is not int or not isinstance(record.sha256, str):
+        raise ValueError(f"{record} is no file's size and sum")
+    return record
+
+
+def _checked_identity(identity: Identity) -> Identity:
+    for sums in (identity.settings, identity.rows, identity.pictures):
+        if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+            raise ValueError(f"{sums} are no sums by name")
+    return identity
 
 
 def _file_name(name: str) -> str:

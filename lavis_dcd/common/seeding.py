@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from typing import Any
 
@@ -64,6 +65,41 @@ def rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+
+
+def check_rng_state(state: Any) -> None:
+    """Raise a ``ValueError`` where `set_rng_state` would not take `state`; the generators in use stay as they are."""
+    try:
+        version, keys, gauss = state["python"]
+        _check(len(keys) == 625 and all(type(key) is int and 0 <= key < 2**32 for key in keys), "of Python's generator")
+        _check(version == 3 and keys[-1] <= 624, "of Python's generator")
+        _check(gauss is None or _is_finite(gauss), "of Python's generator")
+        kind, numpy_keys, position, has_gauss, cached = state["numpy"]
+        _check(numpy_keys.dtype == torch.int64 and numpy_keys.shape == (624,), "of NumPy's generator")
+        _check(bool(((numpy_keys >= 0) & (numpy_keys < 2**32)).all()), "of NumPy's generator")
+        _check(type(position) is int and 0 <= position <= 624, "of NumPy's generator")
+        _check(type(has_gauss) is int and has_gauss in (0, 1) and _is_finite(cached), "of NumPy's generator")
+        _check(kind == "MT19937", "of NumPy's generator")
+        torch.Generator().set_state(state["torch"])
+        _check_cuda(state["cuda"])
+    except (TypeError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError("is no state of the generators") from error
+
+
+def _check_cuda(states: Any) -> None:
+    _check(isinstance(states, list) and all(isinstance(state, torch.Tensor) for state in states), "of CUDA's")
+    if torch.cuda.is_available() and len(states) == torch.cuda.device_count():
+        for number, state in enumerate(states):
+            torch.Generator(f"cuda:{number}").set_state(state)
+
+
+def _check(sound: bool, whose: str) -> None:
+    if not sound:
+        raise ValueError(f"is no state {whose}")
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40
 MAX_POINTS = 240
 COLOURS = 6  # --c1 .. --c6
+_SMALLEST, _ALIKE = 1e-200, 1e-12  # a distance, and a relative one, that floats cannot divide into ticks
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def line_chart(series: Sequence[Series], x_label: str, percent: bool = False) ->
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Return round numbers (1, 2 or 5 times a power of ten apart) from at most ``low`` to at least ``high``."""
-    if high <= low:
-        pad = abs(low) * 0.1 or 1.0
+    if high - low <= max(_SMALLEST, _ALIKE * max(abs(low), abs(high))):
+        pad = abs(low) * 0.1 if abs(low) > _SMALLEST else 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))

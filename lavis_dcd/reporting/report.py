@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,10 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.common.texts import cut, memory_in_words, visible
 from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED, Series, line_chart
+from lavis_dcd.reporting.metrics_lines import FILE, is_number, read_lines
 from lavis_dcd.reporting.table import Row, body, format_table, headline, tiles, used_columns
+
+log = logging.getLogger(__name__)
 
 __all__ = ["RunFiles", "chart_sections", "format_table", "write_report"]
 
@@ -88,12 +92,15 @@ class RunFiles:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"no report without {path}, which an evaluation writes: {error}") from error
-        lines = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines() if line.endswith("}")]
+        lines, left_out = read_lines(folder / FILE)
+        if left_out:
+            log.warning("%s: the report leaves out %d lines of another form", folder / FILE, left_out)
+        lines.sort(key=lambda line: line["step"])  # an evaluation that was repeated stands behind later ones
         return cls(
             _readable(results),
             visible(_text(folder / "config.yaml")),
-            [_readable(line) for line in lines if line.get("kind") == "train"],
-            [_readable(line) for line in lines if line.get("kind") == "eval"],
+            [_readable(line) for line in lines if line["kind"] == "train"],
+            [_readable(line) for line in lines if line["kind"] == "eval"],
         )
 
 
@@ -164,7 +171,8 @@ def _validation(run: RunFiles) -> list[tuple[str, str]]:
         learner = [line for line in lines if line["model"] != "teacher"]
         if len({line["step"] for line in learner}) < 2:
             continue
-        teacher = next((line["r_sum"] for line in lines if line["model"] == "teacher" and "r_sum" in line), None)
+        levels = [line.get("r_sum") for line in lines if line["model"] == "teacher"]
+        teacher = next((level for level in levels if is_number(level)), None)
         name = learner[0]["model"]
         r_sum = [
             Series(name, _points(learner, "r_sum")),
@@ -184,7 +192,7 @@ def _validation(run: RunFiles) -> list[tuple[str, str]]:
 def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
     """Return charts of all else that the model reported, teacher and student side by side."""
     known = {"kind", "step", "epoch", "lr", DATA_WAIT, SKIPPED, *_losses(run)}
-    keys = list(dict.fromkeys(k for line in run.train for k, v in line.items() if k not in known and _is_number(v)))
+    keys = list(dict.fromkeys(k for line in run.train for k, v in line.items() if k not in known and is_number(v)))
     groups: dict[str, list[str]] = {}
     for key in keys:
         if key.endswith(SCORES):
@@ -211,7 +219,7 @@ def _machine(run: RunFiles) -> dict[str, Any]:
 
 def _skipped(run: RunFiles) -> dict[str, str]:
     """Return how many steps were skipped, in words; nothing where none was."""
-    line = next((line for line in reversed(run.train) if line.get(SKIPPED)), None)
+    line = next((line for line in reversed(run.train) if is_number(line.get(SKIPPED)) and line[SKIPPED]), None)
     if line is None:
         return {}
     return {"skipped steps": f"{line[SKIPPED]} of {line['step']}: their loss or gradient was NaN or infinite"}
@@ -219,7 +227,7 @@ def _skipped(run: RunFiles) -> dict[str, str]:
 
 def _waiting(run: RunFiles) -> dict[str, str]:
     """Return the share of the training time that was spent waiting for batches, in words."""
-    shares = [line[DATA_WAIT] for line in run.train if _is_number(line.get(DATA_WAIT))]
+    shares = [line[DATA_WAIT] for line in run.train if is_number(line.get(DATA_WAIT))]
     if not shares:
         return {}
     return {"waiting for data": f"{100 * sum(shares) / len(shares):.1f} % of the time of the training steps"}
@@ -227,7 +235,7 @@ def _waiting(run: RunFiles) -> dict[str, str]:
 
 def _prescreened(run: RunFiles) -> dict[str, str]:
     """Return, in words, how many of the hardest candidates the teacher saw where it scored a part of them only."""
-    shares = [line["prescreen_found"] for line in run.train if _is_number(line.get("prescreen_found"))]
+    shares = [line["prescreen_found"] for line in run.train if is_number(line.get("prescreen_found"))]
     if not shares:
         return {}
     share = 100 * sum(shares) / len(shares)
@@ -278,11 +286,7 @@ def _train_series(run: RunFiles, key: str) -> Series:
 
 
 def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(float(line["step"]), float(line[key])) for line in lines if _is_number(line.get(key))]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return [(float(line["step"]), float(line[key])) for line in lines if is_number(line.get(key))]
 
 
 def _words(key: str) -> str:
@@ -308,4 +312,4 @@ def _readable(value: Any) -> Any:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

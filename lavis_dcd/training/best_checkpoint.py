@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,122 +12,20 @@ from typing import Any, TypedDict
 
 import torch
 
-from lavis_dcd.common.errors import NotFiniteError, UserError
-from lavis_dcd.common.files import atomic_write
-from lavis_dcd.common.processes import ALONE
+from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.manifest import Identity
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.learner import as_learner
 from lavis_dcd.reporting.table import format_table
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.contracts import TrainTask
 from lavis_dcd.training.devices import Process
+from lavis_dcd.training.evaluations import Evaluations, evaluation_identity
 from lavis_dcd.training.logs import WEIGHTS_OF_STEP, MetricsLog
 from lavis_dcd.training.run_folder import write_results
 from lavis_dcd.training.strategy import Strategy
 
-FILE = "evaluations.json"
-
 log = logging.getLogger(__name__)
-
-
-class _Entry(TypedDict):
-    step: int | None
-    metrics: dict[str, Any]
-
-
-class Evaluations:
-    """The evaluations of a run, keyed by split, matcher and optimizer step.
-
-    A resumed job repeats none that was kept (`write`). The processes share an evaluation's work where the task says
-    that it can (`evaluates_over_ranks`); otherwise the main one evaluates and the others wait.
-
-    Args:
-        folder: the run folder.
-        task: its `evaluate_matcher` gives the metrics.
-        resume_step: forget evaluations of later steps; None forgets all.
-    """
-
-    def __init__(
-        self, folder: Path, task: TrainTask, run: RunConfig, process: Process, resume_step: int | None = None
-    ) -> None:
-        self._folder, self._task, self._run, self._process = folder, task, run, process
-        self._file = folder / FILE
-        self._done: dict[str, _Entry] = {}
-        if resume_step is not None and self._file.is_file():
-            stored = json.loads(self._file.read_text(encoding="utf-8"))
-            self._done = {
-                key: entry for key, entry in stored.items() if entry["step"] is None or entry["step"] <= resume_step
-            }
-
-    def get(self, name: str, split: str, step: int | None) -> dict[str, Any] | None:
-        """Return the metrics of an evaluation that was made, else None."""
-        entry = self._done.get(_key(name, split, step))
-        return dict(entry["metrics"]) if entry else None
-
-    def evaluate(self, name: str, matcher: Any, dataset: Any, split: str, step: int | None) -> dict[str, Any]:
-        """Return the metrics of `matcher` on a split, evaluated now unless that was done before.
-
-        The caller puts the model into eval mode.
-
-        Args:
-            name: of the matcher ("teacher", "student", ...).
-            step: how many optimizer steps its weights have seen; None for weights that do not learn.
-        """
-        stored = self.get(name, split, step)
-        if stored is not None:
-            return stored
-        measures = self._process.is_main or self._shares_work
-        metrics = self._process.share(self._measure(name, matcher, dataset, split) if measures else None)
-        self._done[_key(name, split, step)] = {"step": step, "metrics": metrics}
-        return dict(metrics)
-
-    @property
-    def _shares_work(self) -> bool:
-        return self._process.world_size > 1 and self._task.evaluates_over_ranks
-
-    def _measure(self, name: str, matcher: Any, dataset: Any, split: str) -> dict[str, Any]:
-        begin = time.monotonic()
-        ranks = self._process.ranks if self._shares_work else ALONE
-        try:
-            with torch.no_grad():
-                evaluation = self._task.evaluate_matcher(
-                    matcher, dataset, self._run, self._process.device, ranks=ranks, folder=self._folder
-                )
-        except NotFiniteError as error:
-            raise UserError([f"{name} on {split}: {line}" for line in error.faults]) from error
-        metrics = {key: _plain(value) for key, value in evaluation.items()}
-        if self._process.is_main:
-            log.info("%s on %s: %s (%.1f s)", name, split, summary(metrics), time.monotonic() - begin)
-        return metrics
-
-    def write(self) -> None:
-        """Write what was evaluated so far to the run folder."""
-        if self._process.is_main:
-            with atomic_write(self._file, "w") as handle:
-                json.dump(self._done, handle, indent=1)
-
-
-def _key(name: str, split: str, step: int | None) -> str:
-    return f"{split}/{name}" if step is None else f"{split}/{name}@{step}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value
-
-
-def summary(metrics: Mapping[str, Any]) -> str:
-    """Return the figures of one evaluation as a line."""
-    shown = [
-        key
-        for key in ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean", "r_sum")
-        if isinstance(metrics.get(key), (int, float))
-    ]
-    shown = shown or [key for key, value in metrics.items() if isinstance(value, float)]
-    return ", ".join(f"{key} {metrics[key]:.2f}" for key in shown)
 
 
 def machine(run: RunConfig, process: Process) -> dict[str, Any]:
@@ -176,6 +72,7 @@ class BestCheckpoint:
         strategy: holds the model, whose `matchers()` names what is evaluated.
         datasets: by split.
         metrics: gets a line for each evaluation.
+        identity: of the job.
         resume_step: of the checkpoint that a resumed job continues, else None.
     """
 
@@ -187,11 +84,14 @@ class BestCheckpoint:
         strategy: Strategy,
         datasets: Mapping[str, Any],
         metrics: MetricsLog,
+        identity: Identity,
         resume_step: int | None = None,
     ) -> None:
+        self._identity = identity
         self._folder, self._run, self._task, self._strategy = folder, run, task, strategy
         self._process, self._datasets, self._metrics = strategy.process, datasets, metrics
-        self._evaluations = Evaluations(folder, task, run, self._process, resume_step)
+        of_evaluations = evaluation_identity(identity, run)
+        self._evaluations = Evaluations(folder, task, run, self._process, of_evaluations, resume_step)
         self.best: Best | None = None
         self.steps_per_epoch = 1
 
@@ -238,48 +138,75 @@ class BestCheckpoint:
 
     def validate(self, step: int) -> None:
         """Evaluate on run.valid_splits; keep the weights if their mean `agg_metrics` is the best so far."""
-        by_split = self.evaluate_learner(self._run.valid_splits, step)
-        if not by_split:
+        metric = self._metric(step)
+        if metric is None:
             return
-        metric = sum(metrics["agg_metrics"] for metrics in by_split.values()) / len(by_split)
         if self.best is None or metric > self.best["metric"]:
             self.best = {"step": step, "metric": metric}
             weights = self._strategy.whole(self._strategy.bare_model.state_dict())
             content = {"model": weights, **self.best}
             if self._process.is_main:
-                checkpoint.save(checkpoint.best_file(self._folder, step), content)
+                path = checkpoint.best_file(self._folder, step)
+                checkpoint.save(path, content, checkpoint.BEST_KIND, self._identity)
             log.info("best so far: %.2f at step %d", metric, step)
         # After the weights, so that a stored evaluation always has the file it speaks of.
         self.write_evaluations()
+
+    def _metric(self, step: int) -> float | None:
+        by_split = self.evaluate_learner(self._run.valid_splits, step)
+        if not by_split:
+            return None
+        for split, metrics in by_split.items():
+            if not isinstance(metrics.get("agg_metrics"), (int, float)):
+                raise UserError(
+                    f"run.valid_splits: the task's evaluation of {split} has no agg_metrics, by which the best step is "
+                    "chosen; leave the split out, or let the task return it"
+                )
+        return float(sum(metrics["agg_metrics"] for metrics in by_split.values()) / len(by_split))
+
+    def lacks_before(self) -> list[str]:
+        """Return the splits of the table on which the learner as built was not evaluated."""
+        return [split for split in self._run.table_splits if not self._evaluations.get(self.learner_name, split, 0)]
+
+    def rescore(self) -> None:
+        """Evaluate the best weights so far anew, whose metric is of other data; they stay in the model."""
+        if self.best is not None:
+            self.load_best()
+            metric = self._metric(self.best["step"])
+            if metric is not None:
+                log.info("the best so far, of step %d: %.2f on the data of now", self.best["step"], metric)
+                self.best = {"step": self.best["step"], "metric": metric}
 
     def load_best(self) -> None:
         """Put the best weights into the model, where a best was chosen."""
         if self.best is not None:
             self._process.share(None)  # the main process has written the file
             path = checkpoint.best_file(self._folder, self.best["step"])
-            self._strategy.load_model(checkpoint.load_weights(path))
+            self._strategy.load_model(checkpoint.load_best(path))
 
-    def write_results(self, title: str, step: int, facts: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    def write_results(self, title: str, step: int, facts: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
         """Write results.json, and the table to the log, for the learner of optimizer step `step`.
 
         Args:
             facts: more of the machine.
 
         Returns:
-            False where no split is evaluated, so that there are no results.
+            The names of the files; none where no split is evaluated.
         """
         run = self._run
         splits = list(dict.fromkeys([*run.table_splits, *run.teacher_splits]))
         if not splits:
             log.info("nothing to evaluate: run.valid_splits and run.test_splits are empty")
-            return False
+            return []
         with torch.no_grad():
             gallery = self._task.gallery(self.matchers, self._datasets[splits[0]], run, self._process.device)
         rows = {split: self._rows(split, step) for split in splits}
-        write_results(self._folder, title, rows, gallery, {**machine(run, self._process), **facts})
+        names = write_results(
+            self._folder, title, rows, gallery, {**machine(run, self._process), **facts}, self._identity
+        )
         for split in splits:
             log.info("results on %s:\n%s", split, format_table(rows[split]))
-        return True
+        return names
 
     def _rows(self, split: str, step: int) -> list[dict[str, Any]]:
         name, get = self.learner_name, self._evaluations.get

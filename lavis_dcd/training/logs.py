@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +23,10 @@ from lavis_dcd.common.progress import progress_bar
 from lavis_dcd.common.secrets import hidden
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED
+from lavis_dcd.reporting.metrics_lines import FILE, read_lines
 from lavis_dcd.training.devices import Process
 from lavis_dcd.training.health import ScoreWatch
+from lavis_dcd.training.writing import writing_into
 
 log = logging.getLogger(__name__)
 
@@ -139,30 +141,57 @@ class DataClock:
 class MetricsLog:
     """`metrics.jsonl` and `tensorboard/` of a run folder.
 
+    Lines of another form than ours (torn by a kill, foreign) are left out when a job is resumed; one line in the log
+    says how many.
+
     Args:
         folder: the run folder.
         resume_step: drop what an interrupted run wrote beyond this step. Evaluations at the step itself are
             dropped too: the resumed job writes them again. None starts an empty log.
         active: False (the processes other than the main one) writes nothing.
+        without: splits whose evaluations are dropped, because they are of other data.
+
+    Raises:
+        UserError: a file cannot be read or written.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None = None, active: bool = True) -> None:
-        self._file = folder / "metrics.jsonl" if active else None
+    def __init__(
+        self, folder: Path, resume_step: int | None = None, active: bool = True, without: Collection[str] = ()
+    ) -> None:
+        self._file = folder / FILE if active else None
         self._board = None
+        self._kept: set[tuple[Any, ...]] = set()
         if self._file is None:
             return
-        remaining = [] if resume_step is None else [x for x in _lines(self._file) if _is_before(x, resume_step)]
-        with atomic_write(self._file, "w") as handle:
-            handle.writelines(json.dumps(line) + "\n" for line in remaining)
-        self._board = _board(folder / "tensorboard", resume_step)
+        with writing_into(folder):
+            remaining: list[dict[str, Any]] = []
+            if resume_step is not None:
+                lines, left_out = read_lines(self._file)
+                remaining = [line for line in lines if _stays(line, resume_step, without)]
+                if left_out:
+                    log.warning("%s: %d lines that no job of ours wrote whole are left out", self._file, left_out)
+            with atomic_write(self._file, "w") as handle:
+                handle.writelines(json.dumps(line) + "\n" for line in remaining)
+            self._kept = {_evaluation(line) for line in remaining if line["kind"] == "eval"}
+            self._board = _board(folder / "tensorboard", resume_step)
 
     def write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
-        """Append a line {"kind", "step", "epoch", **values}; its numbers also become TensorBoard scalars."""
-        if self._file is None:
-            return
+        """Append a line {"kind", "step", "epoch", **values}; its numbers also become TensorBoard scalars.
+
+        An evaluation that the log has kept from before a resume is not repeated.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         line = {"kind": kind, "step": step, "epoch": round(epoch, 6), **values}
-        with self._file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+        if self._file is None or (kind == "eval" and _evaluation(line) in self._kept):
+            return
+        with writing_into(self._file.parent):
+            with self._file.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line) + "\n")
+            self._write_scalars(kind, step, values)
+
+    def _write_scalars(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._board is None:
             return
         prefix = "/".join(["train"] if kind == "train" else [str(values["split"]), str(values["model"])])
@@ -171,25 +200,22 @@ class MetricsLog:
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files; curves that the disk does not take cost a warning."""
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                log.warning("tensorboard: not all scalars could be written (%s)", error.strerror or error)
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    if not file.is_file():
-        return lines
-    for text in file.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # the line being written when the process was killed; nothing follows it
-    return lines
-
-
-def _is_before(line: Mapping[str, Any], step: int) -> bool:
+def _stays(line: Mapping[str, Any], step: int, without: Collection[str]) -> bool:
+    if line["kind"] == "eval" and line["split"] in without:
+        return False
     return line["step"] < step or (line["kind"] == "train" and line["step"] == step)
+
+
+def _evaluation(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    return line["step"], line["split"], line["model"], line.get(WEIGHTS_OF_STEP)
 
 
 def _board(folder: Path, resume_step: int | None) -> Any:

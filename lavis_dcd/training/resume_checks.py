@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.files import update_with_tensors
+from lavis_dcd.common.manifest import Identity
+from lavis_dcd.common.texts import one_line
+from lavis_dcd.datasets.identity import Content, pictures_digests, rows_digests
 from lavis_dcd.datasets.tree import plain_sets
+from lavis_dcd.training.checkpoint import Checkpoint
 from lavis_dcd.training.environment import comparable
+from lavis_dcd.training.run_folder import settings_digests
 
 Force = Literal["teacher", "data", "recipe", "world_size"]
 
@@ -25,6 +32,7 @@ _RUN_KEYS: dict[str, Force | None] = {
     "accum_grad_iters": "world_size",
     "batch_by": "data",
     "train_splits": "data",
+    "picture_content": "data",  # without the same the pictures cannot be compared
     "init_lr": None,
     "head_lr_multiplier": None,
     "weight_decay": None,
@@ -33,53 +41,88 @@ _RUN_KEYS: dict[str, Force | None] = {
     "lr_sched": None,
     "amp": None,
 }
+OPTIMIZER_KEYS = tuple(key for key, kind in _RUN_KEYS.items() if kind is None)
 _TEACHER_SECTIONS = ("model.teacher", "model.teachers")
 
 
-def data_fingerprint(dataset: Any) -> dict[str, dict[str, Any]]:
-    """Return, for each set in a training set, the number of its rows and a hash of their annotation.
-
-    No picture is read.
+@dataclass(frozen=True)
+class Origin:
+    """The origin of a job: a checkpoint of another origin is not continued.
 
     Args:
-        dataset: a set, a wrapper or a concatenation; None for a job that does not train.
+        config: {"model", "datasets", "run"} in plain containers.
+        teacher_fingerprint: of its weights.
+        as_built: the same of the whole model, before a checkpoint is loaded; "" where nobody needs it.
+        rows: their number, by data set.
+        identity: SHA-256s of the settings, and of the rows and pictures of every split that the job reads.
     """
-    if dataset is None:
-        return {}
-    sets: dict[str, dict[str, Any]] = {}
-    for name, leaf in plain_sets(dataset, "train").items():
-        sets[name] = {"rows": len(leaf)}
-        annotation = getattr(leaf, "annotation", None)
-        if isinstance(annotation, list):
-            digest = hashlib.sha256()
-            for row in annotation:
-                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-            sets[name]["sha256"] = digest.hexdigest()
-    return sets
+
+    config: Mapping[str, Any]
+    teacher_fingerprint: str
+    as_built: str
+    rows: Mapping[str, int]
+    identity: Identity
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], teacher: str, as_built: str, datasets: Mapping[str, Any], content: Content
+    ) -> Origin:
+        """Read all rows and, of the pictures, what ``run.picture_content`` says.
+
+        Args:
+            datasets: by split, those that the job reads.
+        """
+        rows = {
+            name: len(plain)
+            for split, dataset in datasets.items()
+            if dataset is not None
+            for name, plain in plain_sets(dataset, split).items()
+        }
+        settings = {**settings_digests(config), "the teacher": teacher}
+        identity = Identity(settings, rows_digests(datasets), pictures_digests(datasets, content))
+        return cls(config, teacher, as_built, rows, identity)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    state = model.state_dict().items()
+    update_with_tensors(digest, [(name, value) for name, value in state if isinstance(value, torch.Tensor)])
+    return digest.hexdigest()
+
+
+def changed_data(before: Identity, now: Identity) -> dict[str, str]:
+    """Return the data sets that both have and that differ, "rows" or "pictures" for each; any of the training set."""
+    changed = {}
+    for name in {**before.rows, **now.rows}:
+        in_both = name in before.rows and name in now.rows
+        if before.rows.get(name) != now.rows.get(name) and (in_both or splits_of([name], ["train"])):
+            changed[name] = "rows"
+        elif in_both and before.pictures.get(name) != now.pictures.get(name):
+            changed[name] = "pictures"
+    return changed
+
+
+def splits_of(names: Iterable[str], splits: Iterable[str]) -> set[str]:
+    """Return those of `splits` that plain sets of these names are in: ``train.0`` is a part of ``train``."""
+    named = list(names)
+    return {split for split in splits if any(name == split or name.startswith(f"{split}.") for name in named)}
 
 
 def resume_faults(
-    saved: Mapping[str, Any],
-    config: Mapping[str, Any],
-    teacher: str,
-    world_size: int,
-    data: Mapping[str, Any] | None = None,
-    force: Collection[str] = (),
+    saved: Checkpoint, origin: Origin, world_size: int, force: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Return why a checkpoint cannot be continued with this config, and what of it `force` lets pass; a line each.
+    """Return why a checkpoint cannot be continued by this job, and what of it `force` lets pass; a line each.
 
     Args:
-        saved: a checkpoint's content.
-        config: {"model": ..., "datasets": ..., "run": ...}, plain containers.
-        teacher: the fingerprint of the teacher as built now.
+        origin: of the job as it is now.
         world_size: the number of processes now.
-        data: `data_fingerprint` of the training set now.
         force: run.resume_force.
     """
     refused: list[str] = []
     passed: list[str] = []
     flags: list[Force | None] = []
-    for kind, line in _changes(saved, config, teacher, world_size, data or {}):
+    for kind, line in _changes(saved, origin, world_size):
         if kind in force:
             passed.append(f"run.resume: {line} (run.resume_force)")
         else:
@@ -93,68 +136,80 @@ def resume_faults(
     return refused, passed
 
 
-def _changes(
-    saved: Mapping[str, Any], config: Mapping[str, Any], teacher: str, world_size: int, data: Mapping[str, Any]
-) -> Iterator[tuple[Force | None, str]]:
+def _changes(saved: Checkpoint, origin: Origin, world_size: int) -> Iterator[tuple[Force | None, str]]:
     """Yield every difference, with what overrides it."""
-    old = saved["config"]
-    config = comparable(old, config)
-    if saved["teacher_fingerprint"] != teacher:
-        before, now = _short(saved["teacher_fingerprint"]), _short(teacher)
+    old = saved.content["config"]
+    config = comparable(old, origin.config)
+    teacher_before, teacher = saved.content["teacher_fingerprint"], origin.teacher_fingerprint
+    if teacher_before != teacher:
+        before, now = _short(teacher_before), _short(teacher)
         yield "teacher", f"the teacher's weights changed (fingerprint {before} in the checkpoint, {now} now)"
     for line in _differences("model", old.get("model"), config.get("model")):
         about_teacher = line.split(" ")[0].startswith(tuple(f"{name}." for name in _TEACHER_SECTIONS))
         yield "teacher" if about_teacher else "recipe", line
     for line in _differences("datasets", old.get("datasets"), config.get("datasets")):
         yield "data", line
-    for line in _differences("the rows of", _shortened(saved["data"]), _shortened(data)):
+    for line in _data_changes(saved, origin):
         yield "data", line
     for key, kind in _RUN_KEYS.items():
         for line in _differences(f"run.{key}", old["run"].get(key), config["run"].get(key)):
             yield kind, line
-    for line in _differences("number of processes", saved["position"]["world_size"], world_size):
+    for line in _differences("number of processes", saved.content["position"]["world_size"], world_size):
         yield "world_size", line
 
 
+def _data_changes(saved: Checkpoint, origin: Origin) -> Iterator[str]:
+    counts, key = saved.content["rows"], "picture_content"
+    comparable = saved.content["config"]["run"].get(key) == origin.config["run"].get(key)
+    for name, what in changed_data(saved.identity, origin.identity).items():
+        if what == "rows":
+            before, now = counts.get(name, "none"), origin.rows.get(name, "none")
+            counts_in_words = f"{now} as before" if before == now else f"{before} in the checkpoint, {now} now"
+            yield f"the rows of {name} changed ({counts_in_words})"
+        elif comparable:
+            yield f"the pictures of {name} changed: the size, time or content of a file"
+
+
 def check_shapes(path: Any, saved: Mapping[str, torch.Tensor], built: Mapping[str, torch.Tensor]) -> None:
-    """Raise a `UserError` where a checkpoint's weights are those of another model; nothing overrides that.
+    """Raise a `UserError` where a checkpoint's weights are those of another model; no flag overrides that.
 
     Args:
         path: of the checkpoint, for messages.
         saved, built: the model's tensors in the checkpoint, and as built now.
     """
-    faults = [
-        f"run.resume: {path}: {name} is {tuple(tensor.shape)} there, {tuple(built[name].shape)} in the model"
-        for name, tensor in saved.items()
-        if name in built and tensor.shape != built[name].shape
-    ]
+    if faults := shape_faults(path, saved, built):
+        hidden = [f"run.resume: {path}: {len(faults) - 10} more differ"] if len(faults) > 10 else []
+        way_out = "run.resume: it is another model's; start a new job without run.resume"
+        raise UserError([*faults[:10], *hidden, way_out])
+
+
+def shape_faults(path: Any, saved: Mapping[str, torch.Tensor], built: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return a line for each tensor of another shape or type, and for those that only one of them has."""
+    faults = []
+    for name in saved.keys() & built.keys():
+        there, here = saved[name], built[name]
+        if there.shape != here.shape:
+            faults.append(f"run.resume: {path}: {name} is {tuple(there.shape)} there, {tuple(here.shape)} in the model")
+        elif there.dtype != here.dtype:
+            faults.append(f"run.resume: {path}: {name} is {there.dtype} there, {here.dtype} in the model")
+    faults.sort()
     for names, words in ((built.keys() - saved.keys(), "lacks"), (saved.keys() - built.keys(), "has")):
         if names:
             only = "weights of the model" if words == "lacks" else "weights that the model has not"
             faults.append(f"run.resume: {path} {words} {len(names)} {only}, first {min(names)}")
-    if faults:
-        hidden = [f"run.resume: {path}: {len(faults) - 10} more differ"] if len(faults) > 10 else []
-        way_out = "run.resume: it is another model's; start a new job without run.resume"
-        raise UserError([*faults[:10], *hidden, way_out])
+    return faults
 
 
 def _short(fingerprint: str) -> str:
     return fingerprint[:12] or "none"
 
 
-def _shortened(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: {key: _short(value) if key == "sha256" else value for key, value in rows.items()}
-        for name, rows in data.items()
-    }
-
-
 def _differences(name: str, before: Any, now: Any) -> list[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = sorted(set(before) | set(now), key=str)
-        joint = " " if name.endswith(" of") else "."
-        return [line for key in keys for line in _differences(f"{name}{joint}{key}", before.get(key), now.get(key))]
+        return [line for key in keys for line in _differences(f"{name}.{key}", before.get(key), now.get(key))]
     same = before == now or (
         isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)) and list(before) == list(now)
     )
-    return [] if same else [f"{name} was {before!r} in the checkpoint, is {now!r} now"]
+    before, now = (one_line(repr(value)) for value in (before, now))
+    return [] if same else [f"{one_line(name)} was {before} in the checkpoint, is {now} now"]

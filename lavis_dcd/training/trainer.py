@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from lavis_dcd.training.contracts import as_task
 from lavis_dcd.training.devices import MemoryPeaks, load_warnings, this_process
 from lavis_dcd.training.interrupt import InterruptGuard
 from lavis_dcd.training.logs import MetricsLog, StepLog, log_file, progress
-from lavis_dcd.training.run_folder import export_model, write_config
+from lavis_dcd.training.resume_checks import Origin, fingerprint
+from lavis_dcd.training.run_folder import clear_run_manifest, export_model, hold, write_config, write_run_manifest
 from lavis_dcd.training.sampler import TrainLoader
 from lavis_dcd.training.step import Progress, Stepper
 from lavis_dcd.training.strategy import make_strategy
-from lavis_dcd.training.training_state import JobState, Position, find_resume_point
+from lavis_dcd.training.training_state import JobState, Position, find_resume_point, from_main
+from lavis_dcd.training.writing import writing_into
 
 log = logging.getLogger(__name__)
 
@@ -92,14 +94,24 @@ class Trainer:
         self._memory = MemoryPeaks(self.process.device)
         self._guard = InterruptGuard()
         self._begun = False
-        # hashing a large teacher takes seconds, and it does not change
-        teacher = as_learner(self.model).teacher_fingerprint()
+        self._written: set[str] = set()  # names of the job's products
         folder = Path(run.output_dir).absolute() / project
-        training_set = self.datasets.get("train")
-        self._resume_point = find_resume_point(
-            run, self.process, folder, job_id, self.config, teacher, self.model, training_set
-        )
+        self._resume_point = find_resume_point(run, self.process, folder, job_id, self._origin(), self.model)
+        self._held: ExitStack | None = self._resume_point.held
         self.output_dir = self._resume_point.folder
+
+    def _origin(self) -> Origin:
+        """Return what the job is made of; the main process reads the data, which takes seconds where it is large."""
+        run, used = self.run, {split: self.datasets[split] for split in self.run.used_splits}
+        needs_as_built = run.evaluate_before and run.table_splits and not run.evaluate
+
+        def origin() -> Origin:
+            # hashing a large teacher takes seconds, and it does not change
+            teacher = as_learner(self.model).teacher_fingerprint()
+            as_built = fingerprint(self.model) if needs_as_built else ""
+            return Origin.of(self.config, teacher, as_built, used, run.picture_content)
+
+        return from_main(self.process, origin)
 
     # -- the life of a job
 
@@ -119,6 +131,8 @@ class Trainer:
             return self.evaluate(skip_reload=True)
         with self._open():
             self._set_up_training()
+            self._evaluate_as_built()
+            self._restore()
             self._evaluate_before()
             self._train_epochs()
             self._stepper.health.refuse_untaken(self.total_steps)
@@ -134,18 +148,30 @@ class Trainer:
         """
         del cur_epoch, skip_reload
         with self._open():
-            if self._resume_point.weights is not None:
-                self._strategy.load_model(self._resume_point.weights)
+            weights = self._resume_point.weights
+            if weights is not None:
+                log.info("evaluating %s (%s)", weights.words, weights.path)
+                self._strategy.load_model(weights.model)
             return self._finish(export=False)
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        with log_file(self.output_dir / "log.txt", self.process.is_main):
+        with self._holding(), log_file(self.output_dir / "log.txt", self.process.is_main):
             self._begin()
             try:
                 yield
             finally:
                 self.metrics.close()
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Have the run folder's lock, which the constructor took, until the end; take it again the next time."""
+        held, self._held = self._held, None
+        if held is None:
+            held = ExitStack()
+            from_main(self.process, lambda: held.enter_context(hold(self.output_dir)) and None)
+        with held:
+            yield
 
     def _begin(self) -> None:
         run, process, step = self.run, self.process, self._step_before()
@@ -158,11 +184,15 @@ class Trainer:
             used = {split: self.datasets[split] for split in run.used_splits}
             self.datasets.update(self._task.prepare(self.model, used, run, process.device))
         # a job that was refused by now leaves no file that would take its name
+        changed = set() if self._begun else self._resume_point.changed_splits(run.used_splits)
         if process.is_main:
-            write_config(self.output_dir, {key: value for key, value in self.config.items() if key != environment.KEY})
-            if step is not None:
-                checkpoint.discard_after(self.output_dir, step)
-        self.metrics = MetricsLog(self.output_dir, step, process.is_main)
+            with writing_into(self.output_dir):
+                clear_run_manifest(self.output_dir)
+                kept = {key: value for key, value in self.config.items() if key != environment.KEY}
+                write_config(self.output_dir, kept)
+                if step is not None:
+                    checkpoint.discard_after(self.output_dir, step)
+        self.metrics = MetricsLog(self.output_dir, step, process.is_main, changed)
         best = self._best.best if self._begun else None
         self._best = self._make_best_checkpoint(step)
         self._best.best = best
@@ -173,11 +203,18 @@ class Trainer:
         if self.position.global_step:
             return self.position.global_step
         continued = self._resume_point.continued
-        return None if continued is None else continued["position"]["global_step"]
+        return None if continued is None else continued.step
 
     def _make_best_checkpoint(self, resume_step: int | None) -> BestCheckpoint:
         return BestCheckpoint(
-            self.output_dir, self.run, self._task, self._strategy, self.datasets, self.metrics, resume_step
+            self.output_dir,
+            self.run,
+            self._task,
+            self._strategy,
+            self.datasets,
+            self.metrics,
+            self._resume_point.origin.identity,
+            resume_step,
         )
 
     def _set_up_training(self) -> None:
@@ -199,10 +236,8 @@ class Trainer:
             self.total_steps,
             f"{trainable:,}",
         )
-        origin, continued = self._resume_point.origin, self._resume_point.continued
+        origin = self._resume_point.origin
         self._state = JobState(self.output_dir, run, self._strategy, self._stepper, self._log.means, self._best, origin)
-        if continued is not None:
-            self.position = self._state.restore(continued)
 
     def _make_loader(self, dataset: Any) -> TrainLoader:
         run, process = self.run, self.process
@@ -217,6 +252,29 @@ class Trainer:
             world_size=process.world_size,
             groups=batch_groups(dataset, run.batch_by) if run.batch_by else None,
         )
+
+    def _evaluate_as_built(self) -> None:
+        """Evaluate the model before its first step again, where a resumed job has no such evaluation of its data."""
+        run, continued = self.run, self._resume_point.continued
+        if continued is None or continued.step == 0 or self.position.global_step or not run.evaluate_before:
+            return
+        splits = self._best.lacks_before()
+        if splits and continued.content["as_built"] != self._resume_point.origin.as_built:
+            log.warning("the model before training is not in the table: it is not built as it was in the first run")
+        elif splits:
+            with self._evaluating():
+                self._best.evaluate_learner(splits, 0)
+            self._best.write_evaluations()
+
+    def _restore(self) -> None:
+        continued = self._resume_point.continued
+        if continued is None or self.position.global_step:
+            return
+        self._state.restore_best(continued)
+        if self._best.best is not None and self._resume_point.changed_splits(self.run.valid_splits):
+            with self._evaluating():
+                self._best.rescore()
+        self.position = self._state.restore(continued)
 
     def _evaluate_before(self) -> None:
         run = self.run
@@ -312,16 +370,29 @@ class Trainer:
                 best.write_evaluations()
                 best.evaluate_teacher(self.position.global_step)
             self._require_folder()
-            written = process.is_main and best.write_results(self.project, step, self._memory.facts())
+            if process.is_main:
+                self._written.update(best.write_results(self.project, step, self._memory.facts()))
             process.share(None)
         if export:
             path = export_model(self.output_dir, self._strategy)
             if process.is_main:
+                self._written.add(path.name)
                 log.info("model: %s", path)
-        if written and self.run.report:
-            log.info("report: %s", write_report(self.output_dir))
+        if process.is_main:
+            self._finish_folder()
         process.share(None)
         return by_split
+
+    def _finish_folder(self) -> None:
+        """Write the report, and then the mark that all is written."""
+        if self.run.report and "results.json" in self._written:
+            with writing_into(self.output_dir):
+                path = write_report(self.output_dir)
+            self._written.add(path.name)
+            log.info("report: %s", path)
+        best = self._best.best
+        identity, step = self._resume_point.origin.identity, None if best is None else best["step"]
+        write_run_manifest(self.output_dir, identity, sorted(self._written), step)
 
 
 def _stored(config: Mapping[str, Any], written: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Manifests: what is told apart, and every way in which stored files may differ from what was written."""
 
 import json
+import os
 
 import pytest
 
@@ -82,6 +83,32 @@ def test_a_manifest_made_up_with_its_checksum_names_files_of_its_folder_only(fol
     content = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items() if k != "sha256"} | {"files": files}
     (folder / MANIFEST).write_text(json.dumps({"sha256": digest_of(content), **content}))
     with pytest.raises(DamagedError, match="form"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"scores.bin": {"bytes": "600", "sha256": "a"}}},
+        {"files": {"scores.bin": {"bytes": 600, "sha256": None}}},
+        {"files": {"scores.bin": {"bytes": True, "sha256": "a"}}},
+        {"identity": {"rows": 5}},
+        {"identity": {"settings": {"the teacher": 5}}},
+        {"identity": {"pictures": ["a"]}},
+        {"facts": 5},
+    ],
+)
+def test_values_of_other_types_under_a_checksum_that_fits_are_damage(folder, change):
+    content = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items() if k != "sha256"} | change
+    (folder / MANIFEST).write_text(json.dumps({"sha256": digest_of(content), **content}))
+    with pytest.raises(DamagedError, match="form"):
+        read(folder)
+
+
+def test_a_fifo_in_the_manifest_s_place_is_not_opened(folder):
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
+    with pytest.raises(DamagedError, match=r"manifest\.json is no file"):
         read(folder)
 
 

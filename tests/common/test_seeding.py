@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.seeding import LARGEST_SEED, seed_everything, seed_fault, seed_for, seed_host
+from lavis_dcd.common.seeding import (
+    LARGEST_SEED,
+    check_rng_state,
+    rng_state,
+    seed_everything,
+    seed_fault,
+    seed_for,
+    seed_host,
+)
 
 
 def draws() -> tuple[float, float, torch.Tensor]:
@@ -32,6 +40,42 @@ def test_seeding_without_an_accelerator_leaves_no_calls_behind():
         seed_everything(seed_for("step", step))
         seed_host(seed_for("sample", step))
     assert len(torch.cuda._queued_calls) == before
+
+
+def test_the_check_of_a_state_draws_nothing():
+    seed_host(3)
+    state = rng_state()
+    check_rng_state(state)
+    found = draws()
+    seed_host(3)
+    assert all(
+        torch.equal(torch.as_tensor(one), torch.as_tensor(other)) for one, other in zip(found, draws(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"python": None},
+        {"python": (3, (1, 2), None)},
+        {"python": (3, (2**32,) * 624 + (1,), None)},
+        {"python": (3, (1,) * 624 + (999,), None)},
+        {"python": (3, (1,) * 625, "x")},
+        {"numpy": ("MT19937", torch.zeros(624, dtype=torch.int64), 625, 0, 0.0)},
+        {"numpy": ("MT19937", torch.zeros(623, dtype=torch.int64), 1, 0, 0.0)},
+        {"numpy": ("MT19937", torch.full((624,), -1), 1, 0, 0.0)},
+        {"numpy": ("PCG64", torch.zeros(624, dtype=torch.int64), 1, 0, 0.0)},
+        {"numpy": ("MT19937", torch.zeros(624, dtype=torch.int64), 1, 0, float("nan"))},
+        {"torch": torch.zeros(10, dtype=torch.uint8)},
+        {"torch": torch.get_rng_state().float()},
+        {"torch": [1, 2]},
+        {"cuda": None},
+        {"cuda": [1]},
+    ],
+)
+def test_no_state_of_the_generators(change):
+    with pytest.raises(ValueError, match="is no state of"):
+        check_rng_state({**rng_state(), **change})
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, "seven", 1.5, None])

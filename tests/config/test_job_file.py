@@ -386,6 +386,19 @@ def test_how_a_student_starts_from_its_teacher(start, expected):
     assert of_model(distilled(student={"init_from_teacher": start})) == expected
 
 
+@pytest.mark.parametrize("key", ["finetuned", "pretrained"])
+@pytest.mark.parametrize("start", [{"layers": [0, 3]}, {"towers": True}])
+def test_a_student_that_starts_from_its_teacher_names_no_weights_of_its_own(key, start):
+    student = {"init_from_teacher": start, key: "student.pth"}
+    assert of_model(distilled(student=student)) == [
+        f"model.student.{key}: 'student.pth' has no effect beside init_from_teacher, which starts the student from the "
+        "teacher's weights; take one of the two out"
+    ]
+    assert of_model(distilled(student={"init_from_teacher": start, key: None})) == []
+    if key == "finetuned":
+        assert of_model(distilled(student={**student, "load_finetuned": False})) == []
+
+
 def test_a_student_without_towers_cannot_take_them_over():
     student = {"arch": "meter_retrieval", "model_type": "student_coco", "init_from_teacher": {"towers": True}}
     assert of_model(distilled(student=student)) == [

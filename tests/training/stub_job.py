@@ -130,7 +130,15 @@ class Task(TrainTask):
         return [{"query": "q", "names": sorted(matchers)}]
 
 
-def job(folder: Path, task: Task | None = None, model: nn.Module | None = None, rows: int = 22, **run) -> Trainer:
+def job(
+    folder: Path,
+    task: Task | None = None,
+    model: nn.Module | None = None,
+    rows: int = 22,
+    val_rows: int = 6,
+    test_rows: int = 5,
+    **run,
+) -> Trainer:
     keys = {
         "output_dir": str(folder),
         "max_epoch": 3,
@@ -143,7 +151,8 @@ def job(folder: Path, task: Task | None = None, model: nn.Module | None = None, 
         "report": False,
         "keep_last": 3,
     }
-    datasets = {"train": Pictures(rows), "val": Pictures(6, noise=0), "test": Pictures(5, noise=0)}
+    evaluated = {"val": Pictures(val_rows, noise=0), "test": Pictures(test_rows, noise=0)}
+    datasets = {"train": Pictures(rows), **evaluated}
     config = {"model": {"arch": "stub", "size": {"width": WIDTH}}, "datasets": {"noise": {"size": 22}}}
     return Trainer(RunConfig(**{**keys, **run}), config, task or Task(), model or Distiller(), datasets, "stub")
 

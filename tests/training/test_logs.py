@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 
 import pytest
 import torch
@@ -81,6 +82,44 @@ def test_resume_cuts_the_log_back(tmp_path):
     MetricsLog(tmp_path, resume_step=4).close()
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["step"]) for line in kept] == [("train", 2), ("eval", 2), ("train", 4)]
+
+
+def test_foreign_lines_are_left_out_and_what_follows_them_is_kept(tmp_path, caplog):
+    log = MetricsLog(tmp_path)
+    log.write("train", 2, 0.5, {"loss": 2.0})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as handle:
+        handle.write(b'{"kind": "train", "st\n[1]\n{"note": "\xff"}\n{"kind": "train", "step": "x", "epoch": 1}\n')
+        handle.write(json.dumps({"kind": "train", "step": 3, "epoch": 0.75, "loss": 1.0}).encode() + b"\n")
+    MetricsLog(tmp_path, resume_step=4).close()
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [2, 3]
+    assert [record.getMessage() for record in caplog.records if "metrics.jsonl" in record.getMessage()] == [
+        f"{tmp_path}/metrics.jsonl: 4 lines that no job of ours wrote whole are left out"
+    ]
+
+
+def test_evaluations_of_a_split_of_other_data_are_dropped_and_kept_ones_are_not_repeated(tmp_path):
+    log = MetricsLog(tmp_path)
+    evaluation = {"model": "student", "weights_of_step": 0, "r_mean": 1.0}
+    for split in ("val", "test"):
+        log.write("eval", 0, 0.0, {"split": split, **evaluation})
+    log.close()
+    again = MetricsLog(tmp_path, resume_step=4, without={"val"})
+    for split in ("val", "test"):
+        again.write("eval", 0, 0.0, {"split": split, **evaluation, "r_mean": 2.0})
+    again.close()
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["r_mean"]) for line in kept] == [("test", 1.0), ("val", 2.0)]
+
+
+def test_a_folder_that_is_gone_is_a_line(tmp_path):
+    (tmp_path / "job").mkdir()
+    log = MetricsLog(tmp_path / "job")
+    shutil.rmtree(tmp_path / "job")
+    with pytest.raises(UserError, match=r"run\.output_dir: the run folder .*job is gone"):
+        log.write("train", 1, 0.1, {"loss": 1.0})
+    assert not (tmp_path / "job").exists()
 
 
 def test_other_processes_write_nothing(tmp_path):

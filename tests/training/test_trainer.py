@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from lavis_dcd.cli import guarded
 from lavis_dcd.common import secrets
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.locks import one_writer
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training import trainer as trainer_module
@@ -88,6 +89,7 @@ def test_what_a_run_folder_holds(whole, stubs):
         "checkpoints",
         "results.json",
         "student.pth",
+        "manifest.json",
     } <= names
     assert folder.parent.name == "stub"
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -220,11 +222,11 @@ def test_best_weights_are_exported(stubs, tmp_path):
     task.evaluate_matcher = scripted
     trainer = stubs.job(tmp_path, task)
     trainer.train()
-    best = checkpoint.read(checkpoint.best_file(trainer.output_dir, 10))
+    best, _ = checkpoint.read(checkpoint.best_file(trainer.output_dir, 10), checkpoint.BEST_KIND)
     assert best["metric"] == 5.0
     exported = stubs.weights(trainer.output_dir)
     assert_same(exported, {k.removeprefix("student."): v for k, v in best["model"].items()})
-    last = checkpoint.load(checkpoint.step_file(trainer.output_dir, 15))
+    last = checkpoint.load(checkpoint.step_file(trainer.output_dir, 15)).content
     assert last["best"] == {"step": 10, "metric": 5.0}
     assert not torch.equal(last["model"]["student.head.weight"], exported["head.weight"])
 
@@ -269,7 +271,7 @@ def test_resume_with_workers_and_accumulation_is_exact(stubs, tmp_path):
 def test_kill_9_and_resume_is_exact(stubs, tmp_path, whole):
     killed = script(tmp_path, kill_at=8, save_every=2)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    folder = next((tmp_path / "stub").iterdir())
+    folder = next((tmp_path / "stub").glob("[!.]*"))
     # What a kill in the middle of a write leaves: a temporary folder, or (on a damaged disk) half a checkpoint.
     half = folder / "checkpoints" / ".step-00000009.x.tmp"
     half.mkdir()
@@ -328,10 +330,10 @@ def test_resume_refuses_other_rows_unless_told(stubs, tmp_path, caplog):
     first.train()
     with pytest.raises(UserError) as caught:
         stubs.job(tmp_path, resume="auto", rows=26)
-    assert caught.value.faults[0] == "run.resume: the rows of train.rows was 22 in the checkpoint, is 26 now"
+    assert caught.value.faults[0] == "run.resume: the rows of train changed (22 in the checkpoint, 26 now)"
     assert caught.value.faults[1].endswith("run.resume_force=[data] continues with the change")
     again = stubs.job(tmp_path, resume="auto", resume_force=["data"], rows=26, max_epoch=2)
-    assert "the rows of train.rows was 22 in the checkpoint, is 26 now (run.resume_force)" in caplog.text
+    assert "the rows of train changed (22 in the checkpoint, 26 now) (run.resume_force)" in caplog.text
     again.train()
     assert again.position.global_step == 12  # two epochs of 26 rows
 
@@ -364,7 +366,7 @@ def test_sigterm_to_a_job_and_its_loader_workers(stubs, tmp_path, whole):
     stopped = script(tmp_path, terminate_at=6, num_workers=2)
     assert stopped.returncode == 143, stopped.stderr
     assert "SIGTERM: finishing this step, then saving" in stopped.stderr and "Traceback" not in stopped.stderr
-    folder = next((tmp_path / "stub").iterdir())
+    folder = next((tmp_path / "stub").glob("[!.]*"))
     assert checkpoint.step_file(folder, 7).is_dir()
     resumed = script(tmp_path, resume="auto", num_workers=2)
     assert resumed.returncode == 0, resumed.stderr
@@ -376,11 +378,11 @@ def test_sigterm_to_one_of_two_processes(stubs, tmp_path):
     options = {"processes": 2, "batch_size_train": 2, "max_epoch": 2}
     stopped = script(tmp_path / "a", terminate_at=3, terminate_rank=1, **options)
     assert stopped.returncode != 0 and "exitcode  : 143" in stopped.stderr, stopped.stderr
-    folder = next((tmp_path / "a" / "stub").iterdir())
-    assert checkpoint.load(checkpoint.step_file(folder, 4))["position"]["world_size"] == 2
+    folder = next((tmp_path / "a" / "stub").glob("[!.]*"))
+    assert checkpoint.load(checkpoint.step_file(folder, 4)).content["position"]["world_size"] == 2
     for done in (script(tmp_path / "a", resume="auto", **options), script(tmp_path / "b", **options)):
         assert done.returncode == 0, done.stderr
-    assert_same(stubs.weights(folder), stubs.weights(next((tmp_path / "b" / "stub").iterdir())))
+    assert_same(stubs.weights(folder), stubs.weights(next((tmp_path / "b" / "stub").glob("[!.]*"))))
 
 
 @pytest.mark.slow
@@ -392,6 +394,26 @@ def test_every_process_refuses_and_none_waits_for_another(stubs, tmp_path):
     ):
         refused = script(tmp_path, **{"processes": 2, "resume": "auto", "max_epoch": 1, **options})
         assert refused.returncode != 0 and refused.stderr.count(words) == 2, refused.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_the_weights_of_a_job(stubs, tmp_path, whole):
+    done = script(tmp_path, processes=2, evaluate=True, resume=str(whole.output_dir), job_id="mine")
+    assert done.returncode == 0 and "evaluating the best weights, of step" in done.stderr, done.stderr
+    results = [
+        json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "stub/mine", whole.output_dir)
+    ]
+    assert results[0]["rows"][-1]["r_mean"] == results[1]["rows"][-1]["r_mean"]
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_ends_every_process_of_a_job_with_the_line(stubs, tmp_path):
+    stubs.job(tmp_path, job_id="mine", max_epoch=1).train()
+    with one_writer(tmp_path / "stub" / "mine", "a test"):
+        refused = script(tmp_path, processes=2, resume="auto", max_epoch=1)
+    line = f"error: run.output_dir: the run folder {tmp_path}/stub/mine: another process (number {os.getpid()} on"
+    assert refused.stderr.count(line) == 2 and "exitcode  : 2" in refused.stderr, refused.stderr
+    assert refused.stderr.count("Traceback") == 1  # torchrun's own
 
 
 def test_sigterm_during_an_evaluation_keeps_what_was_kept(stubs, tmp_path, whole):
@@ -482,7 +504,7 @@ def test_fp16_on_a_cpu_is_refused(stubs, tmp_path):
 def test_two_processes_train_like_one(stubs, tmp_path):
     done = script(tmp_path / "two", processes=2, batch_size_train=2, max_epoch=1)
     assert done.returncode == 0, done.stderr
-    folder = next((tmp_path / "two" / "stub").iterdir())
+    folder = next((tmp_path / "two" / "stub").glob("[!.]*"))
     assert len(lines(folder, "train")) == 3
     results = json.loads((folder / "results.json").read_text())
     assert results["machine"]["processes"] == 2
@@ -551,7 +573,7 @@ def test_a_full_disk_at_the_exported_student(stubs, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(trainer_module, "export_model", limited)
     assert guarded(lambda: trainer.train() and None) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith(f"error: {trainer.output_dir / 'student.pth'}: File too large; ")
+    assert str(trainer.output_dir / "student.pth") in line and "File too large" in line
     assert "Traceback" in (trainer.output_dir / "log.txt").read_text()
     assert not list(trainer.output_dir.glob(".*.tmp")) and not (trainer.output_dir / "student.pth").exists()
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import parse
+from lavis_dcd.common.texts import shown
 from lavis_dcd.config.checks import keys_of_types, model_faults, processors_faults, section_schema
 from lavis_dcd.config.job_file import model_defaults, registered
 from lavis_dcd.distillation.candidates import PoolStrategy, build_pool
@@ -103,6 +104,8 @@ def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> l
     start = student.init_from_teacher
     if found := schema_faults(SuccessionConfig, start, path):
         return found
+    if found := _own_weights_faults(student, path):
+        return found
     learner = registered(registry.get_model_class, student.get("arch"))
     if start.get("towers") and learner is not None and not issubclass(learner, AdoptsTowers):
         return [f"{path}.towers: {student.arch} has no towers to start; use it with a dual_encoder"]
@@ -112,6 +115,19 @@ def _succession_faults(student: DictConfig, section: DictConfig, path: str) -> l
     if start.get("layers") and teacher is not None and not issubclass(teacher, ThinsFromTeacher):
         return [f"{path}.layers: {arch} cannot be thinned; leave init_from_teacher out, and name the student's arch"]
     return []
+
+
+def _own_weights_faults(student: DictConfig, path: str) -> list[str]:
+    """Return a line for each file of weights that a student names which starts from its teacher's."""
+    where = path.rpartition(".")[0]
+    given = {"finetuned": student.get("load_finetuned", True) and student.get("finetuned")}
+    given["pretrained"] = student.get("pretrained")
+    return [
+        f"{where}.{key}: {shown(value)} has no effect beside init_from_teacher, which starts the student from the "
+        "teacher's weights; take one of the two out"
+        for key, value in given.items()
+        if value
+    ]
 
 
 def _preprocess_faults(section: Any, path: str) -> list[str]:
