@@ -170,7 +170,7 @@ def test_records_that_were_changed_stand_for_nothing(tmp_path, caplog):
     written(tmp_path, ragged([4]))
     flip(tmp_path / UNFINISHED)
     assert writer_to(tmp_path).rows == 0
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert UNFINISHED in record.message and "what it stands for is made again" in record.message
 
 
