@@ -16,6 +16,8 @@ from urllib.parse import quote
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lavis_dcd.common.address_secrets import without_secrets
+
 _SHORTEST = 4  # letters: a shorter value stands in too many words that have nothing to do with it
 _SHORTEST_NUMBER = 12  # digits: steps, seeds and numbers of cluster jobs are no secrets
 _LONG = 8  # letters: a value so long is hidden inside words, too
@@ -87,12 +89,15 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def hidden(text: str) -> str:
-    """Return a text with the names of the variables in place of their values, however the text quotes them."""
+    """Return a text with the names of the variables in place of their values, however the text quotes them.
+
+    Passwords, tokens and signatures in addresses are left out as well.
+    """
     for value in sorted(_NAMES, key=len, reverse=True):
         for spelt in dict.fromkeys((value, repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe=""))):
             if spelt in text:
                 text = _word(spelt).sub(_NAMES[value].replace("\\", r"\\"), text)
-    return text
+    return without_secrets(text)
 
 
 def _word(value: str) -> re.Pattern[str]:

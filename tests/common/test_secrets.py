@@ -125,3 +125,9 @@ def test_a_file_of_weights_keeps_the_words_that_its_readers_need(monkeypatch):
         "text": {"family": "roberta", "name": "${oc.env:MY_TOKEN}", "config": {"act": "gelu"}},
         "more": ["/x/${oc.env:MY_TOKEN}/y"],
     }
+
+
+def test_passwords_and_tokens_in_addresses_are_left_out():
+    stored = secrets.as_stored({"finetuned": "https://user:hunter2@server/a.pth?token=hunter2&v=3", "sum": ["a", 1]})
+    assert stored == {"finetuned": "https://***@server/a.pth?token=***&v=3", "sum": ["a", 1]}
+    assert "hunter2" not in secrets.hidden("fetching https://x:hunter2@server/a.pth now")

@@ -204,10 +204,16 @@ def test_where_fetched_files_lie(tmp_path):
     assert fetched_places("https://h:port/x") == []
 
 
-def test_the_packaged_efficientnet_is_checked_by_its_name():
-    (file,) = (
-        f for f in files_of({"arch": "dual_encoder", "model_type": "small"}) if f.field == "model.vision.weights"
-    )
+def test_a_file_named_as_torch_hubs_are_is_checked_by_its_name():
+    section = {"arch": "dual_encoder", "model_type": "small", "vision": {"weights": "https://h/net-0aa007d2.pth"}}
+    (file,) = (f for f in files_of(section) if f.field == "model.vision.weights")
     file.target.parent.mkdir(parents=True)
     file.target.write_bytes(CONTENT)
     assert "begin with 0aa007d2" in line_of(file)
+
+
+def test_the_packaged_efficientnet_is_of_a_form_that_is_read():
+    (file,) = (
+        f for f in files_of({"arch": "dual_encoder", "model_type": "small"}) if f.field == "model.vision.weights"
+    )
+    assert file.target.suffix == ".safetensors"
