@@ -36,7 +36,7 @@ from lavis_dcd.training.sampler import TrainLoader
 from lavis_dcd.training.step import Progress, Stepper
 from lavis_dcd.training.strategy import make_strategy
 from lavis_dcd.training.training_state import JobState, Position, find_resume_point, from_main
-from lavis_dcd.training.writing import writing_into
+from lavis_dcd.training.writing import require_folder, writing_into
 
 log = logging.getLogger(__name__)
 
@@ -352,12 +352,8 @@ class Trainer:
         self._require_folder()
 
     def _require_folder(self) -> None:
-        """Refuse to go on where the run folder was deleted: a new one would lack all that was in it."""
-        if self.process.is_main and not self.output_dir.is_dir():
-            raise UserError(
-                f"run.output_dir: {self.output_dir} is gone: it was deleted or moved while the job ran; put it back, "
-                "then run.resume=auto, or start the job anew"
-            )
+        if self.process.is_main:
+            require_folder(self.output_dir)
 
     def _finish(self, export: bool = True) -> dict[str, Any]:
         best, process = self._best, self.process

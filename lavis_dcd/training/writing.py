@@ -26,10 +26,10 @@ def writing_into(folder: Path) -> Iterator[None]:
         UserError: the folder is gone, or something in it cannot be written.
     """
     try:
-        _check(folder)
+        require_folder(folder)
         yield
     except OSError as error:
-        _check(folder)
+        require_folder(folder)
         what = error.filename or folder
         way_out = _WAYS_OUT.get(error.errno or 0, "put that right, then run.resume=auto goes on")
         raise UserError(
@@ -38,7 +38,12 @@ def writing_into(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check(folder: Path) -> None:
+def require_folder(folder: Path) -> None:
+    """Refuse to go on where a run folder is gone: a new one would lack all that was in it.
+
+    Raises:
+        UserError: it is.
+    """
     if not folder.is_dir():
         raise UserError(
             f"run.output_dir: the run folder {folder} is gone: somebody removed or moved it while the job ran; put it "
