@@ -22,10 +22,10 @@ from lavis_dcd.common.manifest import AbsentError, DamagedError, Identity, Manif
 from lavis_dcd.common.names import name_fault, path_fault
 from lavis_dcd.common.texts import shown
 from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.training.run_folder import COMPARISON
 
 log = logging.getLogger(__name__)
 
-RECORD = "comparison.json"
 _KIND, _FORMAT = "comparison that was begun", 1
 
 
@@ -102,7 +102,7 @@ def _comparisons(parent: Path) -> dict[Path, float]:
     begun: dict[Path, float] = {}
     for folder in sorted(filter(Path.is_dir, parent.iterdir())) if parent.is_dir() else ():
         try:
-            begun[folder] = float(Manifest.read(folder, _KIND, _FORMAT, RECORD).facts["begun"])
+            begun[folder] = float(Manifest.read(folder, _KIND, _FORMAT, COMPARISON).facts["begun"])
         except AbsentError:
             continue  # a single job's
         except (DamagedError, LookupError, TypeError, ValueError) as error:
@@ -120,11 +120,11 @@ def opened(home: Path) -> Iterator[None]:
     with one_writer(home, "the comparison", way_out="wait until it has ended, or give another run.job_id"):
         if not contents(home):
             home.mkdir(parents=True, exist_ok=True)
-            Manifest(_KIND, _FORMAT, Identity(), facts={"begun": time.time()}).write(home, RECORD)
+            Manifest(_KIND, _FORMAT, Identity(), facts={"begun": time.time()}).write(home, COMPARISON)
         else:
             clear_leftovers(home)
             try:
-                Manifest.read(home, _KIND, _FORMAT, RECORD)
+                Manifest.read(home, _KIND, _FORMAT, COMPARISON)
             except AbsentError as error:
                 raise UserError(
                     f"run.job_id: {home} is there and no comparison of this version; give another name"
@@ -148,5 +148,5 @@ def still_there(home: Path) -> None:
     Raises:
         UserError: it was.
     """
-    if not (home / RECORD).is_file():
+    if not (home / COMPARISON).is_file():
         raise UserError(f"run.output_dir: {home} was removed or moved while its comparison was running; start it again")

@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.locks import one_writer
 from lavis_dcd.comparison.place import Place, contents, opened
+from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.training.run_folder import new_run_folder
 
 AGAIN = "run.resume=auto"
 
@@ -157,6 +159,14 @@ def test_a_folder_that_holds_something_else_is_refused(comparison, name):
         comparison.refused() == "run.job_id: output/job/c is there and no comparison of this version; give another name"
     )
     assert comparison.files() == {name: b"{}"}
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_the_folder_of_a_comparison_is_no_single_job_s(tmp_path, resume):
+    begun(tmp_path / "c")
+    with pytest.raises(UserError, match=r"run\.job_id: .*c is the folder of a comparison; give another name"):
+        new_run_folder(tmp_path, RunConfig(job_id="c", resume=resume), None)
+    assert contents(tmp_path / "c") == ["comparison.json"]
 
 
 def test_what_a_killed_process_left_hidden_is_nobody_s(tmp_path):
