@@ -107,6 +107,8 @@ def _run_comparison(sections: DictConfig, comparison: DictConfig, path: Path, op
     """Run every variant with every seed, all checked before the first runs; finished ones are not repeated."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise UserError(f"{path}: variants are trained in one process; take one out to use torchrun")
+    for written in (sections, comparison):  # what the runs get as their place is resolved
+        secrets.remember(written)
     place = Place.of_job(sections, path)
     home = place.home()
     todo = variants.expand(comparison, {"seed": place.seed}, home)

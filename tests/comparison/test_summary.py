@@ -9,6 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from lavis_dcd.common import secrets
 from lavis_dcd.common.manifest import Manifest
 
 
@@ -142,3 +143,16 @@ def test_values_from_the_environment_stay_unresolved(comparison, monkeypatch):
     for name in ("config.yaml", "report.html"):
         text = (comparison.home / name).read_text(encoding="utf-8")
         assert text.count("${oc.env:SECRET_FOLDER}") == 2 and "root: photos" not in text
+
+
+def test_a_place_from_the_environment_is_hidden_in_what_the_runs_are_given(comparison, monkeypatch):
+    monkeypatch.setenv("MY_PLACE", "hunter2-place")
+    comparison.sections["run"]["output_dir"] = "${oc.env:MY_PLACE}"
+    shown = []
+    comparison.training.after = lambda name: shown.append(secrets.as_stored(str(Path("hunter2-place") / name)))
+    assert comparison.train() == (0, [])
+    assert shown == ["${oc.env:MY_PLACE}/student-seed42", "${oc.env:MY_PLACE}/low-seed42"]
+    home = Path("hunter2-place") / "job" / "c"
+    for path in home.rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+    secrets.forget()
