@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,21 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_dcd import variants
 from lavis_dcd.common import secrets
 from lavis_dcd.common.errors import UserError
-from lavis_dcd.common.names import name_fault, path_fault
+from lavis_dcd.common.manifest import Identity, digest_of
 from lavis_dcd.common.processes import leave_group
+from lavis_dcd.common.schema import plain
 from lavis_dcd.common.seeding import seed_everything
+from lavis_dcd.comparison.place import Place, opened
+from lavis_dcd.comparison.records import Sums, begin, check_one_test_set, finish, sort_out
+from lavis_dcd.comparison.summary import summarise
 from lavis_dcd.config.checks import check_sections
 from lavis_dcd.config.job import Job
-from lavis_dcd.config.job_file import merge_defaults, read_job, refuse_unusable
+from lavis_dcd.config.job_file import merge, merge_defaults, read_job, refuse_unusable
 from lavis_dcd.config.required_files import fetch_and_check, missing_faults, required_files
+from lavis_dcd.datasets.identity import pictures_digests, rows_digests
 from lavis_dcd.models.building import reading_tensors_only
 from lavis_dcd.plugins import load_plugins
+from lavis_dcd.runners.runner_dcd import by_split
 from lavis_dcd.training.devices import Process, device_faults, this_process
 from lavis_dcd.variants import Variant
 
@@ -98,42 +105,76 @@ def check_job(sections: DictConfig, path: Path, options: Sequence[str] = ()) -> 
 
 def _run_comparison(sections: DictConfig, comparison: DictConfig, path: Path, options: Sequence[str]) -> None:
     """Run every variant with every seed, all checked before the first runs; finished ones are not repeated."""
-    refuse_unusable(sections, path)
-    run = sections.get("run", {})
-    if run.get("evaluate") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"{path}: variants are trained in one process; take one out to evaluate it or to use torchrun")
-    project = _name(run.get("project")) or path.stem
-    named = {"run.project": project, "run.job_id": _name(run.get("job_id"))}
-    faults = [name_fault(value, field) for field, value in named.items() if value is not None]
-    faults.append(path_fault(run.get("output_dir", "output"), "run.output_dir"))
-    if found := [line for line in faults if line is not None]:
-        raise UserError(found)
-    home = variants.home_folder(run, project)
-    todo = variants.expand(comparison, run, home)
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise UserError(f"{path}: variants are trained in one process; take one out to use torchrun")
+    for written in (sections, comparison):  # what the runs get as their place is resolved
+        secrets.remember(written)
+    place = Place.of_job(sections, path)
+    home = place.home()
+    todo = variants.expand(comparison, {"seed": place.seed}, home)
     jobs = [_check_variant(sections, variant, path, options) for variant in todo]
-    for variant, job in zip(todo, jobs, strict=True):
-        if variants.is_done(home, variant):
-            log.info("%s: done before", variant.folder)
-            continue
-        log.info("%s, seed %d", variant.name, variant.seed)
+    variants.refuse_incomparable(todo, jobs)
+    sums, data = Sums(), _DataIdentities()
+    with opened(home):
+        done, pending = sort_out(home, list(zip(todo, jobs, strict=True)), data.of, sums)
+        for variant, job in pending:
+            log.info("%s", variant.words)
+            fetch_and_check(job.files)
+            begin(home, variant, job, sums)
+            _run_variant(variant, job)
+            done.append(finish(home, variant, job))
+            check_one_test_set(done, job.run.table_splits[0])
+        done.sort(key=lambda run: todo.index(run.variant))
+        content = OmegaConf.to_container(OmegaConf.merge(sections, comparison))
+        log.info("report: %s", summarise(home, place.project, done, content))
+
+
+def _run_variant(variant: Variant, job: Job) -> None:
+    try:
         _run(job)
-    report = variants.summarise(home, project, todo, OmegaConf.to_container(OmegaConf.merge(sections, comparison)))
-    log.info("report: %s", report)
+    except UserError as error:
+        raise UserError([f"{variant.words}: {line}" for line in error.faults]) from error
 
 
-def _name(value: Any) -> Any:
-    """Return a name that YAML has read as a number as the text that it was."""
-    return str(value) if isinstance(value, int | float) else value
+class _DataIdentities:
+    """The identities of the data that jobs train on and are evaluated on; jobs with the same settings share one."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Identity] = {}
+
+    def of(self, job: Job) -> Identity:
+        """Build the job's data sets, without its model, and return their identity."""
+        run = job.run
+        splits = list(dict.fromkeys(["train", *run.valid_splits, *run.test_splits]))
+        settings = [plain(job.datasets_cfg), run.train_splits, splits, run.picture_content, run.task, run.seed]
+        if (key := digest_of(settings)) not in self._known:
+            with on_its_place(job):
+                # pictures that are missing or broken differ from those that a run was trained on
+                unverified = _with_run(job, verify="off")
+                task = registry.get_task_class(run.task).setup_task(cfg=unverified)
+                datasets = by_split(task.build_datasets(unverified), run)
+                used = {split: datasets.get(split) for split in splits}
+                self._known[key] = Identity(
+                    rows=rows_digests(used), pictures=pictures_digests(used, run.picture_content)
+                )
+        return self._known[key]
+
+
+def _with_run(job: Job, **keys: Any) -> Job:
+    config = OmegaConf.merge(job.config, {"run": keys})
+    return Job(config, replace(job.run, **keys), job.model, job.files, Path(job.args.cfg_path), job.args.options)
 
 
 def _check_variant(sections: DictConfig, variant: Variant, path: Path, options: Sequence[str]) -> Job:
     try:
-        return check_job(OmegaConf.merge(sections, variant.settings), path, options)
+        return check_job(merge(sections, variant.settings), path, options)
     except UserError as error:
-        raise UserError([f"variants.{variant.name}: {line}" for line in error.faults]) from error
+        raise UserError([f"variants.{variant.title}: {line}" for line in error.faults]) from error
 
 
 def _run(job: Job) -> None:
+    # every job is its own when it is made; of several, the one that runs has to be
+    registry.register("configuration", job)
     now = time.strftime("%Y%m%d-%H%M%S")
     if job.run_cfg.runner != _RUNNER:
         _build_and_run(job, now)

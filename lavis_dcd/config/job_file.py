@@ -141,13 +141,16 @@ def merge(*sections: DictConfig) -> DictConfig:
     """Merge sections, each over those before it.
 
     Raises:
-        UserError: one has a list where another has keys.
+        UserError: one has a list where another has keys, or a number where another has the same in quotes.
     """
     merged = OmegaConf.create({})
     for section in sections:
         if found := _clashes(merged, section, ""):
             raise UserError(found)
-        merged = OmegaConf.merge(merged, section)
+        try:
+            merged = OmegaConf.merge(merged, section)
+        except OmegaConfBaseException as error:
+            raise UserError(one_line(f"{error.full_key}: {str(error).splitlines()[0]}")) from error
     return merged
 
 

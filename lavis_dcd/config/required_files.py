@@ -250,6 +250,10 @@ def _dataset_files(builder: type | None, section: Any, path: str) -> Iterator[Re
 
 def _annotation_file(field: str, storage: str, url: str | None, md5: str | None) -> RequiredFile:
     place, note = _in_cache(storage), "give the annotation file's absolute path"
+    if url and _is_another(url, place):
+        # LAVIS copies it there once, and reads the copy from then on
+        line = f"{url} is a file here, and {place} another one, which would be read; name yours as storage"
+        return RequiredFile(f"{field}.url", place, fault=line)
     own = os.path.isabs(os.path.expanduser(storage)) and os.path.exists(place)
     # a file of the user's own is what it is, whatever the defaults say of the published one
     if own or not url or not looks_like_address(url):
@@ -259,6 +263,12 @@ def _annotation_file(field: str, storage: str, url: str | None, md5: str | None)
     if md5 and (fault := sum_fault("md5", md5)):
         return RequiredFile(f"{field}.md5", place, fault=f"{fault}; correct it, or set it to null")
     return RequiredFile(f"{field}.storage", place, url, md5, note=note)
+
+
+def _is_another(source: str, place: Path) -> bool:
+    if "\0" in source or not (os.path.isfile(source) and place.is_file()) or os.path.samefile(source, place):
+        return False
+    return sha256_of(source) != sha256_of(place)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

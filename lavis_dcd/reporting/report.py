@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,11 @@ from typing import Any, TypedDict
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.common.texts import cut, memory_in_words, visible
 from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED, Series, line_chart
 from lavis_dcd.reporting.metrics_lines import FILE, is_number, read_lines
+from lavis_dcd.reporting.results import RESULTS, Results
 from lavis_dcd.reporting.table import Row, body, format_table, headline, tiles, used_columns
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class RunFiles:
         evals: its lines of evaluations.
     """
 
-    results: dict[str, Any]
+    results: Results
     config: str = ""
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
@@ -87,17 +86,13 @@ class RunFiles:
             UserError: ``results.json`` is missing or broken.
         """
         folder = Path(folder)
-        path = folder / "results.json"
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"no report without {path}, which an evaluation writes: {error}") from error
+        results = Results.read(folder / RESULTS)
         lines, left_out = read_lines(folder / FILE)
         if left_out:
             log.warning("%s: the report leaves out %d lines of another form", folder / FILE, left_out)
         lines.sort(key=lambda line: line["step"])  # an evaluation that was repeated stands behind later ones
         return cls(
-            _readable(results),
+            Results(**_readable(vars(results))),
             visible(_text(folder / "config.yaml")),
             [_readable(line) for line in lines if line["kind"] == "train"],
             [_readable(line) for line in lines if line["kind"] == "eval"],
@@ -121,11 +116,11 @@ def write_report(run_dir: str | Path) -> Path:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    rows: list[Row] = run.results.get("rows", [])
+    rows: Sequence[Row] = run.results.rows
     folds = [_fold_row(row) for row in rows if f"{FOLDS}r_sum" in row]
     page = environment.get_template("report.html.j2").render(
-        title=run.results.get("title") or "Retrieval report",
-        split=run.results.get("split", ""),
+        title=run.results.title or "Retrieval report",
+        split=run.results.split,
         headline=headline(rows),
         tiles=tiles(rows),
         table=body(rows, used_columns(rows, hide_same_how=True)),
@@ -134,7 +129,7 @@ def write_report(run_dir: str | Path) -> Path:
         folds=body(folds, used_columns(folds)),
         fold_columns=used_columns(folds),
         sections=chart_sections(run),
-        gallery=_gallery(run.results.get("gallery", [])),
+        gallery=_gallery(run.results.gallery),
         machine={**_machine(run), **_waiting(run), **_prescreened(run), **_skipped(run)},
         config=run.config,
     )
@@ -212,7 +207,7 @@ def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
 
 def _machine(run: RunFiles) -> dict[str, Any]:
     """Return the machine's facts, the peaks of memory in words."""
-    facts = dict(run.results.get("machine", {}))
+    facts = dict(run.results.machine)
     peaks = facts.pop("peak_memory", {})
     return facts | {f"peak memory of {phase}": memory_in_words(peak) for phase, peak in peaks.items()}
 
@@ -303,7 +298,8 @@ def _losses(run: RunFiles) -> list[str]:
 def _readable(value: Any) -> Any:
     """Return results with their texts as ``RunFiles`` has them."""
     if isinstance(value, str):
-        return cut(visible(value), LONGEST_TEXT)
+        whole = value.encode("utf-8", "replace").decode()  # half a character cannot be written
+        return cut(visible(whole), LONGEST_TEXT)
     if isinstance(value, Mapping):
         return {_readable(key): item if key == PICTURE else _readable(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from lavis_dcd.training.devices import map_leaves
 from lavis_dcd.training.strategy import Strategy
 from lavis_dcd.training.writing import writing_into
 
+COMPARISON = "comparison.json"  # in a folder that holds the runs of several variants
 _KIND, _FORMAT = "run", 1
 _BEST = "best step"
 _PRODUCTS = ("student.pth", "model.pth", "results.json", "results_*.json", "report.html")
@@ -66,6 +68,8 @@ def new_run_folder(project_folder: Path, run: RunConfig, job_id: str | None, hel
     if run.job_id and not (restart and run.evaluate and _is_used(project_folder / run.job_id)):
         folder = project_folder / run.job_id
         held.enter_context(hold(folder))
+        if os.path.lexists(folder / COMPARISON):
+            raise UserError(f"run.job_id: {folder} is the folder of a comparison; give another name")
         if not restart and _is_used(folder):
             raise UserError(
                 f"run.job_id: {folder} already holds a job; give another name, or continue it with run.resume=auto"

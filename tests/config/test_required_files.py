@@ -217,3 +217,19 @@ def test_the_packaged_efficientnet_is_of_a_form_that_is_read():
         f for f in files_of({"arch": "dual_encoder", "model_type": "small"}) if f.field == "model.vision.weights"
     )
     assert file.target.suffix == ".safetensors"
+
+
+def test_an_annotation_file_of_one_s_own_is_not_passed_over_for_one_in_the_cache(tmp_path, retrieval_files):
+    # LAVIS copies the file to its storage once, and reads that copy whatever becomes of the file
+    build = json.loads(json.dumps(retrieval_files))
+    mine, kept = tmp_path / "test.json", tmp_path / "kept.json"
+    kept.write_bytes(mine.read_bytes())
+    build["annotations"]["test"] = {"url": str(mine), "storage": str(kept)}
+    datasets = {"coco_retrieval": {"build_info": build}}
+    assert missing_faults(files_of(METER, datasets)) == []
+    mine.write_text("[]")
+    (line,) = missing_faults(files_of(METER, datasets))
+    assert line == (
+        f"datasets.coco_retrieval.build_info.annotations.test.url: {mine} is a file here, and {kept} another one, "
+        "which would be read; name yours as storage"
+    )

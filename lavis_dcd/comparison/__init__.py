@@ -1,0 +1,1 @@
+"""Several runs side by side: their folder, which of them are done, and their table."""
