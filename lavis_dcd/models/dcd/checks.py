@@ -18,7 +18,7 @@ from lavis_dcd.config.job_file import model_defaults, registered
 from lavis_dcd.distillation.candidates import PoolStrategy, build_pool
 from lavis_dcd.distillation.objective import DUAL, FUSION, loss_defaults
 from lavis_dcd.distillation.objective import config_faults as loss_faults
-from lavis_dcd.distillation.selection import SELECTION_STRATEGIES
+from lavis_dcd.distillation.strategies import SELECTION_STRATEGIES, build_strategy
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.models.building import full_section
 from lavis_dcd.models.dcd.config import (
@@ -26,6 +26,7 @@ from lavis_dcd.models.dcd.config import (
     DISTILLER_KEYS,
     CandidatesConfig,
     DcdConfig,
+    SelectionConfig,
     SuccessionConfig,
     model_section,
 )
@@ -186,6 +187,8 @@ def method_faults(config: DcdConfig, path: str = "model") -> list[str]:
     if how.strategy not in SELECTION_STRATEGIES:
         known = ", ".join(sorted(SELECTION_STRATEGIES))
         faults.append(f"{path}.selection.strategy: {how.strategy!r} is none of {known}")
+    else:
+        faults += strategy_faults(how, f"{path}.selection")
     budget = config.candidates.teacher_budget
     if budget is not None and budget < 2:
         faults.append(f"{path}.candidates.teacher_budget: {budget}, at least 2 pairs per query are needed (null: all)")
@@ -200,6 +203,17 @@ def method_faults(config: DcdConfig, path: str = "model") -> list[str]:
     except UserError as error:
         faults += error.faults
     return faults
+
+
+def strategy_faults(how: SelectionConfig, path: str) -> list[str]:
+    """Return what is wrong with the settings of the selection's strategy, one line per fault."""
+    try:
+        build_strategy(how.strategy, hard_share=how.hard_share)
+    except ValueError as error:
+        return [f"{path}.{error}"]
+    if how.hard_share != SelectionConfig.hard_share and how.strategy != "mixed":
+        return [f"{path}.hard_share: does nothing with strategy {how.strategy!r}; leave it out, or take mixed"]
+    return []
 
 
 def prescreen_faults(config: DcdConfig) -> list[str]:

@@ -82,7 +82,10 @@ class SelectionConfig:
     """The choice of the candidates that reach the student."""
 
     hard_negatives: int | None = 7  # K, per query; null: all of the pool
-    strategy: str = "hardest"  # hardest: by teacher score | random
+    # hardest: by teacher score | random | mixed: a share of the hardest, the others random | stratified: evenly over
+    # the range of the teacher's scores
+    strategy: str = "hardest"
+    hard_share: float = 0.5  # of strategy mixed: the share of K that is the hardest
     margin: float | None = None  # drop candidates that the teacher scores above the match by more than this
     prescreen: PrescreenConfig | None = None  # null: the teacher scores every candidate
 
