@@ -105,13 +105,21 @@ class Objective(Protocol):
 
     needs_teacher: bool
 
-    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        teacher_scores: Tensor | None,
+        student_scores: Tensor,
+        valid: Tensor,
+        log_counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return the 0-dim tensors ``loss``, ``distill_loss`` and ``contrastive_loss``, with gradients.
 
         Args:
             teacher_scores: float ``[Q, 1+K]``, the match in column 0, or None.
             student_scores: float ``[Q, 1+K]``.
             valid: bool ``[Q, 1+K]``.
+            log_counts: float ``[Q, 1+K]``, see :class:`lavis_dcd.distillation.selection.Selection`; None: each stands
+                for itself. Only terms over a softmax read it.
 
         Raises:
             ValueError: where the shapes differ, or the teacher's scores are needed and None.
@@ -184,7 +192,13 @@ class PaperObjective(Objective):
         return []
 
     @override
-    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        teacher_scores: Tensor | None,
+        student_scores: Tensor,
+        valid: Tensor,
+        log_counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         if teacher_scores is None and self.needs_teacher:
             raise ValueError(
                 f"alpha {self.alpha} with weighting '{self.weighting_name}' needs teacher_scores, got None; "
@@ -193,11 +207,13 @@ class PaperObjective(Objective):
         if teacher_scores is not None and self.teacher_temperature != 1:
             teacher_scores = full_precision(teacher_scores) / self.teacher_temperature
         weights = self.weighting(teacher_scores, student_scores, valid)
-        contrastive = reduce_rows(self.contrastive(student_scores, valid), weights.contrastive)
+        counted = {} if log_counts is None else {"log_counts": log_counts}
+        of_contrastive, of_distill = (counted if reweighs(term) else {} for term in (self.contrastive, self.distill))
+        contrastive = reduce_rows(self.contrastive(student_scores, valid, **of_contrastive), weights.contrastive)
         if teacher_scores is None:
             distill = torch.zeros_like(contrastive)
         else:
-            rows = self.distill(teacher_scores.detach(), student_scores, valid)
+            rows = self.distill(teacher_scores.detach(), student_scores, valid, **of_distill)
             distill = reduce_rows(rows, weights.distill)
         return _total(distill, contrastive, self.alpha, 1 - self.alpha)
 
@@ -233,7 +249,13 @@ class ReleaseObjective(Objective):
         return faults
 
     @override
-    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        teacher_scores: Tensor | None,
+        student_scores: Tensor,
+        valid: Tensor,
+        log_counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         if teacher_scores is None:
             raise ValueError("reference 'release' needs teacher_scores, got None")
         teacher, student, valid = prepare(valid, teacher_scores.detach(), student_scores)
@@ -261,6 +283,11 @@ REFERENCES: dict[str, type[PaperObjective] | type[ReleaseObjective]] = {
     "paper": PaperObjective,
     "release": ReleaseObjective,
 }
+
+
+def reweighs(term: Any) -> bool:
+    """Return whether a registered term (a class, or one built) counts a candidate as often as it stands for others."""
+    return bool(getattr(term, "reweighs", False))
 
 
 def _total(distill: Tensor, contrastive: Tensor, distill_share: float, contrastive_share: float) -> dict[str, Tensor]:

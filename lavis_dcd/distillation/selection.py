@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from lavis_dcd.distillation.candidates import CandidatePool
-from lavis_dcd.distillation.strategies import Draws, SelectionStrategy, build_strategy
+from lavis_dcd.distillation.losses import full_precision
+from lavis_dcd.distillation.strategies import Draws, SelectionStrategy, build_strategy, represented
 
 
 @dataclass
@@ -23,12 +25,15 @@ class Selection:
         image_rows, text_rows: int64 ``[Q, 1+K]``, rows into the batch's distinct images and texts.
         teacher_scores: float ``[Q, 1+K]`` at the same pairs, or None in training on the ground truth alone.
         valid: bool ``[Q, 1+K]``, False where a query had fewer than K usable negatives.
+        log_counts: float ``[Q, 1+K]``, the logarithm of how many of the pool's candidates each stands for (0 for the
+            match); None where each stands for itself.
     """
 
     image_rows: Tensor
     text_rows: Tensor
     teacher_scores: Tensor | None
     valid: Tensor
+    log_counts: Tensor | None = None
 
 
 def select(
@@ -38,6 +43,7 @@ def select(
     strategy: str | SelectionStrategy = "hardest",
     margin: float | None = None,
     draws: Draws | None = None,
+    reweight: bool = False,
 ) -> Selection:
     """Keep the match and at most K valid negatives per query; all of them, in the pool's order, without K.
 
@@ -50,6 +56,8 @@ def select(
         margin: drops candidates whose teacher score exceeds the match's by more than this: likely unlabelled
             matches.
         draws: source of chance for the strategies that draw; torch's by default.
+        reweight: tell for how many candidates of the pool each kept one stands, by the teacher's scores, so that a
+            softmax over the kept ones estimates that over all.
 
     Returns:
         Selection ``[Q, 1+K]``.
@@ -67,12 +75,19 @@ def select(
         columns, usable = _all(negatives)
     else:
         columns, usable = chooser.columns(negatives, teacher_scores, hard_negatives, draws or Draws())
+    log_counts = None
+    if reweight and hard_negatives is not None:
+        if teacher_scores is None:
+            raise ValueError("reweight compares teacher scores, but teacher_scores is None")
+        counts = represented(full_precision(teacher_scores[:, 1:]), negatives, columns, usable)
+        log_counts = nnf.pad(counts.masked_fill(~usable, 1.0).log(), (1, 0))
     index = torch.cat([columns.new_zeros(len(columns), 1), columns], dim=1)
     return Selection(
         image_rows=pool.image_rows.gather(1, index),
         text_rows=pool.text_rows.gather(1, index),
         teacher_scores=None if teacher_scores is None else teacher_scores.gather(1, index),
         valid=torch.cat([pool.valid[:, :1], usable], dim=1),
+        log_counts=log_counts,
     )
 
 

@@ -208,6 +208,29 @@ def take_highest(priorities: Tensor, negatives: Tensor, count: int) -> tuple[Ten
     return order.masked_fill(~real, 0), real
 
 
+def represented(scores: Tensor, negatives: Tensor, columns: Tensor, real: Tensor) -> Tensor:
+    """Return for how many usable candidates each chosen one stands: itself, and those nearest to it in score.
+
+    Args:
+        scores: float ``[Q, C]``, the teacher's.
+        negatives: bool ``[Q, C]``, the usable candidates.
+        columns, real: the chosen ones, as :meth:`SelectionStrategy.columns` returns them.
+
+    Returns:
+        float ``[Q, K]``, at least 1; a row's real ones sum up to its usable candidates. A candidate halfway between two
+        chosen ones counts for the higher.
+    """
+    if not columns.shape[1] or not scores.shape[1]:
+        return torch.ones_like(columns, dtype=torch.float32)
+    taken = scores.gather(1, (columns - 1).clamp_min(0)).masked_fill(~real, float("inf"))
+    ascending, order = taken.sort(dim=1, stable=True)
+    halfway = (ascending[:, 1:] + ascending[:, :-1]) / 2
+    nearest = torch.searchsorted(halfway.contiguous(), scores.contiguous(), right=True)
+    others = negatives & ~_chosen(negatives, columns, real)
+    counts = torch.zeros_like(taken).scatter_add_(1, nearest, others.to(taken.dtype))
+    return 1 + torch.zeros_like(taken).scatter_(1, order, counts)
+
+
 def _known(teacher_scores: Tensor | None, name: str) -> Tensor:
     """Return the teacher's scores of the candidates ``[Q, C]``, without the match's."""
     if teacher_scores is None:

@@ -350,6 +350,7 @@ def whole_batch(
                 gather(selection.text_rows),
                 None if teacher is None else gather(teacher.detach()),
                 gather(selection.valid),
+                None if selection.log_counts is None else gather(selection.log_counts),
             )
         )
         scores.append(gather(own_scores))

@@ -428,7 +428,12 @@ METHOD_FAULTS = [
     (["model.loss.reference=release", "model.selection.hard_negatives=null"], "model.loss.reference: release knows no"),
     (["model.loss.teacher_temperature=0"], "model.loss.teacher_temperature: must be above 0, got 0.0"),
     (["model.selection.strategy=hard"], "model.selection.strategy: 'hard' is none of hardest, mixed, random"),
-    (["model.selection.strategy=mixed", "model.selection.hard_share=2"], "model.selection.hard_share must lie in [0, 1]"),
+    (["model.selection.strategy=mixed", "model.selection.hard_share=2"], "model.selection.hard_share must lie in"),
+    (["model.selection.reweight=true", "model.loss.contrastive=bce"], "model.selection.reweight: has no effect with"),
+    (
+        ["model.selection.reweight=true", "model.loss.distill=kl", "model.selection.hard_negatives=null"],
+        "model.selection.reweight: has no effect with hard_negatives: null",
+    ),
     (["model.selection.hard_share=0.2"], "model.selection.hard_share: does nothing with strategy 'hardest'"),
     (["model.selection.hard_negatives=0"], "model.selection.hard_negatives: 0, at least 1 is needed"),
     (["model.selection.prescreen.keep=3"], "model.selection.prescreen.keep: 3, but selection.hard_negatives is"),

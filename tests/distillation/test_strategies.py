@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lavis_dcd.distillation.strategies import Draws, Stratified, build_strategy
+from lavis_dcd.distillation.candidates import CandidatePool
+from lavis_dcd.distillation.losses import KullbackLeibler, ListwiseCrossEntropy
+from lavis_dcd.distillation.selection import select
+from lavis_dcd.distillation.strategies import Draws, Stratified, build_strategy, represented
 
 
 def draws(seed=0):
@@ -127,3 +130,62 @@ def test_errors_name_what_is_wrong():
         build_strategy("mixed", hard_share=1.5)
     with pytest.raises(ValueError, match="2 queries are selected"):
         Draws(None, 7, slice(0, 4)).uniform(2, 3, torch.device("cpu"))
+
+
+def slow_counts(scores, usable, chosen):
+    """One query, in plain Python: every candidate that was not chosen counts for the nearest that was."""
+    counts = [1] * len(chosen)
+    for c, ok in enumerate(usable):
+        if ok and c not in chosen:
+            nearest = min(range(len(chosen)), key=lambda i: (abs(scores[chosen[i]] - scores[c]), -scores[chosen[i]]))
+            counts[nearest] += 1
+    return counts
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases(), st.sampled_from(["hardest", "random", "stratified"]))
+def test_counts_agree_with_loops(case, name):
+    scores, usable, count, seed = case
+    scores = (scores * 4).round().double()  # sums and halves of these are exact, so that ties are ties
+    columns, real = build_strategy(name).columns(usable, scores, count, draws(seed))
+    counts = represented(scores[:, 1:], usable, columns, real)
+    for q in range(len(scores)):
+        chosen = [c - 1 for c, r in zip(columns[q].tolist(), real[q].tolist(), strict=True) if r]
+        values = [scores[q, 1 + c].item() for c in chosen]
+        expected = slow_counts(scores[q, 1:].tolist(), usable[q].tolist(), chosen)
+        # of chosen ones with equal scores any may stand for the others
+        for value in set(values):
+            same = [i for i, v in enumerate(values) if v == value]
+            assert sum(counts[q][i].item() for i in same) == sum(expected[i] for i in same)
+        assert counts[q][: len(chosen)].sum() == usable[q].sum() or not chosen
+
+
+def test_a_reweighted_row_estimates_the_whole_pools():
+    """Stratified 8 of 400: both terms come near to those over all, and do not without the counts."""
+    generator = torch.Generator().manual_seed(3)
+    teacher = torch.randn(300, 401, generator=generator, dtype=torch.float64) * 1.5
+    student = teacher + 0.7 * torch.randn(300, 401, generator=generator, dtype=torch.float64)
+    teacher[:, 0] += 6
+    student[:, 0] += 6
+    pool = make_pool(torch.ones(300, 401, dtype=torch.bool))
+    chosen = select(pool, teacher, 8, "stratified", draws=draws(1), reweight=True)
+    columns = chosen.text_rows - 1000 * torch.arange(300)[:, None]
+    assert (chosen.log_counts[:, 0] == 0).all()
+    assert torch.equal(chosen.log_counts[:, 1:].exp().round().sum(1), torch.full((300,), 400.0, dtype=torch.float64))
+
+    def error(term, *args):
+        whole = term(*args, torch.ones_like(student, dtype=torch.bool)).mean()
+        few = [arg.gather(1, columns) for arg in args]
+        return [
+            (term(*few, chosen.valid, **counts).mean() - whole).abs() / whole
+            for counts in ({"log_counts": chosen.log_counts}, {})
+        ]
+
+    for counted, uncounted in (error(KullbackLeibler(), teacher, student), error(ListwiseCrossEntropy(), student)):
+        assert counted < 0.3 and counted < uncounted / 3, (counted, uncounted)
+
+
+def make_pool(valid):
+    queries, width = valid.shape
+    images = torch.arange(queries)[:, None].expand(queries, width)
+    return CandidatePool(images, 1000 * images + torch.arange(width), valid, "image_to_text")

@@ -16,7 +16,8 @@ from lavis_dcd.common.texts import shown
 from lavis_dcd.config.checks import keys_of_types, model_faults, processors_faults, section_schema
 from lavis_dcd.config.job_file import model_defaults, registered
 from lavis_dcd.distillation.candidates import PoolStrategy, build_pool
-from lavis_dcd.distillation.objective import DUAL, FUSION, loss_defaults
+from lavis_dcd.distillation.losses import CONTRASTIVE_LOSSES, DISTILL_LOSSES
+from lavis_dcd.distillation.objective import DUAL, FUSION, LossConfig, loss_defaults, reweighs
 from lavis_dcd.distillation.objective import config_faults as loss_faults
 from lavis_dcd.distillation.strategies import SELECTION_STRATEGIES, build_strategy
 from lavis_dcd.matching.adapters.registry import adapter_for
@@ -163,7 +164,32 @@ def section_faults(section: Mapping[str, Any], path: str) -> list[str]:
         families = _families(config)
     except UserError:  # a teacher or student that does not exist is reported by whoever checks its section
         return []
-    return [f"{path}.{line}" for line in loss_faults(loss_defaults(config.loss, *families))]
+    terms = loss_defaults(config.loss, *families)
+    return [f"{path}.{line}" for line in loss_faults(terms)] or reweight_faults(config, terms, path)
+
+
+def reweight_faults(config: DcdConfig, terms: LossConfig, path: str) -> list[str]:
+    """Return where ``selection.reweight`` would have no effect, one line per fault.
+
+    Args:
+        terms: the loss, with its terms named.
+        path: where the section stands.
+    """
+    if not config.selection.reweight:
+        return []
+    used: dict[str, Any] = {terms.distill: DISTILL_LOSSES[terms.distill]} if terms.alpha > 0 else {}
+    used |= {terms.contrastive: CONTRASTIVE_LOSSES[terms.contrastive]} if terms.alpha < 1 else {}
+    where = f"{path}.selection.reweight: has no effect"
+    if not any(map(reweighs, used.values())):
+        return [f"{where} with {' and '.join(used)}; take distill: kl or contrastive: listwise_ce"]
+    for given, words in (
+        (config.selection.hard_negatives is None, "hard_negatives: null, which keeps all candidates"),
+        (config.candidates.from_bank, "candidates.source: bank, whose candidates are no sample of a pool"),
+        (terms.reference == "release", "loss.reference: release"),
+    ):
+        if given:
+            return [f"{where} with {words}; leave one of them out"]
+    return []
 
 
 def _families(config: DcdConfig) -> tuple[str, str]:

@@ -86,6 +86,9 @@ class SelectionConfig:
     # the range of the teacher's scores
     strategy: str = "hardest"
     hard_share: float = 0.5  # of strategy mixed: the share of K that is the hardest
+    # count each candidate for all of the pool that are nearest to it in the teacher's score, so that a softmax over the
+    # chosen ones estimates that over the pool; for loss.distill: kl and contrastive: listwise_ce
+    reweight: bool = False
     margin: float | None = None  # drop candidates that the teacher scores above the match by more than this
     prescreen: PrescreenConfig | None = None  # null: the teacher scores every candidate
 

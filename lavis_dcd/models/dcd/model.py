@@ -277,7 +277,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def _needs_teacher(self) -> bool:
         how = self.config.selection
         mining = self.strategy.needs_teacher and how.hard_negatives is not None
-        return mining or how.margin is not None or self.objective.needs_teacher
+        return mining or how.margin is not None or how.reweight or self.objective.needs_teacher
 
     def _select(self, encoded: EncodedBatch, pool: CandidatePool, teacher: ScoreTable) -> Selection:
         how = self.config.selection
@@ -286,7 +286,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         if self.config.loss.reference == "release" and how.hard_negatives is not None:
             return release_selection(pool, teacher.known_scores(), how.hard_negatives)
         draws = _draws(encoded, pool.direction)
-        return select(pool, teacher.scores, how.hard_negatives, self.strategy, how.margin, draws)
+        return select(pool, teacher.scores, how.hard_negatives, self.strategy, how.margin, draws, how.reweight)
 
     def _student_tables(
         self, features: BatchFeatures, selections: list[Selection], all_pairs: Tensor | None
@@ -300,7 +300,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def _distillation(self, selections: list[Selection], student_scores: list[Tensor]) -> dict[str, Tensor]:
         """The objective of each direction, and the mean of the two."""
         by_direction = [
-            self.objective(selection.teacher_scores, scores, selection.valid)
+            self.objective(selection.teacher_scores, scores, selection.valid, selection.log_counts)
             for selection, scores in zip(selections, student_scores, strict=True)
         ]
         return {key: torch.stack([losses[key] for losses in by_direction]).mean() for key in by_direction[0]}
