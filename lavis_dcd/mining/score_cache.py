@@ -79,7 +79,7 @@ class KeptScores:
     def _warn_of_settings(self) -> None:
         """Warn of settings with which the bank was not mined: it serves as well, but may not be the one expected."""
         wanted = self.config.candidates.bank
-        for name in ("by", "shortlist", "random", "keep"):
+        for name in ("by", "shortlist", "random", "keep", "keep_by"):
             mined = self.bank.settings.get(name)
             if mined is not None and mined != getattr(wanted, name):
                 log.warning(

@@ -30,7 +30,8 @@ class BankConfig:
     by: str = "joint"  # whose cheap scores make the shortlist: joint (the teacher's joint space) | student | none
     shortlist: int = 48  # most promising candidates per query, by the cheap scores
     random: int = 15  # candidates drawn at random per query beside them
-    keep: int = 63  # highest teacher scores kept per query
+    keep: int = 63  # candidates kept per query
+    keep_by: Literal["hardest", "stratified"] = "hardest"  # the highest teacher scores, or evenly over their range
 
 
 @dataclass
