@@ -132,7 +132,7 @@ CHOICES = {
     ("LossConfig", "distill"): (LOSSES, "DISTILL_LOSSES"),
     ("LossConfig", "contrastive"): (LOSSES, "CONTRASTIVE_LOSSES"),
     ("LossConfig", "weighting"): ("distillation/weighting.py", "WEIGHTINGS"),
-    ("SelectionConfig", "strategy"): ("distillation/selection.py", "SELECTION_STRATEGIES"),
+    ("SelectionConfig", "strategy"): ("distillation/strategies.py", "SELECTION_STRATEGIES"),
     ("PoolConfig", "source"): ("distillation/candidates.py", "register_pool"),
     ("CandidatesConfig", "source"): ("distillation/candidates.py", "register_pool"),
 }

@@ -16,6 +16,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.datasets.random_captions import WithCandidates, flat_texts
 from lavis_dcd.distillation.candidates import DIRECTIONS, IMAGE_TO_TEXT, TEXT_TO_IMAGE, CandidatePool
 from lavis_dcd.distillation.selection import Selection, select
+from lavis_dcd.distillation.strategies import Draws, SelectionStrategy
 
 SCORES = {direction: f"{direction}_scores" for direction in DIRECTIONS}
 
@@ -25,7 +26,7 @@ class Choice:
     """The choice of a row's hard samples among those that the bank keeps, see ``distillation.selection.select``."""
 
     hard_negatives: int | None = 7
-    strategy: str = "hardest"
+    strategy: str | SelectionStrategy = "hardest"
     margin: float | None = None
 
 
@@ -38,7 +39,7 @@ class BankCandidates(WithCandidates):
     ``<direction>_scores`` (float32 ``[1+K]``): the teacher's of the match, then of the candidates, in their order.
     A row with fewer than K repeats its own caption or picture, which is no negative of it and is masked later.
 
-    What is chosen depends on (seed, epoch, index) alone, and without chance on the index alone.
+    The choice depends on (seed, epoch, index) alone, and without chance on the index alone.
 
     Args:
         dataset: a LAVIS ``RetrievalDataset``, a concatenation of some, or a wrapper with ``.dataset``.
@@ -91,11 +92,9 @@ class BankCandidates(WithCandidates):
     def _select(self, direction: str, rows: Tensor, scores: Tensor, index: int) -> Selection:
         choice, columns = self.choice, cast(LongTensor, torch.arange(len(rows))[None])
         pool = CandidatePool(columns, columns, self._valid(rows), direction)
-        generator = None
-        if choice.strategy == "random":
-            seeds = np.random.SeedSequence([self.seed, self.epoch, index, DIRECTIONS.index(direction)])
-            generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
-        return select(pool, cast(FloatTensor, scores), choice.hard_negatives, choice.strategy, choice.margin, generator)
+        seeds = np.random.SeedSequence([self.seed, self.epoch, index, DIRECTIONS.index(direction)])
+        draws = Draws(torch.Generator().manual_seed(int(seeds.generate_state(1)[0])))
+        return select(pool, cast(FloatTensor, scores), choice.hard_negatives, choice.strategy, choice.margin, draws)
 
     def _valid(self, rows: Tensor) -> BoolTensor:
         """Bool ``[1, 1+C]``: the match, and rows of other pictures."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as nnf
@@ -81,21 +81,26 @@ class MeanSquaredError(DistillLoss):
 class KullbackLeibler(DistillLoss):
     """T^2 * KL(softmax(t/T) || softmax(s/T)) over the valid candidates: blind to a shift of either side.
 
+    A candidate that stands for n of them counts n times in both sums.
+
     Raises:
         ValueError: when temperature <= 0.
     """
 
     temperature: float = 1.0
+    reweighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
     @override
-    def __call__(self, teacher_scores: Tensor, student_scores: Tensor, valid: Tensor) -> Tensor:
+    def __call__(
+        self, teacher_scores: Tensor, student_scores: Tensor, valid: Tensor, log_counts: Tensor | None = None
+    ) -> Tensor:
         teacher, student, valid = prepare(valid, teacher_scores, student_scores)
-        target = masked_log_softmax(teacher / self.temperature, valid)
-        output = masked_log_softmax(student / self.temperature, valid)
+        target = masked_log_softmax(_counted(teacher / self.temperature, log_counts), valid)
+        output = masked_log_softmax(_counted(student / self.temperature, log_counts), valid)
         return self.temperature**2 * (target.exp() * (target - output) * valid).sum(dim=1)
 
 
@@ -161,12 +166,17 @@ class BinaryCrossEntropy(ContrastiveLoss):
 
 @dataclass(frozen=True)
 class ListwiseCrossEntropy(ContrastiveLoss):
-    """-log softmax(s)_0 over the valid candidates: blind to a shift."""
+    """-log softmax(s)_0 over the valid candidates: blind to a shift.
+
+    A candidate that stands for n of them counts n times in the sum.
+    """
+
+    reweighs: ClassVar[bool] = True
 
     @override
-    def __call__(self, student_scores: Tensor, valid: Tensor) -> Tensor:
+    def __call__(self, student_scores: Tensor, valid: Tensor, log_counts: Tensor | None = None) -> Tensor:
         student, valid = prepare(valid, student_scores)
-        return match_cross_entropy(student, valid)
+        return match_cross_entropy(_counted(student, log_counts), valid)
 
 
 # Classes, built with the fields of ``objective.LossConfig`` that they declare (a dataclass field ``temperature``
@@ -220,6 +230,10 @@ def full_precision(scores: Tensor) -> Tensor:
 def masked_log_softmax(scores: Tensor, valid: Tensor) -> Tensor:
     """Return log softmax over the valid entries of each row, 0 at masked ones. Finite for any finite scores."""
     return torch.where(valid, nnf.log_softmax(scores.masked_fill(~valid, _FILL), dim=1), 0.0)
+
+
+def _counted(scores: Tensor, log_counts: Tensor | None) -> Tensor:
+    return scores if log_counts is None else scores + log_counts
 
 
 def match_cross_entropy(scores: Tensor, valid: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lavis_dcd.distillation.losses import (
     CONTRASTIVE_LOSSES,
     DISTILL_LOSSES,
     BinaryCrossEntropy,
+    full_precision,
     match_cross_entropy,
     prepare,
     reduce_rows,
@@ -49,6 +50,8 @@ class LossConfig:
         gamma: how sharply the weightings that have it favour what the teacher is sure of; >= 0.
         temperature: of the KL term; the other terms have none, so there it must be 1 (the release's cancels
             out).
+        teacher_temperature: divides the teacher's scores, wherever they are read: above 1 a softer teacher, for one
+            that has memorised its training queries.
         entropy_floor: least contrastive weight, before normalising, in the weightings that have it; >= 0.
         student_weight: weight of the student's own training loss, beside this objective; >= 0.
         in_batch_weight: weight of InfoNCE over all pairs of the batch, beside this objective; >= 0. None: 1 for a
@@ -64,6 +67,7 @@ class LossConfig:
     weighting: str = "entropy_share"
     gamma: float = 2.0
     temperature: float = 1.0
+    teacher_temperature: float = 1.0
     entropy_floor: float = 0.0
     student_weight: float = 0.0
     in_batch_weight: float | None = None
@@ -101,13 +105,21 @@ class Objective(Protocol):
 
     needs_teacher: bool
 
-    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        teacher_scores: Tensor | None,
+        student_scores: Tensor,
+        valid: Tensor,
+        log_counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return the 0-dim tensors ``loss``, ``distill_loss`` and ``contrastive_loss``, with gradients.
 
         Args:
             teacher_scores: float ``[Q, 1+K]``, the match in column 0, or None.
             student_scores: float ``[Q, 1+K]``.
             valid: bool ``[Q, 1+K]``.
+            log_counts: float ``[Q, 1+K]``, see :class:`lavis_dcd.distillation.selection.Selection`; None: each stands
+                for itself. Only terms over a softmax read it.
 
         Raises:
             ValueError: where the shapes differ, or the teacher's scores are needed and None.
@@ -146,8 +158,11 @@ def config_faults(cfg: LossConfig) -> list[str]:
     ]
     if not 0 <= cfg.alpha <= 1:
         faults.append(f"loss.alpha: must lie in [0, 1], got {cfg.alpha}")
-    if not cfg.temperature > 0:
-        faults.append(f"loss.temperature: must be above 0, got {cfg.temperature}")
+    faults += [
+        f"loss.{name}: must be above 0, got {getattr(cfg, name)}"
+        for name in ("temperature", "teacher_temperature")
+        if not getattr(cfg, name) > 0
+    ]
     faults += [
         f"loss.{name}: must be at least 0, got {getattr(cfg, name)}"
         for name in ("gamma", "entropy_floor", "student_weight", "in_batch_weight")
@@ -160,7 +175,7 @@ class PaperObjective(Objective):
     """alpha * sum_q w_q * distill_q + (1 - alpha) * sum_q v_q * contrastive_q, weights applied row by row."""
 
     def __init__(self, cfg: LossConfig) -> None:
-        self.alpha = cfg.alpha
+        self.alpha, self.teacher_temperature = cfg.alpha, cfg.teacher_temperature
         self.distill = _configured(DISTILL_LOSSES[cfg.distill], cfg)
         self.contrastive = _configured(CONTRASTIVE_LOSSES[cfg.contrastive], cfg)
         self.weighting = _configured(WEIGHTINGS[cfg.weighting], cfg)
@@ -177,18 +192,28 @@ class PaperObjective(Objective):
         return []
 
     @override
-    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        teacher_scores: Tensor | None,
+        student_scores: Tensor,
+        valid: Tensor,
+        log_counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         if teacher_scores is None and self.needs_teacher:
             raise ValueError(
                 f"alpha {self.alpha} with weighting '{self.weighting_name}' needs teacher_scores, got None; "
                 "without a teacher use alpha: 0 and weighting: uniform"
             )
+        if teacher_scores is not None and self.teacher_temperature != 1:
+            teacher_scores = full_precision(teacher_scores) / self.teacher_temperature
         weights = self.weighting(teacher_scores, student_scores, valid)
-        contrastive = reduce_rows(self.contrastive(student_scores, valid), weights.contrastive)
+        counted = {} if log_counts is None else {"log_counts": log_counts}
+        of_contrastive, of_distill = (counted if reweighs(term) else {} for term in (self.contrastive, self.distill))
+        contrastive = reduce_rows(self.contrastive(student_scores, valid, **of_contrastive), weights.contrastive)
         if teacher_scores is None:
             distill = torch.zeros_like(contrastive)
         else:
-            rows = self.distill(teacher_scores.detach(), student_scores, valid)
+            rows = self.distill(teacher_scores.detach(), student_scores, valid, **of_distill)
             distill = reduce_rows(rows, weights.distill)
         return _total(distill, contrastive, self.alpha, 1 - self.alpha)
 
@@ -213,6 +238,8 @@ class ReleaseObjective(Objective):
     def faults(cfg: LossConfig) -> list[str]:
         """Return which settings do not go with this arithmetic, one line per fault."""
         faults = []
+        if cfg.teacher_temperature != 1:
+            faults.append("loss.teacher_temperature: reference 'release' has none; leave it at 1")
         if cfg.weighting not in ("entropy_share", "wsl"):
             faults.append(f"loss.weighting: reference 'release' has entropy_share and wsl only, got '{cfg.weighting}'")
         if cfg.distill not in ("mse", AUTO):
@@ -222,7 +249,13 @@ class ReleaseObjective(Objective):
         return faults
 
     @override
-    def __call__(self, teacher_scores: Tensor | None, student_scores: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        teacher_scores: Tensor | None,
+        student_scores: Tensor,
+        valid: Tensor,
+        log_counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         if teacher_scores is None:
             raise ValueError("reference 'release' needs teacher_scores, got None")
         teacher, student, valid = prepare(valid, teacher_scores.detach(), student_scores)
@@ -250,6 +283,11 @@ REFERENCES: dict[str, type[PaperObjective] | type[ReleaseObjective]] = {
     "paper": PaperObjective,
     "release": ReleaseObjective,
 }
+
+
+def reweighs(term: Any) -> bool:
+    """Return whether a registered term (a class, or one built) counts a candidate as often as it stands for others."""
+    return bool(getattr(term, "reweighs", False))
 
 
 def _total(distill: Tensor, contrastive: Tensor, distill_share: float, contrastive_share: float) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.distillation.candidates import CandidatePool
-from lavis_dcd.distillation.selection import take_highest
+from lavis_dcd.distillation.strategies import take_highest
 
 
 def within_budget(

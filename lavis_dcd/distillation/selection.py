@@ -7,14 +7,14 @@ shows the published code's way, where they do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
-from typing_extensions import override
+from torch.nn import functional as nnf
 
 from lavis_dcd.distillation.candidates import CandidatePool
+from lavis_dcd.distillation.losses import full_precision
+from lavis_dcd.distillation.strategies import Draws, SelectionStrategy, build_strategy, represented
 
 
 @dataclass
@@ -25,56 +25,15 @@ class Selection:
         image_rows, text_rows: int64 ``[Q, 1+K]``, rows into the batch's distinct images and texts.
         teacher_scores: float ``[Q, 1+K]`` at the same pairs, or None in training on the ground truth alone.
         valid: bool ``[Q, 1+K]``, False where a query had fewer than K usable negatives.
+        log_counts: float ``[Q, 1+K]``, the logarithm of how many of the pool's candidates each stands for (0 for the
+            match); None where each stands for itself.
     """
 
     image_rows: Tensor
     text_rows: Tensor
     teacher_scores: Tensor | None
     valid: Tensor
-
-
-class SelectionStrategy(Protocol):
-    """Ranks candidates; ``needs_teacher`` is False where the teacher's scores may be None."""
-
-    needs_teacher: bool
-
-    def priorities(self, negatives: Tensor, teacher_scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """Return float ``[Q, C]``: the highest are taken first, ties by lower column.
-
-        Args:
-            negatives: bool ``[Q, C]``, the usable candidates.
-            teacher_scores: float ``[Q, 1+C]``, the match in column 0; None without a teacher.
-            generator: source of chance; None for torch's.
-
-        Raises:
-            ValueError: where the teacher's scores are needed and None.
-        """
-
-
-class Hardest(SelectionStrategy):
-    """The negatives that the teacher scores highest."""
-
-    needs_teacher = True
-
-    @override
-    def priorities(self, negatives: Tensor, teacher_scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        if teacher_scores is None:
-            raise ValueError("selection strategy 'hardest' needs teacher_scores; use 'random' without a teacher")
-        return teacher_scores[:, 1:]
-
-
-class Random(SelectionStrategy):
-    """Negatives drawn uniformly, without replacement."""
-
-    needs_teacher = False
-
-    @override
-    def priorities(self, negatives: Tensor, teacher_scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        device = negatives.device if generator is None else generator.device
-        return torch.rand(negatives.shape, generator=generator, device=device).to(negatives.device)
-
-
-SELECTION_STRATEGIES: dict[str, SelectionStrategy] = {"hardest": Hardest(), "random": Random()}
+    log_counts: Tensor | None = None
 
 
 def select(
@@ -83,7 +42,8 @@ def select(
     hard_negatives: int | None,
     strategy: str | SelectionStrategy = "hardest",
     margin: float | None = None,
-    generator: torch.Generator | None = None,
+    draws: Draws | None = None,
+    reweight: bool = False,
 ) -> Selection:
     """Keep the match and at most K valid negatives per query; all of them, in the pool's order, without K.
 
@@ -92,10 +52,12 @@ def select(
         teacher_scores: float ``[Q, 1+C]``, or None where the strategy needs none.
         hard_negatives: K >= 1. With C < K the surplus columns are masked. None: every valid candidate, so K = C;
             then the strategy has nothing to choose and needs no teacher.
-        strategy: a name in SELECTION_STRATEGIES, or an object with the same method.
+        strategy: a name in SELECTION_STRATEGIES, with its default settings, or an object with the same method.
         margin: drops candidates whose teacher score exceeds the match's by more than this: likely unlabelled
             matches.
-        generator: source of chance for "random".
+        draws: source of chance for the strategies that draw; torch's by default.
+        reweight: tell for how many candidates of the pool each kept one stands, by the teacher's scores, so that a
+            softmax over the kept ones estimates that over all.
 
     Returns:
         Selection ``[Q, 1+K]``.
@@ -104,7 +66,7 @@ def select(
         ValueError: on K < 1, an unknown strategy, scores of another shape than the pool, or a margin without
             scores.
     """
-    chooser = _strategy(strategy)
+    chooser = build_strategy(strategy) if isinstance(strategy, str) else strategy
     _check(pool, teacher_scores, hard_negatives, margin)
     negatives = pool.valid[:, 1:] & pool.valid[:, :1]
     if margin is not None and teacher_scores is not None:
@@ -112,14 +74,20 @@ def select(
     if hard_negatives is None:
         columns, usable = _all(negatives)
     else:
-        priorities = chooser.priorities(negatives, teacher_scores, generator)
-        columns, usable = take_highest(priorities, negatives, hard_negatives)
+        columns, usable = chooser.columns(negatives, teacher_scores, hard_negatives, draws or Draws())
+    log_counts = None
+    if reweight and hard_negatives is not None:
+        if teacher_scores is None:
+            raise ValueError("reweight compares teacher scores, but teacher_scores is None")
+        counts = represented(full_precision(teacher_scores[:, 1:]), negatives, columns, usable)
+        log_counts = nnf.pad(counts.masked_fill(~usable, 1.0).log(), (1, 0))
     index = torch.cat([columns.new_zeros(len(columns), 1), columns], dim=1)
     return Selection(
         image_rows=pool.image_rows.gather(1, index),
         text_rows=pool.text_rows.gather(1, index),
         teacher_scores=None if teacher_scores is None else teacher_scores.gather(1, index),
         valid=torch.cat([pool.valid[:, :1], usable], dim=1),
+        log_counts=log_counts,
     )
 
 
@@ -152,36 +120,6 @@ def release_selection(pool: CandidatePool, teacher_scores: Tensor, hard_negative
     in_order = teacher_scores.sort(dim=1, descending=True, stable=True).values
     chosen.teacher_scores = in_order[:, : 1 + hard_negatives]
     return chosen
-
-
-def take_highest(priorities: Tensor, negatives: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` usable candidates of highest priority, ties by lower column.
-
-    Args:
-        priorities: float ``[Q, C]``.
-        negatives: bool ``[Q, C]``, the usable ones.
-
-    Returns:
-        pool columns, int64 ``[Q, count]`` in 1..C, and which of them are real, bool ``[Q, count]``; the others are 0.
-    """
-    ranked = priorities.masked_fill(~negatives, float("-inf"))
-    order = ranked.sort(dim=1, descending=True, stable=True).indices
-    # a second stable sort keeps a masked candidate behind a usable one whose own priority is -inf
-    usable = negatives.gather(1, order)
-    order = order.gather(1, usable.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices)
-    order, real = order[:, :count], negatives.gather(1, order)[:, :count]
-    missing = count - order.shape[1]
-    order = nnf.pad(order + 1, (0, missing))
-    real = nnf.pad(real, (0, missing))
-    return order.masked_fill(~real, 0), real
-
-
-def _strategy(strategy: str | SelectionStrategy) -> SelectionStrategy:
-    if not isinstance(strategy, str):
-        return strategy
-    if strategy not in SELECTION_STRATEGIES:
-        raise ValueError(f"unknown selection strategy '{strategy}'; known: {', '.join(sorted(SELECTION_STRATEGIES))}")
-    return SELECTION_STRATEGIES[strategy]
 
 
 def _check(

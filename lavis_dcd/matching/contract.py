@@ -141,7 +141,7 @@ class Samples(TypedDict, total=False):
     """A training batch of B samples, as a model's ``forward`` receives it: every key that anybody reads.
 
     LAVIS's loader makes ``image``, ``text_input`` and ``image_id``; the data sets of this package add candidates and
-    features, and the training loop the last four keys. Where matchers preprocess differently, the keys in ``VIEWED``
+    features, and the training loop the last five keys. Where matchers preprocess differently, the keys in ``VIEWED``
     are mappings from a view's name to that view's value; :func:`view_of` picks one.
 
     Attributes:
@@ -163,6 +163,7 @@ class Samples(TypedDict, total=False):
         iters: number of the step in its epoch, from 0.
         num_iters_per_epoch: steps of an epoch.
         progress: share of the whole job that is done, in [0, 1].
+        draw_seed: of what is drawn for the queries of this batch, the same in every process.
     """
 
     image: Tensor | ImageFeatures | Mapping[str, Tensor]
@@ -180,6 +181,7 @@ class Samples(TypedDict, total=False):
     iters: int
     num_iters_per_epoch: int
     progress: float
+    draw_seed: int
 
 
 def view_of(samples: Mapping[str, Any], name: str = MAIN_VIEW) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lavis_dcd.common.progress import progress
 from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
 from lavis_dcd.datasets.views import View, build_view
 from lavis_dcd.distillation.candidates import DIRECTIONS
+from lavis_dcd.distillation.strategies import build_strategy
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.mining.identity import evaluation_view, identity_of, teacher_views
 from lavis_dcd.mining.plan import Plan, bank_tables
@@ -97,7 +98,7 @@ class Miner:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the mining, which a bank keeps beside its identity."""
-        of_bank = {name: getattr(self.bank, name) for name in ("by", "shortlist", "random", "keep")}
+        of_bank = {name: getattr(self.bank, name) for name in ("by", "shortlist", "random", "keep", "keep_by")}
         return {**of_bank, "seed": self.run.seed, "amp": self.resources.amp}
 
     def mine(self, overwrite: bool = False) -> None:
@@ -278,7 +279,8 @@ class Miner:
 
     def _finish(self, work: WorkFolder, plan: Plan, pairing: Pairing, teachers: Teachers, identity: Identity) -> None:
         scores = work.scores(plan, len(teachers.matchers))
-        tables = bank_tables(pairing, plan, scores, teachers.weights, self.bank.keep)
+        by = build_strategy(self.bank.keep_by)
+        tables = bank_tables(pairing, plan, scores, teachers.weights, self.bank.keep, by, self.run.seed)
         ScoreBank(identity, self.settings, tables, self.run.picture_content).save(self.folder)
         summary = self._report(tables)
         work.remove()

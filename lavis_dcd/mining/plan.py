@@ -15,8 +15,10 @@ from torch import BoolTensor, Tensor
 from lavis_dcd.banks.score_bank import BankTable
 from lavis_dcd.banks.tensor_files import faults_as_damage, mapped
 from lavis_dcd.common.files import atomic_write, update_with_tensors
+from lavis_dcd.common.seeding import seed_for
 from lavis_dcd.distillation.candidates import DIRECTIONS, IMAGE_TO_TEXT
 from lavis_dcd.distillation.ensemble import combine
+from lavis_dcd.distillation.strategies import Draws, Hardest, SelectionStrategy
 from lavis_dcd.mining.pools import Pairing
 
 PAIRS_PER_SHARD = 4096  # what an interruption costs at most
@@ -119,9 +121,15 @@ def _bounds(keys: Tensor, texts: int) -> Tensor:
 
 
 def bank_tables(
-    pairing: Pairing, plan: Plan, scores: Sequence[Tensor], weights: Sequence[float], keep: int
+    pairing: Pairing,
+    plan: Plan,
+    scores: Sequence[Tensor],
+    weights: Sequence[float],
+    keep: int,
+    by: SelectionStrategy | None = None,
+    seed: int = 0,
 ) -> dict[str, BankTable]:
-    """Return per direction and row of the training set the match's score and the highest of its candidates.
+    """Return per direction and row of the training set the match's score and those of its candidates, the best first.
 
     Several teachers' scores are standardised over the match and the pool of each row and averaged, as in training
     (``distillation.ensemble.combine``).
@@ -130,14 +138,16 @@ def bank_tables(
         scores: of ``plan.keys``, float32 ``[P]`` per teacher.
         weights: of the teachers.
         keep: at most so many candidates per row.
+        by: which of them; the highest by default.
+        seed: of a choice by chance.
     """
-    tables = {}
+    tables, by = {}, by or Hardest()
     for direction, pool in plan.pools.items():
         to_text = direction == IMAGE_TO_TEXT
         sides = (pairing.image_of_row, pairing.text_of_row)
         queries, matches = sides if to_text else sides[::-1]
         row_of_item = pairing.row_of_text if to_text else pairing.row_of_image
-        blocks = []
+        draws, blocks = Draws(torch.Generator().manual_seed(seed_for(seed, "bank", direction))), []
         for query, match in zip(queries.split(ROWS_AT_ONCE), matches.split(ROWS_AT_ONCE), strict=True):
             items = torch.cat([match[:, None], pool[query].long()], dim=1)
             pairs = (query[:, None].expand_as(items), items.clamp_min(0))
@@ -146,21 +156,23 @@ def bank_tables(
             places = torch.searchsorted(plan.keys, keys).clamp_max(len(plan.keys) - 1)
             valid = cast(BoolTensor, items >= 0)
             combined = combine([of_teacher[places] for of_teacher in scores], valid, weights)
-            blocks.append(_highest(combined, items, valid, row_of_item, keep))
+            chosen = by.columns(valid[:, 1:], combined, min(keep, pool.shape[1]), draws)
+            blocks.append(_best_first(combined, items, *chosen, row_of_item))
         tables[direction] = BankTable(*(torch.cat(columns) for columns in zip(*blocks, strict=True)))
     return tables
 
 
-def _highest(scores: Tensor, items: Tensor, valid: Tensor, row_of_item: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Return the highest candidates of each row as rows of the training set ``[Q, K]``, and the scores ``[Q, 1+K]``.
+def _best_first(
+    scores: Tensor, items: Tensor, columns: Tensor, real: Tensor, row_of_item: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the chosen candidates of each row as rows of the training set ``[Q, K]``, and the scores ``[Q, 1+K]``.
 
     Args:
-        scores: ``[Q, 1+N]``, the match first.
-        items, valid: of the same shape.
+        scores, items: ``[Q, 1+N]``, the match first.
+        columns, real: the choice, as ``SelectionStrategy.columns`` returns it.
         row_of_item: the first row of each item.
     """
-    ranked = scores[:, 1:].masked_fill(~valid[:, 1:], -torch.inf).sort(dim=1, descending=True, stable=True)
-    order, highest = ranked.indices[:, :keep], ranked.values[:, :keep]
-    absent = highest == -torch.inf
-    candidates = row_of_item[items[:, 1:].gather(1, order).clamp_min(0)].masked_fill(absent, -1).int()
-    return candidates, torch.cat([scores[:, :1], highest.masked_fill(absent, 0.0)], dim=1)
+    ranked = scores.gather(1, columns).masked_fill(~real, -torch.inf).sort(dim=1, descending=True, stable=True)
+    order, there = columns.gather(1, ranked.indices), real.gather(1, ranked.indices)
+    candidates = row_of_item[items.gather(1, order).clamp_min(0)].masked_fill(~there, -1).int()
+    return candidates, torch.cat([scores[:, :1], ranked.values.masked_fill(~there, 0.0)], dim=1)

@@ -15,6 +15,7 @@ from lavis_dcd.config.checks import section_schema
 from lavis_dcd.config.job import Job
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.identity import Content
+from lavis_dcd.distillation.strategies import build_strategy
 from lavis_dcd.mining.identity import identity_of
 from lavis_dcd.models.dcd.checks import method_faults
 from lavis_dcd.models.dcd.config import DcdConfig
@@ -78,7 +79,7 @@ class KeptScores:
     def _warn_of_settings(self) -> None:
         """Warn of settings with which the bank was not mined: it serves as well, but may not be the one expected."""
         wanted = self.config.candidates.bank
-        for name in ("by", "shortlist", "random", "keep"):
+        for name in ("by", "shortlist", "random", "keep", "keep_by"):
             mined = self.bank.settings.get(name)
             if mined is not None and mined != getattr(wanted, name):
                 log.warning(
@@ -95,7 +96,8 @@ class KeptScores:
         if not self._checked:
             raise UserError("model.candidates: the score bank was not checked against the data; call prepare first")
         how = self.config.selection
-        choice = Choice(how.hard_negatives, how.strategy, how.margin)
+        strategy = build_strategy(how.strategy, hard_share=how.hard_share)
+        choice = Choice(how.hard_negatives, strategy, how.margin)
         return BankCandidates(dataset, self.bank, list(self.config.candidates.sources()), choice, seed)
 
 

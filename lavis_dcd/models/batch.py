@@ -54,6 +54,7 @@ class Batch:
         bank_scores: by direction, a score bank's teacher scores, float ``[B, 1 + C]``; empty without a bank.
         step: number of the step in the job, from 0.
         progress: share of the job that is done, in [0, 1]; 1 where the samples do not say.
+        draw_seed: of what is drawn for the queries, the same in every process; None: torch's generators draw.
         samples: the mapping itself, for :meth:`view` and :meth:`for_lavis`.
     """
 
@@ -65,6 +66,7 @@ class Batch:
     bank_scores: Mapping[str, Tensor]
     step: int
     progress: float
+    draw_seed: int | None
     samples: Samples
 
     @classmethod
@@ -87,6 +89,7 @@ class Batch:
             bank_scores={direction: torch.as_tensor(table) for direction, table in scores.items() if table is not None},
             step=epoch * steps_per_epoch + int(samples.get("iters", 0)),
             progress=float(samples.get("progress", 1.0)),
+            draw_seed=samples.get("draw_seed"),
             samples=cast(Samples, samples),
         )
 
@@ -347,6 +350,7 @@ def whole_batch(
                 gather(selection.text_rows),
                 None if teacher is None else gather(teacher.detach()),
                 gather(selection.valid),
+                None if selection.log_counts is None else gather(selection.log_counts),
             )
         )
         scores.append(gather(own_scores))

@@ -154,6 +154,7 @@ class Stepper:
         for micro in range(size):
             samples = to_device(next(batches), self._process.device)
             samples.update(progress)
+            samples["draw_seed"] = seed_for(self._run.seed, "draws", number, micro)
             image_ids.append(samples.get("image_id"))
             seed_everything(seed_for(self._run.seed, "step", number, micro, self._process.rank))
             with self._strategy.gradient_exchange(last=micro == size - 1):

@@ -189,7 +189,20 @@ def test_knobs_reach_the_parts(case):
     assert run(weighting="entropy_normalised", entropy_floor=0.9) != run(weighting="entropy_normalised")
 
 
+@pytest.mark.parametrize("distill", sorted(DISTILL_LOSSES))
+@pytest.mark.parametrize("weighting", sorted(WEIGHTINGS))
+def test_the_teachers_temperature_divides_its_scores_and_no_others(case, distill, weighting):
+    settings = {"alpha": 0.5, "distill": distill, "weighting": weighting}
+    softened = build_objective(LossConfig(**settings, teacher_temperature=2.5))(case.teacher, case.student, case.valid)
+    by_hand = build_objective(LossConfig(**settings))(case.teacher / 2.5, case.student, case.valid)
+    for name, value in by_hand.items():
+        assert torch.equal(softened[name], value), name
+
+
 def test_every_fault_of_a_config_is_listed():
+    assert config_faults(LossConfig(teacher_temperature=0)) == ["loss.teacher_temperature: must be above 0, got 0"]
+    released = LossConfig(reference="release", teacher_temperature=2)
+    assert config_faults(released) == ["loss.teacher_temperature: reference 'release' has none; leave it at 1"]
     faults = config_faults(LossConfig(reference="p", alpha=2, distill="l1", weighting="x", gamma=-1, temperature=0))
     assert len(faults) == 6
     assert faults[1] == "loss.distill: unknown name 'l1'; registered: kl, margin_mse, mse, pearson, ranknet"

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.objective import LossConfig, build_objective
-from lavis_dcd.distillation.selection import SELECTION_STRATEGIES, Selection, release_selection, select
+from lavis_dcd.distillation.selection import Selection, release_selection, select
+from lavis_dcd.distillation.strategies import SELECTION_STRATEGIES, Draws, take_highest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -131,8 +132,8 @@ def test_random_draws_usable_candidates_without_replacement_and_repeatably():
     valid = full(40, 9)
     valid[:, 3] = False
     pool = make_pool(valid)
-    first = select(pool, None, 5, "random", generator=torch.Generator().manual_seed(3))
-    again = select(pool, None, 5, "random", generator=torch.Generator().manual_seed(3))
+    first = select(pool, None, 5, "random", draws=Draws(torch.Generator().manual_seed(3)))
+    again = select(pool, None, 5, "random", draws=Draws(torch.Generator().manual_seed(3)))
     assert first.teacher_scores is None and first.valid.all()
     assert torch.equal(first.text_rows, again.text_rows)
     columns = first.text_rows - 100 * torch.arange(40)[:, None]
@@ -190,8 +191,8 @@ def test_a_strategy_object_of_ones_own():
     class Easiest:
         needs_teacher = True
 
-        def priorities(self, negatives, teacher_scores, generator):
-            return -teacher_scores[:, 1:]
+        def columns(self, negatives, teacher_scores, count, draws):
+            return take_highest(-teacher_scores[:, 1:], negatives, count)
 
     pool, scores = ranked_case(1)
     assert select(pool, scores, 2, Easiest()).text_rows.tolist() == [[0, 6, 2]]
@@ -199,8 +200,8 @@ def test_a_strategy_object_of_ones_own():
 
 def test_errors_name_what_is_wrong():
     pool, scores = ranked_case(1)
-    assert set(SELECTION_STRATEGIES) == {"hardest", "random"}
-    with pytest.raises(ValueError, match="unknown selection strategy 'easy'; known: hardest, random"):
+    assert set(SELECTION_STRATEGIES) == {"hardest", "mixed", "random", "stratified"}
+    with pytest.raises(ValueError, match="unknown selection strategy 'easy'; known: hardest, mixed, random"):
         select(pool, scores, 3, "easy")
     with pytest.raises(ValueError, match="'hardest' needs teacher_scores"):
         select(pool, None, 3)

@@ -41,7 +41,9 @@ def distilled(teacher: dict, student: dict, **more) -> dict:
 
 
 @pytest.mark.parametrize(
-    "case", ["learning encoders", "entropy share", "bank of captions", "dual", "own loss", "recomputed"]
+    "case",
+    ["learning encoders", "entropy share", "bank of captions", "dual", "own loss", "recomputed"]
+    + ["random", "mixed", "stratified", "reweighted"],
 )
 def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, meter, teacher, dual):
     """AdamW's eps is 1e-4 here: a gradient that is zero but for rounding would otherwise step by its sign."""
@@ -56,6 +58,12 @@ def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, m
         model = distilled(teacher, {"init_from_teacher": {"layers": [1]}}, candidates=candidates)
     elif case == "dual":
         model = distilled(teacher, dual, share_encoders=False, loss={"in_batch_weight": 1.0})
+    elif case == "reweighted":
+        selection = {"hard_negatives": 3, "strategy": "stratified", "reweight": True}
+        model = distilled(teacher, dual, share_encoders=False) | {"selection": selection}
+    elif case in ("random", "mixed", "stratified"):  # a query draws the same in whichever process it is
+        selection = {"hard_negatives": 3, "strategy": case}
+        model = distilled(teacher, dual, share_encoders=False) | {"selection": selection}
     elif case == "recomputed":  # in one process by fairscale; a layer runs several times in a step
         student = {"init_from_teacher": {"layers": [0, 1]}, "fusion": {"layers": 2, "grad_checkpoint": True}}
         model = distilled(teacher, student, student_chunk_pairs=5)

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lavis_dcd.distillation.candidates import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from lavis_dcd.common.seeding import seed_for
+from lavis_dcd.distillation.candidates import DIRECTIONS, IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from lavis_dcd.distillation.ensemble import combine
+from lavis_dcd.distillation.strategies import Draws, Stratified
 from lavis_dcd.mining import plan as mining_plan
 from lavis_dcd.mining.plan import Plan, bank_tables
 from lavis_dcd.mining.pools import Pairing, with_random
@@ -124,3 +126,32 @@ def test_fewer_candidates_than_columns():
     assert to_text.candidates[0].tolist() == [last, -1]
     assert to_text.scores[0].tolist() == [-3, -3, 0] and to_text.scores[5].tolist() == [-3, 0, 0]
     assert tables[TEXT_TO_IMAGE].candidates.eq(-1).all()
+
+
+def test_a_bank_may_keep_a_sample_over_the_range_of_the_scores():
+    """40 pictures; the kept ones of each row are those that selection itself takes, best first."""
+    pairing = Pairing.of(list(range(40)), [f"c{i}" for i in range(40)])
+    others = torch.tensor([[i for i in range(40) if i != q] for q in range(40)]).int()
+    pools = dict.fromkeys(DIRECTIONS, others)
+    plan = Plan.of(pairing, pools)
+    scores = torch.randn(len(plan.keys), generator=torch.Generator().manual_seed(2)).exp()
+    tables = bank_tables(pairing, plan, [scores], [1.0], 6, Stratified(), seed=5)
+    again = bank_tables(pairing, plan, [scores], [1.0], 6, Stratified(), seed=5)
+    highest = bank_tables(pairing, plan, [scores], [1.0], 6)
+    for direction, table in tables.items():
+        known = {int(key): score for key, score in zip(plan.keys, scores, strict=True)}
+        draws = Draws(torch.Generator().manual_seed(seed_for(5, "bank", direction)))
+        levels = draws.uniform(40, 6, torch.device("cpu"))
+        for row in range(40):
+            pair = (lambda q, c: q * 40 + c) if direction == IMAGE_TO_TEXT else (lambda q, c: c * 40 + q)
+            values = {c: float(known[pair(row, c)]) for c in range(40) if c != row}
+            top, bottom, taken = max(values.values()), min(values.values()), []
+            for k in range(6):
+                level = top - (k + float(levels[row, k])) / 6 * (top - bottom)
+                taken.append(min((c for c in values if c not in taken), key=lambda c: abs(values[c] - level)))
+            assert sorted(taken, key=lambda c: -values[c]) == table.candidates[row].tolist()
+            torch.testing.assert_close(
+                table.scores[row, 1:].tolist(), [values[c] for c in table.candidates[row].tolist()]
+            )
+        assert torch.equal(table.candidates, again[direction].candidates)
+        assert table.scores[:, -1].mean() < highest[direction].scores[:, -1].mean()

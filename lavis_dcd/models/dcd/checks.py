@@ -16,9 +16,10 @@ from lavis_dcd.common.texts import shown
 from lavis_dcd.config.checks import keys_of_types, model_faults, processors_faults, section_schema
 from lavis_dcd.config.job_file import model_defaults, registered
 from lavis_dcd.distillation.candidates import PoolStrategy, build_pool
-from lavis_dcd.distillation.objective import DUAL, FUSION, loss_defaults
+from lavis_dcd.distillation.losses import CONTRASTIVE_LOSSES, DISTILL_LOSSES
+from lavis_dcd.distillation.objective import DUAL, FUSION, LossConfig, loss_defaults, reweighs
 from lavis_dcd.distillation.objective import config_faults as loss_faults
-from lavis_dcd.distillation.selection import SELECTION_STRATEGIES
+from lavis_dcd.distillation.strategies import SELECTION_STRATEGIES, build_strategy
 from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.models.building import full_section
 from lavis_dcd.models.dcd.config import (
@@ -26,6 +27,7 @@ from lavis_dcd.models.dcd.config import (
     DISTILLER_KEYS,
     CandidatesConfig,
     DcdConfig,
+    SelectionConfig,
     SuccessionConfig,
     model_section,
 )
@@ -162,7 +164,32 @@ def section_faults(section: Mapping[str, Any], path: str) -> list[str]:
         families = _families(config)
     except UserError:  # a teacher or student that does not exist is reported by whoever checks its section
         return []
-    return [f"{path}.{line}" for line in loss_faults(loss_defaults(config.loss, *families))]
+    terms = loss_defaults(config.loss, *families)
+    return [f"{path}.{line}" for line in loss_faults(terms)] or reweight_faults(config, terms, path)
+
+
+def reweight_faults(config: DcdConfig, terms: LossConfig, path: str) -> list[str]:
+    """Return where ``selection.reweight`` would have no effect, one line per fault.
+
+    Args:
+        terms: the loss, with its terms named.
+        path: where the section stands.
+    """
+    if not config.selection.reweight:
+        return []
+    used: dict[str, Any] = {terms.distill: DISTILL_LOSSES[terms.distill]} if terms.alpha > 0 else {}
+    used |= {terms.contrastive: CONTRASTIVE_LOSSES[terms.contrastive]} if terms.alpha < 1 else {}
+    where = f"{path}.selection.reweight: has no effect"
+    if not any(map(reweighs, used.values())):
+        return [f"{where} with {' and '.join(used)}; take distill: kl or contrastive: listwise_ce"]
+    for given, words in (
+        (config.selection.hard_negatives is None, "hard_negatives: null, which keeps all candidates"),
+        (config.candidates.from_bank, "candidates.source: bank, whose candidates are no sample of a pool"),
+        (terms.reference == "release", "loss.reference: release"),
+    ):
+        if given:
+            return [f"{where} with {words}; leave one of them out"]
+    return []
 
 
 def _families(config: DcdConfig) -> tuple[str, str]:
@@ -186,6 +213,8 @@ def method_faults(config: DcdConfig, path: str = "model") -> list[str]:
     if how.strategy not in SELECTION_STRATEGIES:
         known = ", ".join(sorted(SELECTION_STRATEGIES))
         faults.append(f"{path}.selection.strategy: {how.strategy!r} is none of {known}")
+    else:
+        faults += strategy_faults(how, f"{path}.selection")
     budget = config.candidates.teacher_budget
     if budget is not None and budget < 2:
         faults.append(f"{path}.candidates.teacher_budget: {budget}, at least 2 pairs per query are needed (null: all)")
@@ -200,6 +229,17 @@ def method_faults(config: DcdConfig, path: str = "model") -> list[str]:
     except UserError as error:
         faults += error.faults
     return faults
+
+
+def strategy_faults(how: SelectionConfig, path: str) -> list[str]:
+    """Return what is wrong with the settings of the selection's strategy, one line per fault."""
+    try:
+        build_strategy(how.strategy, hard_share=how.hard_share)
+    except ValueError as error:
+        return [f"{path}.{error}"]
+    if how.hard_share != SelectionConfig.hard_share and how.strategy != "mixed":
+        return [f"{path}.hard_share: does nothing with strategy {how.strategy!r}; leave it out, or take mixed"]
+    return []
 
 
 def prescreen_faults(config: DcdConfig) -> list[str]:

@@ -30,7 +30,8 @@ class BankConfig:
     by: str = "joint"  # whose cheap scores make the shortlist: joint (the teacher's joint space) | student | none
     shortlist: int = 48  # most promising candidates per query, by the cheap scores
     random: int = 15  # candidates drawn at random per query beside them
-    keep: int = 63  # highest teacher scores kept per query
+    keep: int = 63  # candidates kept per query
+    keep_by: Literal["hardest", "stratified"] = "hardest"  # the highest teacher scores, or evenly over their range
 
 
 @dataclass
@@ -82,7 +83,13 @@ class SelectionConfig:
     """The choice of the candidates that reach the student."""
 
     hard_negatives: int | None = 7  # K, per query; null: all of the pool
-    strategy: str = "hardest"  # hardest: by teacher score | random
+    # hardest: by teacher score | random | mixed: a share of the hardest, the others random | stratified: evenly over
+    # the range of the teacher's scores
+    strategy: str = "hardest"
+    hard_share: float = 0.5  # of strategy mixed: the share of K that is the hardest
+    # count each candidate for all of the pool that are nearest to it in the teacher's score, so that a softmax over the
+    # chosen ones estimates that over the pool; for loss.distill: kl and contrastive: listwise_ce
+    reweight: bool = False
     margin: float | None = None  # drop candidates that the teacher scores above the match by more than this
     prescreen: PrescreenConfig | None = None  # null: the teacher scores every candidate
 

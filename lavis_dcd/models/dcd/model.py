@@ -20,11 +20,13 @@ from lavis_dcd.banks.score_bank import ScoreBank
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
 from lavis_dcd.common.schema import parse
+from lavis_dcd.common.seeding import seed_for
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.diagnostics import diagnostics
 from lavis_dcd.distillation.objective import build_objective, loss_defaults
 from lavis_dcd.distillation.prescreen import within_budget
-from lavis_dcd.distillation.selection import SELECTION_STRATEGIES, Selection, release_selection, select
+from lavis_dcd.distillation.selection import Selection, release_selection, select
+from lavis_dcd.distillation.strategies import Draws, build_strategy
 from lavis_dcd.matching.contract import MAIN_VIEW, Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.learner import Learner, as_learner
@@ -90,6 +92,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         self.needs_score_bank = config.candidates.from_bank
         self.find_unused_parameters = as_learner(module_of(student)).find_unused_parameters
         self.pools = build_pools(config.candidates)
+        self.strategy = build_strategy(config.selection.strategy, hard_share=config.selection.hard_share)
         self.prescreen = build_prescreen(config, self.teachers, student)
         self.loss_config = loss_defaults(config.loss, self.teachers.family, student.family)
         try:
@@ -220,7 +223,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         all_pairs = self.student.match_all(features.images, features.texts) if self.student.family == "dual" else None
         pools, prescreened = self._prescreened(encoded, self._candidates(features, all_pairs))
         teacher_tables = self._teacher_tables(encoded, pools)
-        selections = [self._select(pool, table) for pool, table in zip(pools, teacher_tables, strict=True)]
+        selections = [self._select(encoded, pool, table) for pool, table in zip(pools, teacher_tables, strict=True)]
         student_tables = self._student_tables(features, selections, all_pairs)
         student_scores = [table.known_scores() for table in student_tables]
         selections, student_scores = whole_batch(features, selections, student_scores)
@@ -273,16 +276,17 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     @property
     def _needs_teacher(self) -> bool:
         how = self.config.selection
-        mining = SELECTION_STRATEGIES[how.strategy].needs_teacher and how.hard_negatives is not None
-        return mining or how.margin is not None or self.objective.needs_teacher
+        mining = self.strategy.needs_teacher and how.hard_negatives is not None
+        return mining or how.margin is not None or how.reweight or self.objective.needs_teacher
 
-    def _select(self, pool: CandidatePool, teacher: ScoreTable) -> Selection:
+    def _select(self, encoded: EncodedBatch, pool: CandidatePool, teacher: ScoreTable) -> Selection:
         how = self.config.selection
         if self.teachers.selects_hard_samples:
             return select(pool, teacher.scores, None)
         if self.config.loss.reference == "release" and how.hard_negatives is not None:
             return release_selection(pool, teacher.known_scores(), how.hard_negatives)
-        return select(pool, teacher.scores, how.hard_negatives, strategy=how.strategy, margin=how.margin)
+        draws = _draws(encoded, pool.direction)
+        return select(pool, teacher.scores, how.hard_negatives, self.strategy, how.margin, draws, how.reweight)
 
     def _student_tables(
         self, features: BatchFeatures, selections: list[Selection], all_pairs: Tensor | None
@@ -296,7 +300,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def _distillation(self, selections: list[Selection], student_scores: list[Tensor]) -> dict[str, Tensor]:
         """The objective of each direction, and the mean of the two."""
         by_direction = [
-            self.objective(selection.teacher_scores, scores, selection.valid)
+            self.objective(selection.teacher_scores, scores, selection.valid, selection.log_counts)
             for selection, scores in zip(selections, student_scores, strict=True)
         ]
         return {key: torch.stack([losses[key] for losses in by_direction]).mean() for key in by_direction[0]}
@@ -329,3 +333,10 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
             or self.config.candidates.teacher_budget is not None
         )
         return [] if chosen else [(pool, table.scores) for pool, table in zip(pools, teacher_tables, strict=True)]
+
+
+def _draws(encoded: EncodedBatch, direction: str) -> Draws:
+    """The chance of one direction's selection: a query draws the same in whichever process it is."""
+    features, seed = encoded.features, encoded.batch.draw_seed
+    generator = None if seed is None else torch.Generator().manual_seed(seed_for(seed, direction))
+    return Draws(generator, sum(features.queries) or None, features.own_queries)

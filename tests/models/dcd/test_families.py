@@ -104,7 +104,7 @@ def test_several_teachers_are_standardised_per_query_and_averaged():
     selection = SelectionConfig(hard_negatives=None)
     seen = {}
 
-    def objective(teacher_scores, student_scores, valid):
+    def objective(teacher_scores, student_scores, valid, log_counts):
         seen.setdefault("teacher", []).append((teacher_scores, valid))
         return {"loss": student_scores.sum()}
 
