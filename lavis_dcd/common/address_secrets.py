@@ -6,7 +6,8 @@ import re
 from urllib.parse import unquote
 
 HIDDEN = "***"
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>]+")
+# a scheme is short; without the bound, a long word would be searched again from each of its letters
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{0,30}://[^\s'\"<>]+")
 _SUM = re.compile(r"(sha256|md5)=[0-9A-Fa-f]+", re.IGNORECASE)
 
 # query values that may be shown; any other may be a password, a token or a signature

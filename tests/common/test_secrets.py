@@ -131,3 +131,8 @@ def test_passwords_and_tokens_in_addresses_are_left_out():
     stored = secrets.as_stored({"finetuned": "https://user:hunter2@server/a.pth?token=hunter2&v=3", "sum": ["a", 1]})
     assert stored == {"finetuned": "https://***@server/a.pth?token=***&v=3", "sum": ["a", 1]}
     assert "hunter2" not in secrets.hidden("fetching https://x:hunter2@server/a.pth now")
+
+
+def test_a_long_word_is_searched_once():
+    """A caption of megabytes passes here; searched again from each of its letters it would take days."""
+    assert secrets.hidden("x" * 3_000_000) == "x" * 3_000_000
