@@ -147,7 +147,7 @@ def test_scores_are_the_teachers_own_pair_by_pair(job, tmp_path, retrieval_files
                 table.scores[row], torch.tensor([teacher.score(*pair) for pair in pairs]), rtol=1e-4, atol=1e-4
             )
             assert table.scores[row, 1:].tolist() == sorted(table.scores[row, 1:].tolist(), reverse=True)
-    assert bank.settings == {**BANK, "by": "joint", "seed": 1, "amp": "off"}
+    assert bank.settings == {**BANK, "keep_by": "hardest", "by": "joint", "seed": 1, "amp": "off"}
 
 
 @pytest.mark.slow
