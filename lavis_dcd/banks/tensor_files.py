@@ -28,15 +28,7 @@ def faults_as_damage(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise DamagedError(f"{name} cannot be read ({error.strerror or error})") from error
-    except (
-        SafetensorError,
-        ArithmeticError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except _FAULTS as error:
         raise DamagedError(f"{name} is not of the form that this version writes ({one_line(error)})") from error
 
 

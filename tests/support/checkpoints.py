@@ -70,3 +70,20 @@ def edit(path: Path, change: Any) -> None:
     save_file(tensors, path / checkpoint.TENSORS)
     (path / checkpoint.STATE).write_text(json.dumps(plain))
     sign(path)
+
+
+def assert_equal(found, wanted) -> None:
+    """Assert that nested content has the same types, order, tensors and values."""
+    assert type(found) is type(wanted)
+    if isinstance(wanted, torch.Tensor):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+    elif isinstance(wanted, dict):
+        assert list(found) == list(wanted)
+        for key in wanted:
+            assert_equal(found[key], wanted[key])
+    elif isinstance(wanted, (list, tuple)):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_equal(one, other)
+    else:
+        assert found == wanted

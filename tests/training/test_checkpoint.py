@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import content, write, write_best
+from checkpoints import assert_equal, content, write, write_best
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -213,22 +213,6 @@ STATES = {
     "$odd": {"$tensor": "no tensor"},
     "empty": torch.empty(0, 4),
 }
-
-
-def assert_equal(found, wanted):
-    assert type(found) is type(wanted)
-    if isinstance(wanted, torch.Tensor):
-        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
-    elif isinstance(wanted, dict):
-        assert list(found) == list(wanted)
-        for key in wanted:
-            assert_equal(found[key], wanted[key])
-    elif isinstance(wanted, (list, tuple)):
-        assert len(found) == len(wanted)
-        for one, other in zip(found, wanted, strict=True):
-            assert_equal(one, other)
-    else:
-        assert found == wanted
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,22 +20,6 @@ nested = st.recursive(
 def through_json(content):
     value, tensors = flatten(content)
     return unflatten(json.loads(json.dumps(value)), tensors)
-
-
-def assert_equal(found, wanted):
-    assert type(found) is type(wanted)
-    if isinstance(wanted, torch.Tensor):
-        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
-    elif isinstance(wanted, dict):
-        assert list(found) == list(wanted)
-        for key in wanted:
-            assert_equal(found[key], wanted[key])
-    elif isinstance(wanted, (list, tuple)):
-        assert len(found) == len(wanted)
-        for one, other in zip(found, wanted, strict=True):
-            assert_equal(one, other)
-    else:
-        assert found == wanted
 
 
 @settings(max_examples=80, deadline=None)
