@@ -1,7 +1,9 @@
 """Cut a pool to its most promising candidates by cheap scores, so that the teacher scores fewer pairs.
 
-The cut is not exact: a candidate that the teacher would score high may have a low cheap score. ``found_share`` measures
-how many of the teacher's hardest candidates a cut leaves in.
+What is promising depends on the selection that follows: the highest cheap scores for ``hardest``, candidates over the
+whole range of them for ``stratified``. The cut is not exact: a candidate that the teacher would score high may have a
+low cheap score. ``found_share`` measures how many of the teacher's hardest candidates a cut leaves in, ``range_share``
+how much of the range of its scores.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.distillation.candidates import CandidatePool
-from lavis_dcd.distillation.strategies import take_highest
+from lavis_dcd.distillation.strategies import Draws, Hardest, Random, SelectionStrategy, take_highest
 
 
 def within_budget(
     pool: CandidatePool,
     cheap_scores: Tensor | None,
     budget: int,
-    generator: torch.Generator | None = None,
+    strategy: SelectionStrategy | None = None,
+    draws: Draws | None = None,
 ) -> CandidatePool:
     """Return the pool with no more valid entries than the teacher may score.
 
@@ -29,7 +32,7 @@ def within_budget(
         pool: candidates ``[Q, 1+C]``.
         cheap_scores: float ``[Q, 1+C]``, how promising each is; None draws at random.
         budget: valid entries of this pool at most, matches included.
-        generator: source of chance without cheap scores; None for torch's.
+        strategy, draws: as for :func:`most_promising`.
 
     Returns:
         A pool ``[Q, 1+C]`` with the same rows.
@@ -39,21 +42,25 @@ def within_budget(
     """
     if budget < 1:
         raise ValueError(f"the teacher's budget must be at least 1 pair, got {budget}")
-    return most_promising(pool, cheap_scores, max(2, budget // max(len(pool.valid), 1)) - 1, generator)
+    return most_promising(pool, cheap_scores, max(2, budget // max(len(pool.valid), 1)) - 1, strategy, draws)
 
 
 def most_promising(
-    pool: CandidatePool, cheap_scores: Tensor | None, keep: int, generator: torch.Generator | None = None
+    pool: CandidatePool,
+    cheap_scores: Tensor | None,
+    keep: int,
+    strategy: SelectionStrategy | None = None,
+    draws: Draws | None = None,
 ) -> CandidatePool:
-    """Return the pool with the match and the ``keep`` valid candidates of the highest cheap scores per query.
-
-    Ties go to the lower column; all other candidates become invalid.
+    """Return the pool with the match and ``keep`` valid candidates per query; all others become invalid.
 
     Args:
         pool: candidates ``[Q, 1+C]``.
         cheap_scores: float ``[Q, 1+C]``; None draws at random.
         keep: at least 1.
-        generator: source of chance without cheap scores; None for torch's.
+        strategy: the selection that follows; it chooses here, too, by the cheap scores. One that does without a
+            teacher, and None, leave the candidates of the highest cheap scores, ties to the lower column.
+        draws: source of chance for the strategies that draw; torch's by default.
 
     Returns:
         A pool ``[Q, 1+C]`` with the same rows; the pool itself where ``keep`` covers all its candidates.
@@ -68,8 +75,10 @@ def most_promising(
         raise ValueError(f"cheap_scores and the pool must have one shape [Q, 1+C], got {shapes}")
     if keep >= pool.valid.shape[1] - 1:
         return pool
-    negatives = pool.valid[:, 1:]
-    columns, real = take_highest(_promise(negatives, cheap_scores, generator), negatives, keep)
+    by_chance = cheap_scores is None
+    chooser = strategy if strategy is not None and strategy.needs_teacher else Hardest()
+    scores = None if cheap_scores is None else cheap_scores.detach()
+    columns, real = (Random() if by_chance else chooser).columns(pool.valid[:, 1:], scores, keep, draws or Draws())
     # the columns that stand for nothing are 0, the match's, which is put back after them
     valid = torch.zeros_like(pool.valid).scatter_(1, columns, real)
     valid[:, 0] = pool.valid[:, 0]
@@ -92,9 +101,27 @@ def found_share(pool: CandidatePool, cut: CandidatePool, teacher_scores: Tensor,
     return (cut.valid.gather(1, columns) & real).sum() / real.sum()
 
 
-def _promise(negatives: Tensor, cheap_scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """The cheap scores of the candidates, or chance, float ``[Q, C]``."""
-    if cheap_scores is not None:
-        return cheap_scores[:, 1:].detach()
-    device = negatives.device if generator is None else generator.device
-    return torch.rand(negatives.shape, generator=generator, device=device).to(negatives.device)
+def range_share(pool: CandidatePool, cut: CandidatePool, teacher_scores: Tensor) -> Tensor:
+    """Return how much of the range of the teacher's scores a cut leaves in, 0-dim in [0, 1].
+
+    Args:
+        pool: all candidates ``[Q, 1+C]``.
+        cut: the same pool after the cut.
+        teacher_scores: float ``[Q, 1+C]``, of all candidates.
+
+    Returns:
+        The mean over the queries whose candidates do not all have one score; nan when there are none.
+    """
+    whole = _range(teacher_scores[:, 1:], pool.valid[:, 1:])
+    left = _range(teacher_scores[:, 1:], cut.valid[:, 1:])
+    wide = whole > 0
+    return (left[wide] / whole[wide]).mean()
+
+
+def _range(scores: Tensor, valid: Tensor) -> Tensor:
+    """Return float ``[Q]``: the distance between the highest and the lowest valid score, 0 without any."""
+    if not scores.shape[1]:
+        return scores.new_zeros(len(scores))
+    infinite = float("inf")
+    highest, lowest = scores.masked_fill(~valid, -infinite).amax(1), scores.masked_fill(~valid, infinite).amin(1)
+    return torch.where(valid.any(dim=1), highest - lowest, torch.zeros_like(highest))

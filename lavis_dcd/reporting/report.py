@@ -39,6 +39,7 @@ WORDS = {
     "img_r10": "caption finds picture, R@10",
     "grad_norm": "Gradient norm, before clipping",
     "prescreen_found": "Share of the hardest that the prescreen kept",
+    "prescreen_range": "Share of the range of the teacher's scores that the prescreen kept",
     "student_spread": "Spread of the student's scores of a query, of the largest score",
     "teacher_match_rank": "Share of the other candidates that the teacher puts above the match",
 }

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavis_dcd.distillation.candidates import CandidatePool
-from lavis_dcd.distillation.prescreen import found_share, most_promising, within_budget
+from lavis_dcd.distillation.prescreen import found_share, most_promising, range_share, within_budget
+from lavis_dcd.distillation.strategies import Draws, Mixed, Random, Stratified
 
 
 def pool_of(valid):
     queries, width = valid.shape
     rows = torch.arange(queries)[:, None].expand(queries, width)
     return CandidatePool(rows, torch.arange(width).expand(queries, width), valid, "image_to_text")
+
+
+def draws(seed):
+    return Draws(torch.Generator().manual_seed(seed))
 
 
 def best(scores, valid, count):
@@ -102,7 +109,7 @@ def test_the_most_promising_candidates_stay(case):
 def test_without_cheap_scores_chance_decides_repeatably(case, seed):
     valid, _, budget = case
     pool = make_pool(valid)
-    first, again = (within_budget(pool, None, budget, torch.Generator().manual_seed(seed)).valid for _ in range(2))
+    first, again = (within_budget(pool, None, budget, draws=draws(seed)).valid for _ in range(2))
     assert torch.equal(first, again) and not (first & ~valid).any() and first[:, 0].all()
     most = valid[:, 1:].sum(1).clamp_max(max(2, budget // len(valid)) - 1)
     assert torch.equal(first[:, 1:].sum(1), most)
@@ -110,7 +117,7 @@ def test_without_cheap_scores_chance_decides_repeatably(case, seed):
 
 def test_every_candidate_has_its_chance():
     pool = make_pool(torch.ones(200, 6, dtype=torch.bool))
-    cut = within_budget(pool, None, 400, torch.Generator().manual_seed(0))
+    cut = within_budget(pool, None, 400, draws=draws(0))
     counts = cut.valid[:, 1:].sum(0)
     assert counts.sum() == 200 and (counts > 20).all()
 
@@ -128,3 +135,46 @@ def test_faults_are_named():
         within_budget(pool, None, 0)
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
         within_budget(pool, torch.zeros(2, 3), 8)
+
+
+def test_a_selection_over_the_range_of_scores_leaves_candidates_over_the_range_of_the_cheap_ones():
+    scores = torch.linspace(0, 1, 101).expand(6, 101)
+    pool = make_pool(torch.ones(6, 101, dtype=torch.bool))
+    hardest = most_promising(pool, scores, 10)
+    spread = most_promising(pool, scores, 10, Stratified(), draws(0))
+    for q in range(6):
+        assert hardest.valid[q].nonzero()[1:, 0].tolist() == list(range(91, 101))
+        left = scores[q, spread.valid[q].nonzero()[1:, 0]].tolist()
+        assert [int(10 * x - 1e-6) for x in left] == sorted(int(10 * x - 1e-6) for x in left) and len(left) == 10
+        assert max(b - a for a, b in pairwise(left)) <= 0.21  # a stratum is 0.1 wide
+    assert float(range_share(pool, hardest, scores)) == pytest.approx(0.09 / 0.99)
+    assert float(range_share(pool, spread, scores)) > 0.8
+
+
+def test_a_mixed_selection_leaves_the_hardest_and_others():
+    scores = torch.linspace(0, 1, 101).expand(6, 101)
+    pool = make_pool(torch.ones(6, 101, dtype=torch.bool))
+    cut = most_promising(pool, scores, 10, Mixed(0.5), draws(0))
+    assert cut.valid[:, 96:].all() and (cut.valid[:, 1:96].sum(1) == 5).all()
+
+
+def test_a_selection_without_a_teacher_leaves_the_highest():
+    scores = torch.rand(4, 30, generator=torch.Generator().manual_seed(0))
+    pool = make_pool(torch.ones(4, 30, dtype=torch.bool))
+    assert torch.equal(most_promising(pool, scores, 5, Random(), draws(0)).valid, most_promising(pool, scores, 5).valid)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(), st.integers(1, 9))
+def test_the_share_of_the_range_against_loops(case, keep):
+    valid, scores, _ = case
+    pool = make_pool(valid)
+    cut = most_promising(pool, scores + 0.1 * torch.arange(scores.shape[1]).flip(0), keep)
+    shares = []
+    for q in range(len(valid)):
+        of_all = [float(scores[q, c]) for c in range(1, valid.shape[1]) if valid[q, c]]
+        of_cut = [float(scores[q, c]) for c in range(1, valid.shape[1]) if cut.valid[q, c]]
+        if of_all and max(of_all) > min(of_all):
+            shares.append((max(of_cut) - min(of_cut)) / (max(of_all) - min(of_all)))
+    share = range_share(pool, cut, scores)
+    assert share.isnan() if not shares else float(share) == pytest.approx(sum(shares) / len(shares))

@@ -43,7 +43,7 @@ def distilled(teacher: dict, student: dict, **more) -> dict:
 @pytest.mark.parametrize(
     "case",
     ["learning encoders", "entropy share", "bank of captions", "dual", "own loss", "recomputed"]
-    + ["random", "mixed", "stratified", "reweighted"],
+    + ["random", "mixed", "stratified", "reweighted", "prescreened", "budget"],
 )
 def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, meter, teacher, dual):
     """AdamW's eps is 1e-4 here: a gradient that is zero but for rounding would otherwise step by its sign."""
@@ -64,6 +64,14 @@ def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, m
     elif case in ("random", "mixed", "stratified"):  # a query draws the same in whichever process it is
         selection = {"hard_negatives": 3, "strategy": case}
         model = distilled(teacher, dual, share_encoders=False) | {"selection": selection}
+    elif case == "prescreened":  # at random: what reaches the teacher is drawn for each query, too
+        prescreen = {"by": "random", "keep": 4, "check_every": 2}
+        selection = {"hard_negatives": 3, "strategy": "stratified", "prescreen": prescreen}
+        model = distilled(teacher, dual, share_encoders=False) | {"selection": selection}
+    elif case == "budget":
+        candidates = {"teacher_budget": 20}
+        model = distilled(teacher, {"init_from_teacher": {"layers": [1]}}, candidates=candidates)
+        run |= {"cache_features": "memory"}
     elif case == "recomputed":  # in one process by fairscale; a layer runs several times in a step
         student = {"init_from_teacher": {"layers": [0, 1]}, "fusion": {"layers": 2, "grad_checkpoint": True}}
         model = distilled(teacher, student, student_chunk_pairs=5)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
+from lavis_dcd.distillation.strategies import SelectionStrategy
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.learner import Learner
 from lavis_dcd.models.building import build_matcher, full_section, module_of
@@ -135,8 +136,10 @@ def check_student(student: nn.Module) -> None:
         raise UserError("model.student: no parameter would learn; unfreeze a tower or keep a fusion of its own")
 
 
-def build_prescreen(config: DcdConfig, teachers: GivesScores, student: Matcher) -> Prescreen | None:
-    """Return the prescreen of a job, or None.
+def build_prescreen(
+    config: DcdConfig, teachers: GivesScores, student: Matcher, strategy: SelectionStrategy
+) -> Prescreen | None:
+    """Return the prescreen of a job, whose selection has this ``strategy``; or None.
 
     Raises:
         UserError: ``by: joint`` where neither the student nor a teacher that shares its encoders has a joint space.
@@ -149,7 +152,7 @@ def build_prescreen(config: DcdConfig, teachers: GivesScores, student: Matcher) 
     if wanted.by == "joint" and joint is None:
         raise UserError("model.selection.prescreen.by: joint, but neither the student nor a teacher that shares its "
                         "encoders has a joint space; take by: student, or random")  # fmt: skip
-    log.info("selection.prescreen: the teacher scores the %d most promising candidates of a query, by %s; not exact: "
-             "prescreen_found tells which share of its hardest %d are among them", wanted.keep, wanted.by,
-             config.selection.hard_negatives)  # fmt: skip
-    return Prescreen(wanted, {"student": student, **({} if joint is None else {"joint": joint})})
+    log.info("selection.prescreen: the teacher scores %d candidates of a query, chosen by %s; not exact: "
+             "prescreen_found tells which share of its hardest %d are among them, prescreen_range which share of the "
+             "range of its scores", wanted.keep, wanted.by, config.selection.hard_negatives)  # fmt: skip
+    return Prescreen(wanted, {"student": student, **({} if joint is None else {"joint": joint})}, strategy)

@@ -74,8 +74,10 @@ class PrescreenConfig:
     # whose cheap scores choose; joint: the teacher's joint space where it has one and reads the student's features,
     # else the student's own
     by: Literal["student", "joint", "random"] = "joint"
-    keep: int = 16  # candidates per query that the teacher scores, the match beside them
-    check_every: int = 50  # steps between those in which the teacher scores all, for prescreen_found; 0: never
+    # candidates per query that the teacher scores, the match beside them; chosen as the strategy would, by cheap scores
+    keep: int = 16
+    # steps between those in which the teacher scores all, for prescreen_found and prescreen_range; 0: never
+    check_every: int = 50
 
 
 @dataclass

@@ -93,7 +93,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         self.find_unused_parameters = as_learner(module_of(student)).find_unused_parameters
         self.pools = build_pools(config.candidates)
         self.strategy = build_strategy(config.selection.strategy, hard_share=config.selection.hard_share)
-        self.prescreen = build_prescreen(config, self.teachers, student)
+        self.prescreen = build_prescreen(config, self.teachers, student, self.strategy)
         self.loss_config = loss_defaults(config.loss, self.teachers.family, student.family)
         try:
             self.objective = build_objective(self.loss_config)
@@ -221,7 +221,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         features = self._encoded(batch)
         encoded = EncodedBatch(batch, features, self.student)
         all_pairs = self.student.match_all(features.images, features.texts) if self.student.family == "dual" else None
-        pools, prescreened = self._prescreened(encoded, self._candidates(features, all_pairs))
+        pools, prescreened = self._prescreened(encoded, self._candidates(batch, features, all_pairs))
         teacher_tables = self._teacher_tables(encoded, pools)
         selections = [self._select(encoded, pool, table) for pool, table in zip(pools, teacher_tables, strict=True)]
         student_tables = self._student_tables(features, selections, all_pairs)
@@ -240,7 +240,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
             features = encode_batch(self.student, batch)
         return dataclasses.replace(features, images=features.images.float(), texts=features.texts.float())
 
-    def _candidates(self, features: BatchFeatures, all_pairs: Tensor | None) -> list[CandidatePool]:
+    def _candidates(self, batch: Batch, features: BatchFeatures, all_pairs: Tensor | None) -> list[CandidatePool]:
         """This process's queries, cut to what the teacher may score; a dual student's scores rank the candidates."""
         pools = [pool.build(features.context()) for pool in self.pools]
         budget = self.config.candidates.teacher_budget
@@ -248,7 +248,13 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
             return own_rows(features, pools)
         cheap = None if all_pairs is None else all_pairs.detach()
         cut = [
-            within_budget(pool, None if cheap is None else cheap[pool.image_rows, pool.text_rows], budget)
+            within_budget(
+                pool,
+                None if cheap is None else cheap[pool.image_rows, pool.text_rows],
+                budget,
+                self.strategy,
+                Draws(_generator(batch, pool.direction, "budget")),
+            )
             for pool in pools
         ]
         return own_rows(features, cut)
@@ -260,11 +266,10 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         hardest = self.config.selection.hard_negatives
         if self.prescreen is None or hardest is None:
             return pools, {}
-        cut = self.prescreen.cut(encoded.features, pools)
+        cut = self.prescreen.cut(encoded.features, pools, [_draws(encoded, p.direction, "prescreen") for p in pools])
         if not self.prescreen.due(encoded.batch.step):
             return cut, {}
-        share = self.prescreen.found(pools, cut, self.teachers.scores(encoded, pools), hardest)
-        return cut, {"prescreen_found": share}
+        return cut, self.prescreen.found(pools, cut, self.teachers.scores(encoded, pools), hardest)
 
     def _teacher_tables(self, encoded: EncodedBatch, pools: list[CandidatePool]) -> list[ScoreTable]:
         """The pools as the teacher scores them; unscored where nothing depends on its scores."""
@@ -335,8 +340,11 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         return [] if chosen else [(pool, table.scores) for pool, table in zip(pools, teacher_tables, strict=True)]
 
 
-def _draws(encoded: EncodedBatch, direction: str) -> Draws:
-    """The chance of one direction's selection: a query draws the same in whichever process it is."""
-    features, seed = encoded.features, encoded.batch.draw_seed
-    generator = None if seed is None else torch.Generator().manual_seed(seed_for(seed, direction))
-    return Draws(generator, sum(features.queries) or None, features.own_queries)
+def _draws(encoded: EncodedBatch, *purpose: str) -> Draws:
+    """The chance of one direction's choice: a query draws the same in whichever process it is."""
+    features = encoded.features
+    return Draws(_generator(encoded.batch, *purpose), sum(features.queries) or None, features.own_queries)
+
+
+def _generator(batch: Batch, *purpose: str) -> torch.Generator | None:
+    return None if batch.draw_seed is None else torch.Generator().manual_seed(seed_for(batch.draw_seed, *purpose))

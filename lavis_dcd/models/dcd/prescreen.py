@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.distillation.candidates import CandidatePool
-from lavis_dcd.distillation.prescreen import found_share, most_promising
+from lavis_dcd.distillation.prescreen import found_share, most_promising, range_share
+from lavis_dcd.distillation.strategies import Draws, SelectionStrategy
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.models.batch import BatchFeatures
 from lavis_dcd.models.building import module_of
@@ -17,22 +18,28 @@ from lavis_dcd.models.dcd.scores import ScoreTable, gather_tables, score_tables
 
 
 class Prescreen:
-    """A cut of pools to the candidates that a cheap matcher scores highest.
+    """A cut of pools to candidates that the selection would choose by a cheap matcher's scores.
 
     Args:
         config: by whom, how many, and how often the teacher scores all of them to tell what is lost.
         matchers: whose scores are cheap, by the names that ``config.by`` may have.
+        strategy: of the selection.
     """
 
-    def __init__(self, config: PrescreenConfig, matchers: Mapping[str, Matcher]) -> None:
-        self.config = config
+    def __init__(
+        self, config: PrescreenConfig, matchers: Mapping[str, Matcher], strategy: SelectionStrategy | None = None
+    ) -> None:
+        self.config, self._strategy = config, strategy
         self._matcher = None if config.by == "random" else matchers[config.by]
 
     @torch.no_grad()
-    def cut(self, batch: BatchFeatures, pools: list[CandidatePool]) -> list[CandidatePool]:
-        """Return the pools with at most ``keep`` valid candidates per query beside the match."""
+    def cut(self, batch: BatchFeatures, pools: list[CandidatePool], draws: Sequence[Draws]) -> list[CandidatePool]:
+        """Return the pools with at most ``keep`` valid candidates per query beside the match; ``draws`` are by pool."""
         cheap = self._cheap_scores(batch, pools)
-        return [most_promising(pool, scores, self.config.keep) for pool, scores in zip(pools, cheap, strict=True)]
+        return [
+            most_promising(pool, scores, self.config.keep, self._strategy, of_pool)
+            for pool, scores, of_pool in zip(pools, cheap, draws, strict=True)
+        ]
 
     def due(self, step: int) -> bool:
         """Return whether the teacher is to score every candidate of the batch of this ``step``, counted from 0."""
@@ -40,8 +47,8 @@ class Prescreen:
 
     def found(
         self, pools: list[CandidatePool], cut: list[CandidatePool], teacher: Sequence[ScoreTable], hardest: int
-    ) -> Tensor:
-        """Return the share of the teacher's hardest candidates that the prescreen leaves in, 0-dim.
+    ) -> dict[str, Tensor]:
+        """Return what the prescreen leaves in, by the names of the training log, 0-dim each.
 
         Args:
             pools: per direction, all candidates ``[Q, 1+C]``.
@@ -50,13 +57,14 @@ class Prescreen:
             hardest: how many of a query's candidates count as its hardest.
 
         Returns:
-            The mean over the directions.
+            ``prescreen_found``: the share of the teacher's hardest candidates; ``prescreen_range``: that of the range
+            of its scores. Each is the mean over the directions.
         """
-        shares = [
-            found_share(pool, promising, table.known_scores(), hardest)
-            for pool, promising, table in zip(pools, cut, teacher, strict=True)
-        ]
-        return torch.stack(shares).mean()
+        tables = [(pool, left, table.known_scores()) for pool, left, table in zip(pools, cut, teacher, strict=True)]
+        return {
+            "prescreen_found": torch.stack([found_share(*table, hardest) for table in tables]).mean(),
+            "prescreen_range": torch.stack([range_share(*table) for table in tables]).mean(),
+        }
 
     def _cheap_scores(self, batch: BatchFeatures, pools: list[CandidatePool]) -> Sequence[Tensor | None]:
         """Return per pool scores ``[Q, 1+C]``, or None where chance decides."""

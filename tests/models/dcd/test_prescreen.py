@@ -82,6 +82,7 @@ def test_on_steps_that_are_due_the_share_found_is_told_and_the_loss_is_the_same(
             shares.append(len(hardest & kept) / 2)
     assert float(due["prescreen_found"]) == pytest.approx(sum(shares) / len(shares))
     assert 0 < float(due["prescreen_found"]) < 1
+    assert 0 < float(due["prescreen_range"]) < 1 and "prescreen_range" not in quiet
 
 
 def test_keeping_all_changes_nothing():
