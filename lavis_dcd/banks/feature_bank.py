@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -172,17 +172,21 @@ class FeatureBank:
         return {**vars(self), "matcher": None}
 
     def images(self, rows: Tensor | Sequence[int]) -> ImageFeatures:
-        """Features of the pictures ``rows`` (see ``picture_rows``) as they are kept, one row each."""
-        return self.image_store.gather(rows, ImageFeatures)
+        """Features of the pictures ``rows`` (see ``picture_rows``) as they are kept, with these numbers."""
+        return replace(self.image_store.gather(rows, ImageFeatures), rows=torch.as_tensor(rows, dtype=torch.long))
 
     def texts(self, captions: Sequence[str]) -> TextFeatures:
-        """Features of ``captions`` as they are kept, padded to the longest of them.
+        """Features of ``captions`` as they are kept, padded to the longest of them, with their rows' numbers.
 
         Raises:
             KeyError: a caption that was in none of the sets the bank was built from.
         """
-        features = self.text_store.gather([self.caption_rows[caption] for caption in captions], TextFeatures)
-        return TextFeatures(features.tokens, features.full_mask(), features.embeds)
+        return self.texts_at([self.caption_rows[caption] for caption in captions])
+
+    def texts_at(self, rows: Tensor | Sequence[int]) -> TextFeatures:
+        """Features of the captions ``rows`` (see ``caption_rows``), as :meth:`texts` has them."""
+        features = self.text_store.gather(rows, TextFeatures)
+        return replace(features, mask=features.full_mask(), rows=torch.as_tensor(rows, dtype=torch.long))
 
     def image_rows(self, rows: Sequence[int]) -> StreamedFeatures[ImageFeatures]:
         """``images(rows)`` in float32, read when they are indexed."""

@@ -23,6 +23,8 @@ class Matcher(ABC):
     """
 
     has_joint_space: bool = False
+    # whether a score follows from the two joint-space vectors alone, see ``match_embeds``
+    scores_by_embeds: ClassVar[bool] = False
     # what a score is: "fusion", a logit that costs a pass per pair, or "dual", a scaled similarity of two embeddings,
     # so that all pairs of a batch cost one product
     family: ClassVar[str] = "fusion"
@@ -66,6 +68,14 @@ class Matcher(ABC):
     def joint_scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """Return the joint space's scores ``[I, T]`` of all pairs of ``embed_images``' and ``embed_texts``' vectors."""
         return image_embeds @ text_embeds.T
+
+    def match_embeds(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Return ``match_all`` by ``embed_images``' and ``embed_texts``' vectors, ``[I, T]``.
+
+        Raises:
+            NotImplementedError: a score takes more than these vectors, see ``scores_by_embeds``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not score by vectors alone")
 
     def own_loss(self, samples: Mapping[str, Any]) -> Tensor:
         """Return the model's own training loss on a batch of LAVIS's ``RetrievalDataset`` samples, 0-dim.

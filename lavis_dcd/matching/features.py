@@ -27,6 +27,7 @@ class Features:
         tokens: ``[B, N, D]`` floating point, the tower's output tokens.
         mask: ``[B, N]`` bool, True where a token is real; ``None`` when every token is.
         embeds: ``[B, E]`` floating point, the joint-space vector where the encoder itself gives one, else ``None``.
+        rows: ``[B]`` int64, the items' rows in the bank that they come out of; ``None`` for what was encoded just now.
 
     Raises:
         ValueError: when the row or token counts of the tensors differ.
@@ -35,6 +36,7 @@ class Features:
     tokens: Tensor
     mask: Tensor | None = None
     embeds: Tensor | None = None
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3:
@@ -43,6 +45,8 @@ class Features:
             raise ValueError(f"mask {tuple(self.mask.shape)} does not fit tokens {tuple(self.tokens.shape)}")
         if self.embeds is not None and len(self.embeds) != len(self.tokens):
             raise ValueError(f"{len(self.embeds)} embeds for {len(self.tokens)} rows of tokens")
+        if self.rows is not None and len(self.rows) != len(self.tokens):
+            raise ValueError(f"{len(self.rows)} numbers of rows for {len(self.tokens)} rows of tokens")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -64,12 +68,12 @@ class Features:
         if self.mask is None:
             return self
         length = last_used(self.mask)
-        return type(self)(self.tokens[:, :length], self.mask[:, :length], self.embeds)
+        return type(self)(self.tokens[:, :length], self.mask[:, :length], self.embeds, self.rows)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(t.nbytes for t in (self.tokens, self.mask, self.embeds) if t is not None)
+        return sum(t.nbytes for t in (self.tokens, self.mask, self.embeds, self.rows) if t is not None)
 
     @property
     def row_shape(self) -> tuple[int, int]:
@@ -85,6 +89,8 @@ class Features:
     def cat(cls: type[F], batches: Sequence[F]) -> F:
         """Return the rows of all batches below each other; shorter rows are padded with masked zeros.
 
+        They have numbers in a bank where those of all batches have them.
+
         Raises:
             ValueError: no batch, or some with ``embeds`` and some without.
         """
@@ -97,7 +103,9 @@ class Features:
         embeds = [batch.embeds for batch in batches if batch.embeds is not None]
         if embeds and len(embeds) < len(batches):
             raise ValueError("some parts have embeds and some have none")
-        return cls(tokens, mask, torch.cat(embeds) if embeds else None)
+        rows = [batch.rows for batch in batches if batch.rows is not None]
+        numbered = torch.cat(rows) if len(rows) == len(batches) else None
+        return cls(tokens, mask, torch.cat(embeds) if embeds else None, numbered)
 
     def full_mask(self) -> Tensor:
         """Return ``mask``, bool ``[B, N]``, all True where there is none."""
@@ -118,7 +126,8 @@ class Features:
     def _changed(self: F, change: Callable[[Tensor], Tensor]) -> F:
         mask = None if self.mask is None else change(self.mask)
         embeds = None if self.embeds is None else change(self.embeds)
-        return type(self)(change(self.tokens), mask, embeds)
+        rows = None if self.rows is None else change(self.rows)
+        return type(self)(change(self.tokens), mask, embeds, rows)
 
 
 @dataclass
@@ -176,7 +185,8 @@ def gather_features(features: F, ranks: ProcessGroup) -> F:
     if any(masks) or len(set(lengths)) > 1:
         mask = gather_rows(padded(features.full_mask(), longest), ranks, counts)
     embeds = None if features.embeds is None else gather_rows(features.embeds, ranks, counts)
-    return type(features)(tokens, mask, embeds)
+    rows = None if features.rows is None else gather_rows(features.rows, ranks, counts)
+    return type(features)(tokens, mask, embeds, rows)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -45,6 +45,9 @@ class Learner:
     def use_score_bank(self, bank: Any) -> None:
         """Take the score bank that the samples' scores come from."""
 
+    def use_feature_bank(self, bank: Any) -> None:
+        """Take the bank that the features of all samples come out of, before the first of them."""
+
     def teacher_fingerprint(self) -> str:
         """Return a hash of the teacher's weights; "" without a teacher."""
         return ""
@@ -95,6 +98,10 @@ class ForeignLearner(Learner):
     @override
     def use_score_bank(self, bank: Any) -> None:
         getattr(self.model, "use_score_bank", super().use_score_bank)(bank)
+
+    @override
+    def use_feature_bank(self, bank: Any) -> None:
+        getattr(self.model, "use_feature_bank", super().use_feature_bank)(bank)
 
     @override
     def teacher_fingerprint(self) -> str:

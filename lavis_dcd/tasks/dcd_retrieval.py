@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -134,7 +135,10 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         self._check_pair(datasets, config)
         views = self._views.by_name
         if config.cache_features != "off":
-            return with_kept_features(datasets, cast(dict[str, Matcher], self._matchers), views, config)
+            kept = with_kept_features(datasets, cast(dict[str, Matcher], self._matchers), views, config)
+            if _sees_items_again(kept.get("train"), config):
+                as_learner(model).use_feature_bank(kept["train"].bank)
+            return kept
         return {
             split: dataset if is_evaluation_set(dataset) or not views else with_views(dataset, views)
             for split, dataset in datasets.items()
@@ -271,3 +275,11 @@ class DcdRetrievalTask(TrainTask, BaseTask):
     def after_evaluation(self, val_result: Any = None, **_: Any) -> Any:
         """Return the figures as they are: LAVIS's hook."""
         return val_result
+
+
+def _sees_items_again(dataset: Any, run: RunConfig) -> bool:
+    """Return whether a job comes back to the items of a training set with kept features."""
+    if not isinstance(dataset, BankedTrainingSet) or run.evaluate:
+        return False
+    samples = (run.max_steps or math.inf) * run.batch_size_train * run.accum_grad_iters
+    return min(samples, run.max_epoch * len(dataset)) > len(dataset)

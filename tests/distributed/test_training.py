@@ -43,7 +43,7 @@ def distilled(teacher: dict, student: dict, **more) -> dict:
 @pytest.mark.parametrize(
     "case",
     ["learning encoders", "entropy share", "bank of captions", "dual", "own loss", "recomputed"]
-    + ["random", "mixed", "stratified", "reweighted", "prescreened", "budget"],
+    + ["random", "mixed", "stratified", "reweighted", "prescreened", "budget", "kept vectors"],
 )
 def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, meter, teacher, dual):
     """AdamW's eps is 1e-4 here: a gradient that is zero but for rounding would otherwise step by its sign."""
@@ -71,6 +71,10 @@ def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, m
     elif case == "budget":
         candidates = {"teacher_budget": 20}
         model = distilled(teacher, {"init_from_teacher": {"layers": [1]}}, candidates=candidates)
+        run |= {"cache_features": "memory"}
+    elif case == "kept vectors":  # of a dual teacher, for features that cross the processes
+        frozen = {side: {**dual[side], "freeze": True} for side in ("vision", "text")}
+        model = distilled({**dual, **frozen}, {**dual, **frozen, "head": {**dual["head"], "hidden": 8}})
         run |= {"cache_features": "memory"}
     elif case == "recomputed":  # in one process by fairscale; a layer runs several times in a step
         student = {"init_from_teacher": {"layers": [0, 1]}, "fusion": {"layers": 2, "grad_checkpoint": True}}

@@ -1,5 +1,7 @@
 """Feature dataclasses: rows and padding; gathering in a process that is alone (several: tests/distributed)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -69,3 +71,13 @@ def test_alone_everything_stays_what_it_is():
     assert ProcessGroup.here() == ALONE and ALONE.alone
     assert gather_rows(rows, ALONE) is rows and gather_features(features, ALONE) is features
     assert gather_objects({"a": 1}, ALONE) == [{"a": 1}]
+
+
+def test_numbers_of_rows_go_with_the_rows():
+    numbered = [replace(texts(lengths), rows=torch.tensor(rows)) for lengths, rows in (([2, 1], [7, 3]), ([4], [5]))]
+    both = TextFeatures.cat(numbered)
+    assert both.rows.tolist() == [7, 3, 5] and both[[2, 0, 0]].float().trimmed().rows.tolist() == [5, 7, 7]
+    assert both.to(dtype=torch.float16).rows.dtype == torch.int64
+    assert TextFeatures.cat([numbered[0], texts([1])]).rows is None
+    with pytest.raises(ValueError, match="2 numbers of rows for 3 rows"):
+        replace(both, rows=torch.tensor([1, 2]))

@@ -147,6 +147,9 @@ class DcdConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     # autocast for what does not learn, the teachers and frozen encoders: off | bf16; student and loss stay in float32
     frozen_amp: Literal["off", "bf16"] = "off"
+    # MiB that the vectors of frozen dual teachers may take: with run.cache_features they are computed once for all kept
+    # features of a job that comes back to them; 0: anew at each step
+    teacher_vectors_mb: float = 2048.0
     student_chunk_pairs: int | None = None  # recompute the student in chunks of so many pairs: less memory, same loss
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lavis_dcd.banks.encoding import autocast_to, device_of
+from lavis_dcd.banks.feature_bank import FeatureBank
 from lavis_dcd.banks.score_bank import ScoreBank
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import packaged_folder
@@ -180,6 +181,11 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def use_score_bank(self, bank: ScoreBank) -> None:
         if isinstance(self.teachers, BankedTeachers):
             self.teachers.use_bank(bank)
+
+    @override
+    def use_feature_bank(self, bank: FeatureBank) -> None:
+        if isinstance(self.teachers, Teachers) and self._needs_teacher:
+            self.teachers.keep_vectors(bank, self.config.teacher_vectors_mb)
 
     @override
     def teacher_fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,15 +11,20 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.banks.encoding import autocast_to
+from lavis_dcd.banks.feature_bank import FeatureBank
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import update_with_tensors
+from lavis_dcd.common.texts import size_in_words
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.ensemble import combine
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.models.batch import BatchFeatures, EncodedBatch, encode_batch
 from lavis_dcd.models.building import module_of
-from lavis_dcd.models.dcd.scores import ScoreTable, score_tables
+from lavis_dcd.models.dcd.kept_vectors import KeptVectors
+from lavis_dcd.models.dcd.scores import ScoreTable, gather_tables, score_tables
+
+log = logging.getLogger(__name__)
 
 
 class Teachers:
@@ -38,6 +44,8 @@ class Teachers:
             self._ensemble = Ensemble(self.matchers, self.weights)
         except ValueError as error:
             raise UserError(f"model.teachers: {error}") from error
+        self._bank: FeatureBank | None = None
+        self._vectors: dict[int, KeptVectors] = {}
         self._modules = [module_of(matcher) for matcher in self.matchers]
         for module in self._modules:
             module.requires_grad_(False)
@@ -66,6 +74,21 @@ class Teachers:
         if len(self.matchers) == 1:
             return {"teacher": self.matchers[0]}
         return {f"teacher.{i}": matcher for i, matcher in enumerate(self.matchers)}
+
+    def keep_vectors(self, bank: FeatureBank, megabytes: float) -> None:
+        """Embed all of ``bank`` once, at the first scores, by those teachers whose scores follow from vectors alone.
+
+        Args:
+            bank: the features of all samples come out of it.
+            megabytes: of all teachers' vectors together at most, MiB; where they would take more, none are kept.
+        """
+        serving = [m for m in self.matchers if m.scores_by_embeds and bank.serves(m)]
+        need = sum(KeptVectors.nbytes(matcher, bank) for matcher in serving)
+        if need <= megabytes * 2**20:
+            self._bank = bank if serving else None
+        else:
+            log.info("the teachers' vectors would take %s, more than model.teacher_vectors_mb: they are computed at "
+                     "each step", size_in_words(need))  # fmt: skip
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over all teachers' tensors, names and shapes included, and their weights."""
@@ -124,4 +147,18 @@ class Teachers:
             if features is None:
                 features = encode_batch(matcher, encoded.batch, view)
                 by_encoder += [(matcher, features)] if shared else []
+            vectors = self._kept(matcher, features)
+            if vectors is not None:
+                return gather_tables(vectors.scores(features.images, features.texts), tables)
             return score_tables(matcher, features, tables)
+
+    def _kept(self, matcher: Matcher, features: BatchFeatures) -> KeptVectors | None:
+        """Return the vectors of a teacher, made now if they are not there yet; None where none are to be kept."""
+        bank = self._bank
+        if bank is None or not matcher.scores_by_embeds or not bank.serves(matcher):
+            return None
+        if features.images.rows is None or features.texts.rows is None:
+            return None
+        if id(matcher) not in self._vectors:
+            self._vectors[id(matcher)] = KeptVectors(matcher, bank, self._amp)
+        return self._vectors[id(matcher)]

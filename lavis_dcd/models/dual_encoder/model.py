@@ -42,6 +42,7 @@ class DualEncoder(TwoTowers):
 
     family: ClassVar[str] = "dual"
     has_joint_space = True
+    scores_by_embeds: ClassVar[bool] = True
     config_class = DualEncoderConfig
     files = DUAL_ENCODER_FILES
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = model_types("dual_encoder", "base", "small", "tiny")
@@ -162,8 +163,12 @@ class DualEncoder(TwoTowers):
             return image_embeds.float() @ text_embeds.float().T
 
     @override
+    def match_embeds(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        return self.scale * self.joint_scores(image_embeds, text_embeds)
+
+    @override
     def match_all(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        return self.scale * self.joint_scores(self.embed_images(images), self.embed_texts(texts))
+        return self.match_embeds(self.embed_images(images), self.embed_texts(texts))
 
     # -- training ------------------------------------------------------------------------------------------------
 
