@@ -23,7 +23,7 @@ from lavis_dcd.common.schema import parse
 from lavis_dcd.common.seeding import seed_for
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.diagnostics import diagnostics
-from lavis_dcd.distillation.objective import build_objective, loss_defaults
+from lavis_dcd.distillation.objective import build_objective
 from lavis_dcd.distillation.prescreen import within_budget
 from lavis_dcd.distillation.selection import Selection, release_selection, select
 from lavis_dcd.distillation.strategies import Draws, build_strategy
@@ -50,7 +50,7 @@ from lavis_dcd.models.dcd.checks import (
     section_faults,
 )
 from lavis_dcd.models.dcd.config import IN_BATCH, DcdConfig
-from lavis_dcd.models.dcd.scores import GivesScores, ScoreTable, gather_tables, match_tables
+from lavis_dcd.models.dcd.scores import GivesScores, ScoreTable, gather_tables, match_tables, top_first
 from lavis_dcd.models.dcd.teachers import Teachers
 
 log = logging.getLogger(__name__)
@@ -94,13 +94,14 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         self.pools = build_pools(config.candidates)
         self.strategy = build_strategy(config.selection.strategy, hard_share=config.selection.hard_share)
         self.prescreen = build_prescreen(config, self.teachers, student, self.strategy)
-        self.loss_config = loss_defaults(config.loss, self.teachers.family, student.family)
+        self.loss_config = config.loss_terms(self.teachers.family, student.family)
         try:
             self.objective = build_objective(self.loss_config)
         except ValueError as error:
             raise UserError([f"model.{line}" for line in str(error).splitlines()]) from error
         families, terms = (self.teachers.family, student.family), self.loss_config
-        log.info("%s teacher, %s student: distill %s, contrastive %s", *families, terms.distill, terms.contrastive)
+        contrastive = "none" if config.candidates.match_by_teacher else terms.contrastive
+        log.info("%s teacher, %s student: distill %s, contrastive %s", *families, terms.distill, contrastive)
 
     @classmethod
     def config_schema(cls) -> type:
@@ -116,6 +117,14 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def negatives_in_batch_only(cls, section: Mapping[str, Any]) -> bool:
         """Return whether no direction has candidates from elsewhere than the batch."""
         return set(parse(DcdConfig, section, "model").candidates.sources().values()) <= {IN_BATCH}
+
+    @classmethod
+    def pair_faults(cls, section: Mapping[str, Any], path: str) -> list[str]:
+        """Return which setting needs captions of the pictures, one line; none with the teacher's match."""
+        if parse(DcdConfig, section, path).candidates.match_by_teacher:
+            return []
+        return [f"{path}.candidates.match: given needs captions of the pictures; set it to teacher, and "
+                f"{path}.loss.alpha to 1"]  # fmt: skip
 
     @classmethod
     def inner_models(cls, section: DictConfig) -> dict[str, DictConfig]:
@@ -218,11 +227,15 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
             ``in_batch_loss`` and ``student_loss``, and, detached, the diagnostics.
         """
         batch = Batch.of(samples)
+        by_teacher = self.config.candidates.match_by_teacher
+        batch = batch.without_owners() if by_teacher else batch
         features = self._encoded(batch)
         encoded = EncodedBatch(batch, features, self.student)
         all_pairs = self.student.match_all(features.images, features.texts) if self.student.family == "dual" else None
         pools, prescreened = self._prescreened(encoded, self._candidates(batch, features, all_pairs))
         teacher_tables = self._teacher_tables(encoded, pools)
+        if by_teacher:
+            pools, teacher_tables = top_first(pools, teacher_tables)
         selections = [self._select(encoded, pool, table) for pool, table in zip(pools, teacher_tables, strict=True)]
         student_tables = self._student_tables(features, selections, all_pairs)
         student_scores = [table.known_scores() for table in student_tables]
@@ -230,7 +243,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         losses = self._distillation(selections, student_scores)
         losses = self._with_further_losses(losses, batch, features, all_pairs)
         unchosen = self._unchosen(pools, teacher_tables)
-        return {**losses, **diagnostics(selections, student_scores, unchosen), **prescreened}
+        return {**losses, **diagnostics(selections, student_scores, unchosen, by_teacher), **prescreened}
 
     def _encoded(self, batch: Batch) -> BatchFeatures:
         """The batch by the student's encoders; in half precision, then widened, where those are frozen."""
@@ -282,7 +295,8 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def _needs_teacher(self) -> bool:
         how = self.config.selection
         mining = self.strategy.needs_teacher and how.hard_negatives is not None
-        return mining or how.margin is not None or how.reweight or self.objective.needs_teacher
+        by_teacher = self.config.candidates.match_by_teacher
+        return mining or by_teacher or how.margin is not None or how.reweight or self.objective.needs_teacher
 
     def _select(self, encoded: EncodedBatch, pool: CandidatePool, teacher: ScoreTable) -> Selection:
         how = self.config.selection
@@ -336,6 +350,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
             self.teachers.selects_hard_samples
             or self.prescreen is not None
             or self.config.candidates.teacher_budget is not None
+            or self.config.candidates.match_by_teacher
         )
         return [] if chosen else [(pool, table.scores) for pool, table in zip(pools, teacher_tables, strict=True)]
 
