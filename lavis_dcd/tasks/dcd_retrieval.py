@@ -10,8 +10,10 @@ from typing import Any, cast
 
 import torch
 from lavis.common.registry import registry
+from lavis.datasets.data_utils import reorg_datasets_by_split
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
 from lavis_dcd.banks.feature_cache import with_kept_features
 from lavis_dcd.banks.feature_sets import BankedTrainingSet
@@ -114,8 +116,10 @@ class DcdRetrievalTask(TrainTask, BaseTask):
                     faults += error.faults
         if faults:
             raise UserError(faults)
-        for splits in datasets.values():
-            check_annotations(splits, contents=mode != "off")
+        # the training set of one builder and the test set of another may share pictures, too
+        by_split = reorg_datasets_by_split(datasets)
+        joined = {split: sets[0] if len(sets) == 1 else ConcatDataset(sets) for split, sets in by_split.items()}
+        check_annotations(joined, contents=mode != "off")
         return datasets
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Any], run: Any, device: Any = None) -> dict[str, Any]:

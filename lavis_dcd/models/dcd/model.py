@@ -223,8 +223,8 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
                 ``model.candidates`` draws from the data set or takes out of a score bank.
 
         Returns:
-            0-dim tensors: ``loss``, ``distill_loss``, ``contrastive_loss``, where they have a weight
-            ``in_batch_loss`` and ``student_loss``, and, detached, the diagnostics.
+            0-dim tensors: ``loss``, ``distill_loss``, ``contrastive_loss`` (not with ``candidates.match: teacher``),
+            where they have a weight ``in_batch_loss`` and ``student_loss``, and, detached, the diagnostics.
         """
         batch = Batch.of(samples)
         by_teacher = self.config.candidates.match_by_teacher
@@ -322,7 +322,10 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
             self.objective(selection.teacher_scores, scores, selection.valid, selection.log_counts)
             for selection, scores in zip(selections, student_scores, strict=True)
         ]
-        return {key: torch.stack([losses[key] for losses in by_direction]).mean() for key in by_direction[0]}
+        # to what the teacher puts first, a contrastive loss would be none of the ground truth
+        left_out = {"contrastive_loss"} if self.config.candidates.match_by_teacher else set[str]()
+        keys = [key for key in by_direction[0] if key not in left_out]
+        return {key: torch.stack([losses[key] for losses in by_direction]).mean() for key in keys}
 
     def _with_further_losses(
         self, losses: dict[str, Tensor], batch: Batch, features: BatchFeatures, all_pairs: Tensor | None

@@ -1,4 +1,4 @@
-"""Distillation without captions that belong to pictures: the whole loss by plain loops, and what it must not depend on."""
+"""Distillation without captions of the pictures: the whole loss by plain loops, and what it must not depend on."""
 
 from __future__ import annotations
 
@@ -120,6 +120,7 @@ def test_diagnostics_speak_of_the_top():
     names = {name for name in out if name.startswith(("teacher", "student"))}
     assert names == {"teacher_top_score", "teacher_others_score", "student_top_score", "student_others_score",
                      "student_top_misranked", "student_spread"}  # fmt: skip
+    assert "contrastive_loss" not in out
     assert out["teacher_top_score"] > out["teacher_others_score"]
 
 
