@@ -31,7 +31,7 @@ def read_pictures(source: Path, root: Path) -> list[str]:
             rows are listed.
     """
     faults = Faults(source)
-    names = _folder_pictures(source) if os.path.isdir(source) else _listed_pictures(source, faults)
+    names = _folder_pictures(source, faults) if os.path.isdir(source) else _listed_pictures(source, faults)
     paths = [path_below(name, "image", where, root, faults) for where, name in names]
     faults.raise_any()
     if not paths:
@@ -39,12 +39,16 @@ def read_pictures(source: Path, root: Path) -> list[str]:
     return list(dict.fromkeys(path for path in paths if path is not None))
 
 
-def _folder_pictures(folder: Path) -> Iterator[tuple[str, Any]]:
+def _folder_pictures(folder: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
     """Yield (name, absolute path) of the files whose names end as pictures' do, in the order of their names."""
     formats = formats_read()
     endings = {ending for ending, form in Image.registered_extensions().items() if form in formats}
     others = 0
-    for parent, folders, files in os.walk(folder):
+
+    def note(error: OSError) -> None:
+        faults.add(str(error.filename), f"not readable as a folder: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             if os.path.splitext(name)[1].lower() in endings:

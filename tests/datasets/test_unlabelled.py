@@ -62,6 +62,13 @@ def test_faults_of_pictures(tmp_path, content, words):
         assert expected in line and "p.json" in line
 
 
+def test_a_folder_inside_that_cannot_be_read_is_told(tmp_path, permissions_count):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(UserError, match="closed: not readable as a folder: Permission denied"):
+        read_pictures(tmp_path, tmp_path)
+
+
 def test_an_empty_folder_holds_no_picture(tmp_path):
     with pytest.raises(UserError, match="holds no picture"):
         read_pictures(tmp_path, tmp_path)

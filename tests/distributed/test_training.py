@@ -60,7 +60,16 @@ def distilled(teacher: dict, student: dict, **more) -> dict:
 @pytest.mark.parametrize(
     "case",
     ["learning encoders", "entropy share", "bank of captions", "dual", "own loss", "recomputed"]
-    + ["random", "mixed", "stratified", "reweighted", "prescreened", "budget", "match by teacher", "joined with unpaired"],
+    + [
+        "random",
+        "mixed",
+        "stratified",
+        "reweighted",
+        "prescreened",
+        "budget",
+        "match by teacher",
+        "joined with unpaired",
+    ],
 )
 def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, meter, teacher, dual):
     """AdamW's eps is 1e-4 here: a gradient that is zero but for rounding would otherwise step by its sign."""
