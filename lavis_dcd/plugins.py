@@ -33,6 +33,7 @@ _MODULES = (
     "lavis_dcd.datasets.shape_scenes.builder",
     "lavis_dcd.datasets.image_text_retrieval",
     "lavis_dcd.datasets.coco_captions",
+    "lavis_dcd.datasets.unpaired",
     "lavis_dcd.tasks.dcd_retrieval",
     "lavis_dcd.runners.runner_dcd",
 )

@@ -115,6 +115,7 @@ PARTS: list[Part] = [
      "keys.", [
         ("datasets.image_text_retrieval.build_info", "datasets/image_text_retrieval.py", "OwnDataInfo"),
         ("datasets.coco_captions.build_info", "datasets/coco_captions.py", "CocoCaptionsInfo"),
+        ("datasets.unpaired.build_info", "datasets/unpaired.py", "UnpairedInfo"),
         ("datasets.shape_scenes.build_info", "datasets/shape_scenes/builder.py", "ShapeScenesInfo"),
         ("datasets.shape_scenes.build_info.scenes", "datasets/shape_scenes/builder.py", "SceneCounts"),
     ]),

@@ -18,7 +18,15 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import parse, unknown_key
 from lavis_dcd.common.texts import one_line, shown
-from lavis_dcd.config.contracts import ChecksItself, HasSchema, HoldsModels, LearnsFromNegatives, tells
+from lavis_dcd.config.contracts import (
+    ChecksItself,
+    HasSchema,
+    HoldsModels,
+    LearnsFromNegatives,
+    LearnsWithoutPairs,
+    TellsOfPairs,
+    tells,
+)
 from lavis_dcd.config.job_file import among, model_defaults, registered
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.adapters.registry import adapter_for
@@ -56,7 +64,7 @@ def check_sections(config: DictConfig) -> CheckedSections:
     faults += of_model + _datasets_faults(config.datasets)
     # another runner may have a schema of its own
     if isinstance(run, RunConfig) and not of_model:
-        faults += _shortlist_faults(run, config.model)
+        faults += _shortlist_faults(run, config.model) + _unpaired_faults(run, config)
         _warn_of_single_pairs(run, config.model)
     return CheckedSections(faults, run, model)
 
@@ -103,6 +111,25 @@ def _shortlist_faults(run: RunConfig, section: DictConfig) -> list[str]:
     if run.shortlist in names:
         return []
     return [f"run.shortlist: {run.shortlist!r} is none of this job's matchers: {', '.join(['joint', *names])}"]
+
+
+def _unpaired_faults(run: RunConfig, config: DictConfig) -> list[str]:
+    """Return a line for each setting that needs pairs, where a data set has pictures and texts that are none."""
+    builders = {name: registry.get_builder_class(name) for name in config.datasets}
+    unpaired = [
+        name for name, builder in builders.items() if tells(builder, TellsOfPairs) and not builder.gives_pairs()
+    ]
+    if not unpaired or run.evaluate:
+        return []
+    where, section = f"datasets.{unpaired[0]} has pictures and texts that do not belong together", config.model
+    found = []
+    if run.batch_by is not None:
+        found.append(f"run.batch_by: {where}: they come beside others in every epoch; leave it out")
+    model = registry.get_model_class(section.arch)
+    if not tells(model, LearnsWithoutPairs):
+        return [*found, f"model.arch: {section.arch} learns from pairs, and {where}; distil a student of it, with "
+                        "arch: dcd and model.candidates.match: teacher"]  # fmt: skip
+    return found + [f"{fault} ({where})" for fault in model.pair_faults(section, "model")]
 
 
 def _warn_of_single_pairs(run: RunConfig, section: DictConfig) -> None:

@@ -64,6 +64,29 @@ class LearnsFromNegatives(Protocol):
         """
 
 
+@runtime_checkable
+class TellsOfPairs(Protocol):
+    """A data set builder whose training samples may be pictures and texts that do not belong together."""
+
+    @classmethod
+    def gives_pairs(cls) -> bool:
+        """Return whether a sample's text describes its picture."""
+
+
+@runtime_checkable
+class LearnsWithoutPairs(Protocol):
+    """A model that may learn from pictures and texts that do not belong together."""
+
+    @classmethod
+    def pair_faults(cls, section: Mapping[str, Any], path: str) -> list[str]:
+        """Return one line per setting by which it does need pairs.
+
+        Args:
+            section: the section over its defaults, without faults.
+            path: where it stands.
+        """
+
+
 def tells(registered: type | None, what: type) -> bool:
     """Return whether a registered class (or None) has the methods of one of the Protocols above."""
     return registered is not None and issubclass(registered, what)

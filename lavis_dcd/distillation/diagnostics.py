@@ -18,6 +18,7 @@ def diagnostics(
     selections: list[Selection],
     student_scores: list[Tensor],
     pools: Sequence[tuple[CandidatePool, Tensor | None]] = (),
+    match_by_teacher: bool = False,
 ) -> dict[str, Tensor]:
     """Return means over the queries that have a negative: scores of the match and of the hardest negative, misrankings.
 
@@ -26,18 +27,20 @@ def diagnostics(
         student_scores: float ``[Q, 1+K]`` per direction.
         pools: per direction, candidates that were not chosen by scores, and the teacher's scores ``[Q, 1+C]`` of them,
             by which the teacher is judged. Empty where there are none such.
+        match_by_teacher: column 0 is the teacher's top candidate, not a match: the figures then have other names.
 
     Returns:
         0-dim tensors ``<who>_match_score``, ``<who>_hardest_score`` and ``<who>_misranked`` of the student and, where
         it scored, the teacher; ``student_spread``, see ``spread``; with pools ``teacher_match_rank``, see
-        ``match_rank``. NaN
-        where no query has a negative.
+        ``match_rank``. NaN where no query has a negative. With ``match_by_teacher`` it is ``<who>_top_score`` and
+        ``<who>_others_score`` (the highest of them), and ``student_top_misranked``: the share of queries in which the
+        student ranks another candidate above the teacher's top.
     """
     tables = {"student": student_scores}
     of_teacher = [s.teacher_scores for s in selections if s.teacher_scores is not None]
     if len(of_teacher) == len(selections):
         tables["teacher"] = of_teacher
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, of_directions in tables.items():
         matches, hardest = [], []
         # direction by direction: their tables may differ in width
@@ -46,9 +49,13 @@ def diagnostics(
             matches.append(scores[keep, 0])
             hardest.append(scores.masked_fill(~selection.valid, -torch.inf)[keep, 1:].amax(dim=1))
         match, rival = torch.cat(matches), torch.cat(hardest)
-        result[f"{name}_match_score"] = match.mean()
-        result[f"{name}_hardest_score"] = rival.mean()
-        result[f"{name}_misranked"] = (rival >= match).float().mean()
+        misranked = (rival >= match).float().mean()
+        if match_by_teacher:
+            result |= {f"{name}_top_score": match.mean(), f"{name}_others_score": rival.mean()}
+            result |= {"student_top_misranked": misranked} if name == "student" else {}
+        else:
+            result |= {f"{name}_match_score": match.mean(), f"{name}_hardest_score": rival.mean()}
+            result[f"{name}_misranked"] = misranked
     result["student_spread"] = spread(student_scores, [s.valid for s in selections])
     scored = [(pool.valid, scores) for pool, scores in pools if scores is not None]
     if scored:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,10 @@ class RowWeights:
 
 
 class Weighting(Protocol):
-    """The weights of a batch's queries; ``needs_teacher`` is False where the teacher's scores may be None."""
+    """The weights of a batch's queries; ``needs_teacher`` is False where the teacher's scores may be None.
+
+    One that compares the match with the rest says so by ``needs_match = True``, see :func:`needs_match`.
+    """
 
     needs_teacher: ClassVar[bool]
 
@@ -92,6 +95,7 @@ class ConfidenceGap(Weighting):
     gamma: float = 2.0
     entropy_floor: float = 0.0
     needs_teacher: ClassVar[bool] = True
+    needs_match: ClassVar[bool] = True
 
     @override
     @torch.no_grad()
@@ -112,6 +116,7 @@ class WeightedSoftLabels(Weighting):
     """
 
     needs_teacher: ClassVar[bool] = True
+    needs_match: ClassVar[bool] = True
 
     @override
     @torch.no_grad()
@@ -142,6 +147,11 @@ WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
     "wsl": WeightedSoftLabels,
     "uniform": Uniform,
 }
+
+
+def needs_match(weighting: Any) -> bool:
+    """Return whether a registered weighting (a class, or one built) reads which candidate truly is the match."""
+    return bool(getattr(weighting, "needs_match", False))
 
 
 def known(teacher_scores: Tensor | None) -> Tensor:

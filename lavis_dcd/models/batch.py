@@ -8,7 +8,7 @@ scores and computes the same loss, whose value and gradient are then those of on
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -23,6 +23,8 @@ from lavis_dcd.matching.contract import MAIN_VIEW, Matcher, Samples, has_view, v
 from lavis_dcd.matching.features import Features, ImageFeatures, TextFeatures, gather_features, gather_rows
 
 F = TypeVar("F", bound=Features)
+
+NO_PICTURE = -(2**63)  # the owner of captions that have none
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,13 @@ class Batch:
             draw_seed=samples.get("draw_seed"),
             samples=cast(Samples, samples),
         )
+
+    def without_owners(self) -> Batch:
+        """Return the same with captions that belong to no picture; equal ones are one, whatever picture they are with.
+
+        Nothing that reads it can tell which caption came with which picture, but for ``match_pairs``.
+        """
+        return replace(self, owners=[NO_PICTURE] * len(self.owners))
 
     def has_view(self, name: str) -> bool:
         """Return whether the view ``name`` differs from the main one."""

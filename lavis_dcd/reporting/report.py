@@ -191,12 +191,7 @@ def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
     keys = list(dict.fromkeys(k for line in run.train for k, v in line.items() if k not in known and is_number(v)))
     groups: dict[str, list[str]] = {}
     for key in keys:
-        if key.endswith(SCORES):
-            groups.setdefault("Scores of the match and of the hardest negative", []).append(key)
-        elif key.endswith(MISRANKED):
-            groups.setdefault("Queries whose match is ranked below a negative", []).append(key)
-        else:
-            groups.setdefault(WORDS.get(key, _words(key).capitalize()), []).append(key)
+        groups.setdefault(_chart_title(key), []).append(key)
     return [
         (
             title,
@@ -204,6 +199,21 @@ def _diagnostics(run: RunFiles) -> list[tuple[str, str]]:
         )
         for title, of_group in groups.items()
     ]
+
+
+def _chart_title(key: str) -> str:
+    """Return the title of the chart that a diagnostic is a line of."""
+    of_top = key.endswith((f"_top{SCORES}", f"_others{SCORES}", f"_top{MISRANKED}"))
+    if key.endswith(SCORES):
+        pair = (
+            "the teacher's top candidate and of the best other" if of_top else "the match and of the hardest negative"
+        )
+        return f"Scores of {pair}"
+    if key.endswith(MISRANKED):
+        return f"Queries whose {'top candidate by the teacher' if of_top else 'match'} is ranked below " + (
+            "another" if of_top else "a negative"
+        )
+    return WORDS.get(key, _words(key).capitalize())
 
 
 def _machine(run: RunFiles) -> dict[str, Any]:
@@ -277,7 +287,7 @@ def _chart(series: Sequence[Series], percent: bool = False) -> str:
 
 def _train_series(run: RunFiles, key: str) -> Series:
     colour = next((number for name, number in COLOURS.items() if key.startswith(name)), None)
-    dashed = key.endswith(f"hardest{SCORES}")
+    dashed = key.endswith((f"hardest{SCORES}", f"others{SCORES}"))
     return Series(WORDS.get(key, _words(key)), _points(run.train, key), colour=colour, dashed=dashed)
 
 

@@ -11,8 +11,10 @@ from typing import Any, cast
 
 import torch
 from lavis.common.registry import registry
+from lavis.datasets.data_utils import reorg_datasets_by_split
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
 from lavis_dcd.banks.feature_cache import with_kept_features
 from lavis_dcd.banks.feature_sets import BankedTrainingSet
@@ -25,6 +27,7 @@ from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
 from lavis_dcd.datasets.tree import is_evaluation_set
+from lavis_dcd.datasets.unpaired_rows import drawn_apart
 from lavis_dcd.datasets.views import MatcherViews, with_views
 from lavis_dcd.evaluation.evaluator import Evaluation, EvaluationCache, Evaluator
 from lavis_dcd.evaluation.gallery import PICTURE_SIDE, GalleryItem, gallery_items
@@ -114,8 +117,10 @@ class DcdRetrievalTask(TrainTask, BaseTask):
                     faults += error.faults
         if faults:
             raise UserError(faults)
-        for splits in datasets.values():
-            check_annotations(splits, contents=mode != "off")
+        # the training set of one builder and the test set of another may share pictures, too
+        by_split = reorg_datasets_by_split(datasets)
+        joined = {split: sets[0] if len(sets) == 1 else ConcatDataset(sets) for split, sets in by_split.items()}
+        check_annotations(joined, contents=mode != "off")
         return datasets
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Any], run: Any, device: Any = None) -> dict[str, Any]:
@@ -165,14 +170,16 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         return self._views.dataset_for(matcher, dataset)
 
     def wrap_training_set(self, dataset: Any, model: nn.Module) -> Any:
-        """Return the training set with the candidates that the model wants.
+        """Return the training set as it is drawn for this job, with the candidates that the model wants.
 
-        These are captions drawn at random (``random_captions_per_image``), or hard ones out of a score bank.
+        These are captions drawn at random (``random_captions_per_image``), or hard ones out of a score bank. Pictures
+        and texts of an unpaired set are put beside each other by ``run.seed`` and the epoch.
 
         Raises:
             UserError: the model trains from a score bank that :meth:`build_model` has not loaded, or of other rows.
         """
         learner, seed = as_learner(model), run_config(self.run).seed
+        dataset = drawn_apart(dataset, seed)
         wrap: Callable[[Any], Any]
         if learner.needs_score_bank:
             if self._scores is None:

@@ -196,7 +196,10 @@ class BestCheckpoint:
         run = self._run
         splits = list(dict.fromkeys([*run.table_splits, *run.teacher_splits]))
         if not splits:
-            log.info("nothing to evaluate: run.valid_splits and run.test_splits are empty")
+            log.info(
+                "nothing to evaluate: run.valid_splits and run.test_splits are empty; no recall is known, and the "
+                "weights are those of the last step"
+            )
             return []
         with torch.no_grad():
             gallery = self._task.gallery(self.matchers, self._datasets[splits[0]], run, self._process.device)

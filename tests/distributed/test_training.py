@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,22 @@ def assert_same(one, two) -> None:
         torch.testing.assert_close(weights_two[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def joined_with_unpaired(write_job, tmp_path: Path):
+    """``write_job`` whose jobs train on further samples: the same pictures, and texts of a file."""
+
+    def write(name: str, model: dict, **run) -> Path:
+        file = write_job(name, model, **run)
+        (tmp_path / "texts.txt").write_text("\n".join(f"red {'green ' * i}blue" for i in range(11)))
+        sections = json.loads(file.read_text())
+        readers = {k: v for k, v in sections["datasets"]["coco_retrieval"].items() if k != "build_info"}
+        info = {"pictures": str(tmp_path / "photos"), "texts": str(tmp_path / "texts.txt")}
+        sections["datasets"]["unpaired"] = {**readers, "build_info": info}
+        file.write_text(json.dumps(sections))
+        return file
+
+    return write
+
+
 def distilled(teacher: dict, student: dict, **more) -> dict:
     return {"arch": "dcd", "teacher": teacher, "student": student, "selection": {"hard_negatives": 3}, **more}
 
@@ -43,7 +60,17 @@ def distilled(teacher: dict, student: dict, **more) -> dict:
 @pytest.mark.parametrize(
     "case",
     ["learning encoders", "entropy share", "bank of captions", "dual", "own loss", "recomputed"]
-    + ["random", "mixed", "stratified", "reweighted", "prescreened", "budget", "kept vectors"],
+    + [
+        "random",
+        "mixed",
+        "stratified",
+        "reweighted",
+        "prescreened",
+        "budget",
+        "kept vectors",
+        "match by teacher",
+        "joined with unpaired",
+    ],
 )
 def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, meter, teacher, dual):
     """AdamW's eps is 1e-4 here: a gradient that is zero but for rounding would otherwise step by its sign."""
@@ -76,6 +103,12 @@ def test_two_processes_equal_one(case, write_job, finished, metrics, tmp_path, m
         frozen = {side: {**dual[side], "freeze": True} for side in ("vision", "text")}
         model = distilled({**dual, **frozen}, {**dual, **frozen, "head": {**dual["head"], "hidden": 8}})
         run |= {"cache_features": "memory"}
+    elif case in ("match by teacher", "joined with unpaired"):
+        selection = {"hard_negatives": 3, "strategy": "stratified"}
+        model = distilled(teacher, dual, share_encoders=False, candidates={"match": "teacher"})
+        model |= {"selection": selection, "loss": {"alpha": 1.0}}
+        if case == "joined with unpaired":
+            write_job = joined_with_unpaired(write_job, tmp_path)
     elif case == "recomputed":  # in one process by fairscale; a layer runs several times in a step
         student = {"init_from_teacher": {"layers": [0, 1]}, "fusion": {"layers": 2, "grad_checkpoint": True}}
         model = distilled(teacher, student, student_chunk_pairs=5)

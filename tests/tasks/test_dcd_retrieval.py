@@ -11,6 +11,7 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
+from retrieval_sets import captioned
 from stubs import NumberMatcher
 from torch import Tensor, nn
 
@@ -246,6 +247,19 @@ def test_a_picture_in_two_splits_is_told(monkeypatch, caplog):
     monkeypatch.setattr(dcd_retrieval.BaseTask, "build_datasets", lambda self, cfg: sets)
     DcdRetrievalTask().build_datasets(SimpleNamespace(run_cfg={"verify": "off"}))
     assert "1 pictures are in both train and val" in caplog.text
+
+
+def test_a_picture_of_one_builder_s_training_set_in_another_s_test_set_is_told(tmp_path, monkeypatch, caplog):
+    files = {}
+    for split, name in (("train", "a"), ("test", "b")):
+        Image.new("RGB", (9, 9), "red").save(tmp_path / f"{name}.png")
+        files[split] = captioned(1, name=name, cls=RetrievalRows)
+        files[split].vis_root = str(tmp_path)
+        files[split].annotation = [{"image": f"{name}.png", "caption": "x", "image_id": name}]
+    sets = {"unpaired": {"train": files["train"]}, "own": {"test": files["test"]}}
+    monkeypatch.setattr(dcd_retrieval.BaseTask, "build_datasets", lambda self, cfg: sets)
+    DcdRetrievalTask().build_datasets(SimpleNamespace(run_cfg={"verify": "fast"}))
+    assert "1 pictures of test are in train under other names" in caplog.text
 
 
 class Apart(Pair):

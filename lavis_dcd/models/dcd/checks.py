@@ -17,7 +17,7 @@ from lavis_dcd.config.checks import keys_of_types, model_faults, processors_faul
 from lavis_dcd.config.job_file import model_defaults, registered
 from lavis_dcd.distillation.candidates import PoolStrategy, build_pool
 from lavis_dcd.distillation.losses import CONTRASTIVE_LOSSES, DISTILL_LOSSES
-from lavis_dcd.distillation.objective import DUAL, FUSION, LossConfig, loss_defaults, reweighs
+from lavis_dcd.distillation.objective import DUAL, FUSION, LossConfig, reweighs
 from lavis_dcd.distillation.objective import config_faults as loss_faults
 from lavis_dcd.distillation.strategies import SELECTION_STRATEGIES, build_strategy
 from lavis_dcd.matching.adapters.registry import adapter_for
@@ -31,6 +31,7 @@ from lavis_dcd.models.dcd.config import (
     SuccessionConfig,
     model_section,
 )
+from lavis_dcd.models.dcd.match_checks import match_faults
 from lavis_dcd.models.retriever import AdoptsTowers, ThinsFromTeacher
 
 
@@ -164,7 +165,7 @@ def section_faults(section: Mapping[str, Any], path: str) -> list[str]:
         families = _families(config)
     except UserError:  # a teacher or student that does not exist is reported by whoever checks its section
         return []
-    terms = loss_defaults(config.loss, *families)
+    terms = config.loss_terms(*families)
     return [f"{path}.{line}" for line in loss_faults(terms)] or reweight_faults(config, terms, path)
 
 
@@ -223,7 +224,7 @@ def method_faults(config: DcdConfig, path: str = "model") -> list[str]:
         faults.append(f"{path}.student_chunk_pairs: {chunk}, at least 1 is needed (null: all at once)")
     if config.loss.reference == "release" and (how.hard_negatives is None or budget is not None):
         faults.append(f"{path}.loss.reference: release knows no selection.hard_negatives: null and no teacher_budget")
-    faults += bank_faults(config) + prescreen_faults(config)
+    faults += bank_faults(config) + prescreen_faults(config) + match_faults(config, path)
     try:
         build_pools(config.candidates)
     except UserError as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lavis_dcd.distillation.objective import LossConfig
+from lavis_dcd.distillation.objective import LossConfig, loss_defaults
 from lavis_dcd.matching.contract import MAIN_VIEW
 
 IN_BATCH, BANK = "in_batch", "bank"
@@ -45,6 +45,10 @@ class CandidatesConfig:
     teacher_budget: int | None = None
     source: str | None = None  # of both directions, where they name none; null: in_batch
     bank: BankConfig = field(default_factory=BankConfig)
+    # given: the caption or picture that a query comes with | teacher: of all pictures or texts of the batch, the one
+    # that the teacher scores highest, for pictures and texts that do not belong together; then nothing may learn from
+    # the ground truth (loss.alpha: 1)
+    match: Literal["given", "teacher"] = "given"
 
     def sources(self) -> dict[str, str]:
         """The source of each direction that is trained: a direction's own, else the common one, else in_batch."""
@@ -65,6 +69,11 @@ class CandidatesConfig:
     def from_bank(self) -> bool:
         """Return whether candidates and their teacher scores come from a score bank, so that no teacher runs."""
         return BANK in self.sources().values()
+
+    @property
+    def match_by_teacher(self) -> bool:
+        """Return whether the teacher's top candidate stands where the match would."""
+        return self.match == "teacher"
 
 
 @dataclass
@@ -151,6 +160,11 @@ class DcdConfig:
     # features of a job that comes back to them; 0: anew at each step
     teacher_vectors_mb: float = 2048.0
     student_chunk_pairs: int | None = None  # recompute the student in chunks of so many pairs: less memory, same loss
+
+    def loss_terms(self, teacher_family: str, student_family: str) -> LossConfig:
+        """Return the loss with what is left to "auto" named; without given matches the batch's pairs have no weight."""
+        terms = loss_defaults(self.loss, teacher_family, student_family)
+        return replace(terms, in_batch_weight=0.0) if self.candidates.match_by_teacher else terms
 
     @property
     def teacher_sections(self) -> list[tuple[str, dict[str, Any]]]:

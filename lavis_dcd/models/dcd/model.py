@@ -24,7 +24,7 @@ from lavis_dcd.common.schema import parse
 from lavis_dcd.common.seeding import seed_for
 from lavis_dcd.distillation.candidates import CandidatePool
 from lavis_dcd.distillation.diagnostics import diagnostics
-from lavis_dcd.distillation.objective import build_objective, loss_defaults
+from lavis_dcd.distillation.objective import build_objective
 from lavis_dcd.distillation.prescreen import within_budget
 from lavis_dcd.distillation.selection import Selection, release_selection, select
 from lavis_dcd.distillation.strategies import Draws, build_strategy
@@ -51,7 +51,7 @@ from lavis_dcd.models.dcd.checks import (
     section_faults,
 )
 from lavis_dcd.models.dcd.config import IN_BATCH, DcdConfig
-from lavis_dcd.models.dcd.scores import GivesScores, ScoreTable, gather_tables, match_tables
+from lavis_dcd.models.dcd.scores import GivesScores, ScoreTable, gather_tables, match_tables, top_first
 from lavis_dcd.models.dcd.teachers import Teachers
 
 log = logging.getLogger(__name__)
@@ -95,13 +95,14 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         self.pools = build_pools(config.candidates)
         self.strategy = build_strategy(config.selection.strategy, hard_share=config.selection.hard_share)
         self.prescreen = build_prescreen(config, self.teachers, student, self.strategy)
-        self.loss_config = loss_defaults(config.loss, self.teachers.family, student.family)
+        self.loss_config = config.loss_terms(self.teachers.family, student.family)
         try:
             self.objective = build_objective(self.loss_config)
         except ValueError as error:
             raise UserError([f"model.{line}" for line in str(error).splitlines()]) from error
         families, terms = (self.teachers.family, student.family), self.loss_config
-        log.info("%s teacher, %s student: distill %s, contrastive %s", *families, terms.distill, terms.contrastive)
+        contrastive = "none" if config.candidates.match_by_teacher else terms.contrastive
+        log.info("%s teacher, %s student: distill %s, contrastive %s", *families, terms.distill, contrastive)
 
     @classmethod
     def config_schema(cls) -> type:
@@ -117,6 +118,14 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def negatives_in_batch_only(cls, section: Mapping[str, Any]) -> bool:
         """Return whether no direction has candidates from elsewhere than the batch."""
         return set(parse(DcdConfig, section, "model").candidates.sources().values()) <= {IN_BATCH}
+
+    @classmethod
+    def pair_faults(cls, section: Mapping[str, Any], path: str) -> list[str]:
+        """Return which setting needs captions of the pictures, one line; none with the teacher's match."""
+        if parse(DcdConfig, section, path).candidates.match_by_teacher:
+            return []
+        return [f"{path}.candidates.match: given needs captions of the pictures; set it to teacher, and "
+                f"{path}.loss.alpha to 1"]  # fmt: skip
 
     @classmethod
     def inner_models(cls, section: DictConfig) -> dict[str, DictConfig]:
@@ -220,15 +229,19 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
                 ``model.candidates`` draws from the data set or takes out of a score bank.
 
         Returns:
-            0-dim tensors: ``loss``, ``distill_loss``, ``contrastive_loss``, where they have a weight
-            ``in_batch_loss`` and ``student_loss``, and, detached, the diagnostics.
+            0-dim tensors: ``loss``, ``distill_loss``, ``contrastive_loss`` (not with ``candidates.match: teacher``),
+            where they have a weight ``in_batch_loss`` and ``student_loss``, and, detached, the diagnostics.
         """
         batch = Batch.of(samples)
+        by_teacher = self.config.candidates.match_by_teacher
+        batch = batch.without_owners() if by_teacher else batch
         features = self._encoded(batch)
         encoded = EncodedBatch(batch, features, self.student)
         all_pairs = self.student.match_all(features.images, features.texts) if self.student.family == "dual" else None
         pools, prescreened = self._prescreened(encoded, self._candidates(batch, features, all_pairs))
         teacher_tables = self._teacher_tables(encoded, pools)
+        if by_teacher:
+            pools, teacher_tables = top_first(pools, teacher_tables)
         selections = [self._select(encoded, pool, table) for pool, table in zip(pools, teacher_tables, strict=True)]
         student_tables = self._student_tables(features, selections, all_pairs)
         student_scores = [table.known_scores() for table in student_tables]
@@ -236,7 +249,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
         losses = self._distillation(selections, student_scores)
         losses = self._with_further_losses(losses, batch, features, all_pairs)
         unchosen = self._unchosen(pools, teacher_tables)
-        return {**losses, **diagnostics(selections, student_scores, unchosen), **prescreened}
+        return {**losses, **diagnostics(selections, student_scores, unchosen, by_teacher), **prescreened}
 
     def _encoded(self, batch: Batch) -> BatchFeatures:
         """The batch by the student's encoders; in half precision, then widened, where those are frozen."""
@@ -288,7 +301,8 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
     def _needs_teacher(self) -> bool:
         how = self.config.selection
         mining = self.strategy.needs_teacher and how.hard_negatives is not None
-        return mining or how.margin is not None or how.reweight or self.objective.needs_teacher
+        by_teacher = self.config.candidates.match_by_teacher
+        return mining or by_teacher or how.margin is not None or how.reweight or self.objective.needs_teacher
 
     def _select(self, encoded: EncodedBatch, pool: CandidatePool, teacher: ScoreTable) -> Selection:
         how = self.config.selection
@@ -314,7 +328,10 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
             self.objective(selection.teacher_scores, scores, selection.valid, selection.log_counts)
             for selection, scores in zip(selections, student_scores, strict=True)
         ]
-        return {key: torch.stack([losses[key] for losses in by_direction]).mean() for key in by_direction[0]}
+        # to what the teacher puts first, a contrastive loss would be none of the ground truth
+        left_out = {"contrastive_loss"} if self.config.candidates.match_by_teacher else set[str]()
+        keys = [key for key in by_direction[0] if key not in left_out]
+        return {key: torch.stack([losses[key] for losses in by_direction]).mean() for key in keys}
 
     def _with_further_losses(
         self, losses: dict[str, Tensor], batch: Batch, features: BatchFeatures, all_pairs: Tensor | None
@@ -342,6 +359,7 @@ class DynamicContrastiveDistillation(Learner, BaseModel):
             self.teachers.selects_hard_samples
             or self.prescreen is not None
             or self.config.candidates.teacher_budget is not None
+            or self.config.candidates.match_by_teacher
         )
         return [] if chosen else [(pool, table.scores) for pool, table in zip(pools, teacher_tables, strict=True)]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lavis_dcd.distillation.candidates import CandidatePool
+from lavis_dcd.distillation.pseudo_match import top_as_match
 from lavis_dcd.distillation.selection import Selection
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
@@ -112,6 +113,14 @@ def score_tables(matcher: Matcher, batch: BatchFeatures, tables: Sequence[ScoreT
 def gather_tables(scores: Tensor, tables: Sequence[ScoreTable]) -> list[ScoreTable]:
     """Return ``tables`` with their entries of ``scores [I, T]``, which all pairs of the batch have."""
     return [table.with_scores(scores[table.image_rows, table.text_rows]) for table in tables]
+
+
+def top_first(
+    pools: Sequence[CandidatePool], tables: Sequence[ScoreTable]
+) -> tuple[list[CandidatePool], list[ScoreTable]]:
+    """Return the pools ``[Q, 1+C]`` and their scored tables with the teacher's top candidate where the match was."""
+    ordered = [top_as_match(pool, table.known_scores()) for pool, table in zip(pools, tables, strict=True)]
+    return [pool for pool, _ in ordered], [ScoreTable.of(pool).with_scores(scores) for pool, scores in ordered]
 
 
 def match_tables(match: Match, batch: BatchFeatures, tables: Sequence[ScoreTable]) -> list[ScoreTable]:
