@@ -18,6 +18,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import parse, unknown_key
 from lavis_dcd.common.texts import one_line, shown
+from lavis_dcd.config.batches_section import BANK, TEACHER
 from lavis_dcd.config.contracts import ChecksItself, HasSchema, HoldsModels, LearnsFromNegatives, tells
 from lavis_dcd.config.job_file import among, model_defaults, registered
 from lavis_dcd.config.run_section import RunConfig
@@ -57,6 +58,7 @@ def check_sections(config: DictConfig) -> CheckedSections:
     # another runner may have a schema of its own
     if isinstance(run, RunConfig) and not of_model:
         faults += _shortlist_faults(run, config.model)
+        faults += _batches_faults(run, config.model)
         _warn_of_single_pairs(run, config.model)
     return CheckedSections(faults, run, model)
 
@@ -105,11 +107,39 @@ def _shortlist_faults(run: RunConfig, section: DictConfig) -> list[str]:
     return [f"run.shortlist: {run.shortlist!r} is none of this job's matchers: {', '.join(['joint', *names])}"]
 
 
+def _batches_faults(run: RunConfig, section: DictConfig) -> list[str]:
+    """Return a line per fault of ``run.batches``; an evaluation makes no batches, so that nothing is wrong with it."""
+    batches = run.batches
+    if batches is None or run.evaluate:
+        return []
+    found = batches.faults(run.batch_size_train * _processes())
+    if batches.of_neighbours:
+        found += _neighbours_faults(batches.by, registry.get_model_class(section.arch), section)
+    return found
+
+
+def _neighbours_faults(by: str, model: Any, section: DictConfig) -> list[str]:
+    if not tells(model, HoldsModels):
+        return [
+            f"run.batches.by: {by}, but {section.arch} has no teacher; train it as a student (arch: dcd), name a key "
+            "of the annotation's rows, or leave run.batches out"
+        ]
+    if by == TEACHER and TEACHER not in model.matcher_names(section):
+        return [
+            f"run.batches.by: {by}, but with model.candidates.source: bank no teacher is built; take the neighbours "
+            f"from that bank, too (run.batches.by={BANK})"
+        ]
+    return []
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 def _warn_of_single_pairs(run: RunConfig, section: DictConfig) -> None:
     """Log that a batch of one pair has no negatives, where that is certain."""
-    processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     model = registered(registry.get_model_class, section.arch)
-    if run.evaluate or run.batch_size_train * processes > 1 or not tells(model, LearnsFromNegatives):
+    if run.evaluate or run.batch_size_train * _processes() > 1 or not tells(model, LearnsFromNegatives):
         return
     if model.negatives_in_batch_only(section):
         log.warning(
