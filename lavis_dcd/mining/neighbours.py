@@ -114,17 +114,34 @@ def nearest_pictures(
     starts = range(0, pictures, size)
     for start in reported(starts, len(starts), "blocks of pictures compared with all"):
         rows = slice(start, min(start + size, pictures))
-        near = sum(space.nearness(rows).mul_(factor) for space, factor in zip(spaces, factors, strict=True))
-        assert isinstance(near, Tensor)
-        _check_finite(near)
-        here = torch.arange(rows.start, rows.stop, device=near.device)
-        near[torch.arange(len(here), device=near.device), here] = -torch.inf
-        values, items = near.topk(count, dim=1)
+        values, items = nearest_of_block(spaces, factors, rows, count)
         nearest[rows] = items.int().cpu()
         if own is not None and margin is not None:
-            parted = values > torch.minimum(own[here][:, None], own[items]) + margin
-            pairs.append(torch.stack([here[:, None].expand_as(items)[parted], items[parted]], dim=1).cpu())
+            parted = values > torch.minimum(own[rows][:, None], own[items]) + margin
+            here = torch.arange(rows.start, rows.stop, device=items.device)[:, None].expand_as(items)
+            pairs.append(torch.stack([here[parted], items[parted]], dim=1).cpu())
     return nearest, _distinct_pairs(pairs)
+
+
+def nearest_of_block(
+    spaces: Sequence[JointSpace], factors: Sequence[float], rows: slice, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the nearness, float32 ``[B, count]``, and the numbers, int64, of the nearest pictures of some.
+
+    Args:
+        factors: what the nearness by each space is multiplied with.
+        rows: of the pictures, with a start and a stop.
+
+    Raises:
+        UserError: scores that are not finite numbers.
+    """
+    near = spaces[0].nearness(rows).mul_(factors[0])
+    for space, factor in zip(spaces[1:], factors[1:], strict=True):
+        near.add_(space.nearness(rows).mul_(factor))
+    _check_finite(near)
+    near.diagonal(rows.start)[:] = -torch.inf
+    values, items = near.topk(count, dim=1)
+    return values, items
 
 
 def nearest_by_bank(tables: Mapping[str, BankTable], pairing: Pairing, count: int) -> Tensor:

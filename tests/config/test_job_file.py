@@ -454,7 +454,7 @@ METHOD_FAULTS = [
     ([ANY, "run.batches.size=999"], "run.batches.size: 999 pictures are no neighbourhood within a batch of "),
     ([ANY, "run.batches.share=0"], "run.batches.share: 0.0 is no share of a batch; it is above 0 and at most 1"),
     ([ANY, "run.batches.by=family", "run.batches.size=6"], "run.batches.size: has no effect with by: family, a key"),
-    (["run.batches.by=teacher"], "run.batch_by: 'family' (text) stands beside run.batches"),
+    (["run.batches.by=teacher"], "run.batch_by: 'family' stands beside run.batches"),
     (["run.amp=fp16", "run.device=cpu"], "run.amp: fp16 needs CUDA; on a CPU set run.amp=bf16 or off"),
     (["model.student.init_from_teacher.layers=[0,-1]"], "model.student.init_from_teacher: layers: [0, -1] must not be"),
 ]  # fmt: skip
