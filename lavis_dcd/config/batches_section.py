@@ -20,7 +20,7 @@ class BatchesConfig:
     by: str = "teacher"
     size: int | None = None  # pictures of a neighbourhood; null: as many as a batch of all processes has
     share: float = 1.0  # of every batch, in neighbourhoods; its other pictures are drawn at random
-    neighbours: int = 512  # nearest pictures that are kept for each; 4 bytes times the pictures times this, in memory
+    neighbours: int = 128  # nearest pictures that are kept for each; 4 bytes times the pictures times this, in memory
     # pictures with an equal caption (up to case and punctuation) are kept apart: an unlabelled match counts as a
     # negative where targets are one-hot, and with soft ones teaches nothing
     guard: bool = True

@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     of.add_argument("--pictures", type=int, default=5000, metavar="N", help="training pictures (default: 5,000)")
     of.add_argument("--captions", type=int, default=5, metavar="N", help="of each picture (default: 5)")
     of.add_argument("--dim", type=int, default=256, metavar="N", help="of the joint space (default: 256)")
-    of.add_argument("--neighbours", type=int, default=512, metavar="N", help="run.batches.neighbours (default: 512)")
+    of.add_argument("--neighbours", type=int, default=128, metavar="N", help="run.batches.neighbours (default: 128)")
     of.add_argument("--batch", type=int, default=128, metavar="N", help="pictures of a batch (default: 128)")
     of.add_argument("--size", type=int, metavar="N", help="run.batches.size (default: the batch)")
     of.add_argument("--share", type=float, default=1.0, metavar="F", help="run.batches.share (default: 1)")
