@@ -18,7 +18,7 @@ class BatchesConfig:
     # teacher: neighbours in the teacher's joint space; bank: by the scores of a score bank, for teachers without one;
     # any other name: a key of the annotation's rows, whose equal values come in one batch
     by: str = "teacher"
-    size: int | None = None  # pictures of a neighbourhood; null: as many as a batch of all processes has
+    size: int | None = None  # pictures of a neighbourhood; null: all that a batch has in neighbourhoods
     share: float = 1.0  # of every batch, in neighbourhoods; its other pictures are drawn at random
     neighbours: int = 128  # nearest pictures that are kept for each; 4 bytes times the pictures times this, in memory
     # pictures with an equal caption (up to case and punctuation) are kept apart: an unlabelled match counts as a
