@@ -135,6 +135,19 @@ def test_bounded_evaluations_need_less_memory_for_equal_scores(benchmark: Run, t
     assert len(table_rows(printed)) == len(rows) and not list(files.iterdir())
 
 
+@pytest.mark.slow
+def test_hard_batches_hold_a_pictures_nearest(benchmark: Run) -> None:
+    sizes = ("--pictures", "400", "--dim", "64", "--batch", "40", "--neighbours", "100")
+    content, printed = benchmark("hard_batches", *sizes)
+    check_header(content, printed, "hard_batches")
+    rows = {row["row"]: row for row in content["rows"]}
+    assert list(rows) == ["vectors made and averaged", "neighbours", "order of an epoch", "random order"]
+    assert rows["neighbours"]["kept_mb"] == 400 * 100 * 4 / 1e6
+    hard, chance = rows["order of an epoch"]["hardest_share"], rows["random order"]["hardest_share"]
+    assert chance == pytest.approx(40 / 400, abs=0.02) and hard > 2 * chance
+    assert len(table_rows(printed)) == 4
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [

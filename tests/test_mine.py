@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 
 from lavis_dcd import __main__ as commands
-from lavis_dcd import mine
+from lavis_dcd import mine, train
 
 pytest.importorskip("lavis")
 from lavis_dcd.banks.score_bank import ScoreBank, bank_folder
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.locks import one_writer
 from lavis_dcd.common.manifest import MANIFEST
+from lavis_dcd.datasets.neighbours import NeighbourTable
 from lavis_dcd.job import load_config
 from lavis_dcd.mining import plan as mining_plan
 from lavis_dcd.mining import scores as mining_scores
@@ -117,6 +118,33 @@ class ByHand:
 
 
 # -- what it leaves ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_batches_of_neighbours_by_the_bank(job, tmp_path, capsys):
+    """A job whose teacher scores in the step, with batches by the bank that was mined for it."""
+    job(run={"max_steps": 2, "batch_size_train": 4, "batches": {"by": "bank", "size": 2}, "job_id": "one",
+             "report": False, "evaluate_before": False, "num_threads": 1})  # fmt: skip
+    assert train.main(["--cfg-path", "job.yaml"]) == 2
+    (line,) = errors(capsys)
+    assert "no score bank in" in line and "run: python -m lavis_dcd mine" in line
+    bank = mined()
+    assert train.main(["--cfg-path", "job.yaml"]) == 0
+    (file,) = tmp_path.glob("output/job/one/neighbours.safetensors")
+    table = NeighbourTable.load(file)
+    rows = training_rows(tmp_path)
+    assert len(table.picture_of_row) == len(bank) == len(rows)
+    known = {
+        (rows[row]["image_id"], rows[other]["image_id"])
+        for of_direction in bank.tables.values()
+        for row, others in enumerate(of_direction.candidates.tolist())
+        for other in others
+        if other >= 0
+    }
+    names = list(dict.fromkeys(row["image_id"] for row in rows))
+    for picture, nearest in enumerate(table.nearest.tolist()):
+        pairs = {(names[picture], names[other]) for other in nearest if other >= 0}
+        assert pairs and all(pair in known or pair[::-1] in known for pair in pairs)
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ Part = tuple[str, str, list[tuple[str, str, str]]]
 PARTS: list[Part] = [
     ("`run:`", "The length of the training, the optimizer, evaluation, checkpoints and the machine.", [
         ("run", "config/run_section.py", "RunConfig"),
+        ("run.batches", "config/batches_section.py", "BatchesConfig"),
     ]),
     ("`model:` with `arch: dcd`", "A distillation.", [
         ("model", DCD, "DcdConfig"),

@@ -18,6 +18,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import faults as schema_faults
 from lavis_dcd.common.schema import parse, unknown_key
 from lavis_dcd.common.texts import one_line, shown
+from lavis_dcd.config.batches_section import BANK, TEACHER
 from lavis_dcd.config.contracts import (
     ChecksItself,
     HasSchema,
@@ -65,6 +66,7 @@ def check_sections(config: DictConfig) -> CheckedSections:
     # another runner may have a schema of its own
     if isinstance(run, RunConfig) and not of_model:
         faults += _shortlist_faults(run, config.model) + _unpaired_faults(run, config)
+        faults += _batches_faults(run, config.model)
         _warn_of_single_pairs(run, config.model)
     return CheckedSections(faults, run, model)
 
@@ -123,8 +125,8 @@ def _unpaired_faults(run: RunConfig, config: DictConfig) -> list[str]:
         return []
     where, section = f"datasets.{unpaired[0]} has pictures and texts that do not belong together", config.model
     found = []
-    if run.batch_by is not None:
-        found.append(f"run.batch_by: {where}: they come beside others in every epoch; leave it out")
+    if grouped := next((key for key in ("batch_by", "batches") if getattr(run, key) is not None), None):
+        found.append(f"run.{grouped}: {where}: they come beside others in every epoch; leave it out")
     model = registry.get_model_class(section.arch)
     if not tells(model, LearnsWithoutPairs):
         return [*found, f"model.arch: {section.arch} learns from pairs, and {where}; distil a student of it, with "
@@ -132,11 +134,39 @@ def _unpaired_faults(run: RunConfig, config: DictConfig) -> list[str]:
     return found + [f"{fault} ({where})" for fault in model.pair_faults(section, "model")]
 
 
+def _batches_faults(run: RunConfig, section: DictConfig) -> list[str]:
+    """Return a line per fault of ``run.batches``; an evaluation makes no batches, so that nothing is wrong with it."""
+    batches = run.batches
+    if batches is None or run.evaluate:
+        return []
+    found = batches.faults(run.batch_size_train * _processes())
+    if batches.of_neighbours:
+        found += _neighbours_faults(batches.by, registry.get_model_class(section.arch), section)
+    return found
+
+
+def _neighbours_faults(by: str, model: Any, section: DictConfig) -> list[str]:
+    if not tells(model, HoldsModels):
+        return [
+            f"run.batches.by: {by}, but {section.arch} has no teacher; train it as a student (arch: dcd), name a key "
+            "of the annotation's rows, or leave run.batches out"
+        ]
+    if by == TEACHER and TEACHER not in model.matcher_names(section):
+        return [
+            f"run.batches.by: {by}, but with model.candidates.source: bank no teacher is built; take the neighbours "
+            f"from that bank, too (run.batches.by={BANK})"
+        ]
+    return []
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 def _warn_of_single_pairs(run: RunConfig, section: DictConfig) -> None:
     """Log that a batch of one pair has no negatives, where that is certain."""
-    processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     model = registered(registry.get_model_class, section.arch)
-    if run.evaluate or run.batch_size_train * processes > 1 or not tells(model, LearnsFromNegatives):
+    if run.evaluate or run.batch_size_train * _processes() > 1 or not tells(model, LearnsFromNegatives):
         return
     if model.negatives_in_batch_only(section):
         log.warning(

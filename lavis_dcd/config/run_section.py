@@ -11,6 +11,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.names import name_fault, path_fault
 from lavis_dcd.common.seeding import seed_fault
 from lavis_dcd.common.texts import shown
+from lavis_dcd.config.batches_section import BatchesConfig
 
 FP16_ON_CPU = "run.amp: fp16 needs CUDA; on a CPU set run.amp=bf16 or off"
 
@@ -47,7 +48,8 @@ class RunConfig:
     batch_size_eval: int = 64  # items encoded at once in an evaluation
     accum_grad_iters: int = 1  # micro-batches averaged in one optimizer step
     drop_last: bool = True  # leave out an epoch's last batch where it is smaller than the others
-    batch_by: str | None = None  # a key of the annotation's rows: pictures that share its value come in one batch
+    batches: BatchesConfig | None = None  # pictures that meet in a batch; null: any, at random
+    batch_by: str | None = None  # the former way to write batches: {by: KEY}
 
     # The optimizer
     init_lr: float = 1e-4  # base rate
@@ -120,6 +122,11 @@ class RunConfig:
             found.append(f"run.betas: {self.betas!r} must be two numbers in [0, 1)")
         if not self.train_splits and not self.evaluate:
             found.append("run.train_splits: is empty, so there is nothing to train on; run.evaluate=true evaluates")
+        if self.batch_by is not None and self.batches is not None:
+            found.append(
+                f"run.batch_by: {shown(self.batch_by)} stands beside run.batches, which says the same; take one of the "
+                "two out"
+            )
         if self.min_lr > self.init_lr:
             found.append(f"run.min_lr: {self.min_lr!r} is greater than run.init_lr {self.init_lr!r}")
         return found + self._place_faults()
@@ -154,6 +161,19 @@ class RunConfig:
         if not (isinstance(self.seed, int) and self.seed < 0):  # which has a line already
             lines.append(seed_fault(self.seed, "run.seed"))
         return [line for line in lines if line is not None]
+
+    @property
+    def batch_key(self) -> str | None:
+        """The key of the annotation's rows whose equal values come in one batch."""
+        if self.batches is None:
+            return self.batch_by
+        return None if self.batches.of_neighbours else self.batches.by
+
+    @property
+    def neighbourhoods(self) -> BatchesConfig | None:
+        """The batches that are made of neighbourhoods, where they are and the job trains."""
+        wanted = self.batches
+        return wanted if wanted is not None and wanted.of_neighbours and not self.evaluate else None
 
     @property
     def table_splits(self) -> list[str]:

@@ -134,8 +134,11 @@ def annotation_rows(dataset: Any) -> list[tuple[Any, dict[str, Any]]]:
     return [(plain, row) for plain in plain_sets(dataset, "").values() for row in plain.annotation]
 
 
-def batch_groups(dataset: Any, key: str) -> list[tuple[Any, Any]]:
+def batch_groups(dataset: Any, key: str, where: str = "run.batch_by") -> list[tuple[Any, Any]]:
     """(value of the annotation's ``key``, picture) for every row of a training set.
+
+    Args:
+        where: the key stands in the configuration.
 
     Raises:
         UserError: rows without that key.
@@ -145,5 +148,5 @@ def batch_groups(dataset: Any, key: str) -> list[tuple[Any, Any]]:
     ]
     lacking = next((row for _, row in rows if key not in row), None)
     if lacking is not None:
-        raise UserError(f"run.batch_by: the rows have no {key!r}; they have {', '.join(lacking) or 'no keys'}")
+        raise UserError(f"{where}: the rows have no {key!r}; they have {', '.join(lacking) or 'no keys'}")
     return [((name, row[key]), (name, row["image_id"])) for name, row in rows]

@@ -11,6 +11,7 @@ from lavis_dcd.banks.score_bank import ScoreBank, bank_folder
 from lavis_dcd.banks.score_candidates import BankCandidates, Choice
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.schema import parse
+from lavis_dcd.config.batches_section import BANK
 from lavis_dcd.config.checks import section_schema
 from lavis_dcd.config.job import Job
 from lavis_dcd.config.run_section import RunConfig
@@ -47,7 +48,7 @@ class KeptScores:
 
     @classmethod
     def of_job(cls, cfg: Any) -> KeptScores | None:
-        """Load the bank of a job that trains from one; None for other jobs.
+        """Load the bank of a job that trains from one, or makes its batches by one; None for other jobs.
 
         Args:
             cfg: a :class:`Job`, or LAVIS's ``Config``, whose sections nobody has checked.
@@ -58,7 +59,7 @@ class KeptScores:
         if cfg.run_cfg.get("evaluate"):
             return None
         config = cfg.model if isinstance(cfg, Job) else _parsed(cfg.model_cfg)
-        if not isinstance(config, DcdConfig) or not config.candidates.from_bank:
+        if not isinstance(config, DcdConfig) or not (config.candidates.from_bank or _batches_by_bank(cfg)):
             return None
         return cls(config, bank_folder(cfg.model_cfg, cfg.datasets_cfg), _picture_content(cfg))
 
@@ -101,11 +102,21 @@ class KeptScores:
         return BankCandidates(dataset, self.bank, list(self.config.candidates.sources()), choice, seed)
 
 
+def _batches_by_bank(cfg: Any) -> bool:
+    batches = cfg.run.batches if isinstance(cfg, Job) else parse(RunConfig, _given(cfg, "batches"), "run").batches
+    return batches is not None and batches.by == BANK
+
+
+def _given(cfg: Any, key: str) -> dict[str, Any]:
+    """Return a key of LAVIS's own ``run:`` section, by its name, where it is given."""
+    value = cfg.run_cfg.get(key)
+    return {} if value is None else {key: value}
+
+
 def _picture_content(cfg: Any) -> Content:
     if isinstance(cfg, Job):
         return cfg.run.picture_content
-    given = cfg.run_cfg.get("picture_content")
-    return parse(RunConfig, {} if given is None else {"picture_content": given}, "run").picture_content
+    return parse(RunConfig, _given(cfg, "picture_content"), "run").picture_content
 
 
 def _parsed(section: Mapping[str, Any]) -> DcdConfig | None:

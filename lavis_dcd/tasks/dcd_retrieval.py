@@ -21,8 +21,10 @@ from lavis_dcd.banks.feature_sets import BankedTrainingSet
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.common.schema import parse, plain
+from lavis_dcd.config.batches_section import BANK
 from lavis_dcd.config.run_section import EvaluationProtocol, RunConfig
 from lavis_dcd.datasets.lavis_sets import with_opener
+from lavis_dcd.datasets.neighbours import NeighbourTable
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
@@ -37,8 +39,11 @@ from lavis_dcd.matching.adapters.registry import adapter_for
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.learner import as_learner
+from lavis_dcd.mining.neighbours import neighbours_by_bank, neighbours_by_teacher
 from lavis_dcd.mining.score_cache import KeptScores
+from lavis_dcd.mining.scores import MiningResources
 from lavis_dcd.models.building import build_matcher
+from lavis_dcd.models.dcd.config import DcdConfig
 from lavis_dcd.training.contracts import TrainTask
 
 # of ``run:``, all that this task reads
@@ -77,6 +82,7 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         self._evaluations = EvaluationCache()
         self._views = MatcherViews()
         self._scores: KeptScores | None = None
+        self._built: Mapping[str, Any] = {}  # the data sets by split, before views and kept features
 
     @classmethod
     def setup_task(cls, cfg: Any = None, **_: Any) -> DcdRetrievalTask:
@@ -135,6 +141,7 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         """
         config = run_config(run)
         self._adopt(model, run)
+        self._built = datasets
         if self._scores is not None and not config.evaluate:
             self._scores.check(datasets)
         self._check_pair(datasets, config)
@@ -190,6 +197,27 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         else:
             return dataset
         return dataset.wrapped(wrap) if isinstance(dataset, BankedTrainingSet) else wrap(dataset)
+
+    def neighbours(self, dataset: Any, model: nn.Module, run: Any) -> NeighbourTable:
+        """Return the neighbours of the training set's pictures by the teacher, or by a score bank; after `prepare`.
+
+        Raises:
+            UserError: a model without a teacher or a bank, or a teacher without a joint space.
+        """
+        config = run_config(run)
+        batches, teacher, section = config.batches, self._matchers.get("teacher"), getattr(model, "config", None)
+        if batches is None:
+            raise UserError("run.batches: is empty, so no neighbours are wanted")
+        if batches.by == BANK:
+            if self._scores is None:
+                raise UserError("run.batches.by: bank, but no score bank is loaded; build the model with this task")
+            return neighbours_by_bank(batches, self._scores.bank, self._built)
+        if teacher is None or not isinstance(section, DcdConfig):
+            raise UserError(f"run.batches.by: {batches.by}, but {type(model).__name__} has no teacher")
+        protocol = EvaluationProtocol.of_run(config)
+        amp = section.frozen_amp if protocol.amp == "off" else protocol.amp  # as in training
+        resources = MiningResources(protocol.batch_size, protocol.num_workers, amp, protocol.memory_mb)
+        return neighbours_by_teacher(batches, teacher, section, self._built, dataset, resources)
 
     def train_step(self, model: nn.Module, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the model's output: ``loss``, its parts, diagnostics, all 0-dim."""

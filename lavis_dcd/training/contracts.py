@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.config.run_section import RunConfig
+from lavis_dcd.datasets.neighbours import NeighbourTable
 
 T = TypeVar("T")
 
@@ -31,6 +33,18 @@ class TrainTask:
     def wrap_training_set(self, dataset: Any, model: nn.Module) -> Any:
         """Return the training set with what the model's samples need; by default as it is."""
         return dataset
+
+    def neighbours(self, dataset: Any, model: nn.Module, run: RunConfig) -> NeighbourTable:
+        """Return the neighbours of the training set's pictures, as ``run.batches`` wants them; the main process calls.
+
+        Args:
+            dataset: the training set as :meth:`prepare` returned it.
+
+        Raises:
+            UserError: there is nothing to find them by.
+        """
+        by = run.batches.by if run.batches else None
+        raise UserError(f"run.batches.by: {by}, but the task {type(self).__name__} finds no neighbours; leave it out")
 
     def train_step(self, model: nn.Module, samples: Mapping[str, Any]) -> Mapping[str, Any] | Tensor:
         """Return the model's output with "loss" (and scalars for the log), or the loss itself."""
@@ -82,6 +96,11 @@ class ForeignTask(TrainTask):
     @override
     def wrap_training_set(self, dataset: Any, model: nn.Module) -> Any:
         return getattr(self._task, "wrap_training_set", super().wrap_training_set)(dataset, model)
+
+    @override
+    def neighbours(self, dataset: Any, model: nn.Module, run: RunConfig) -> NeighbourTable:
+        table: NeighbourTable = getattr(self._task, "neighbours", super().neighbours)(dataset, model, run)
+        return table
 
     @override
     def train_step(self, model: nn.Module, samples: Mapping[str, Any]) -> Mapping[str, Any] | Tensor:

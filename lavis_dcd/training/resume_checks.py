@@ -31,6 +31,7 @@ _RUN_KEYS: dict[str, Force | None] = {
     "batch_size_train": "world_size",  # the two that keep the global batch when the number of processes changes
     "accum_grad_iters": "world_size",
     "batch_by": "data",
+    "batches": "data",
     "train_splits": "data",
     "picture_content": "data",  # without the same the pictures cannot be compared
     "init_lr": None,
@@ -198,6 +199,18 @@ def shape_faults(path: Any, saved: Mapping[str, torch.Tensor], built: Mapping[st
             only = "weights of the model" if words == "lacks" else "weights that the model has not"
             faults.append(f"run.resume: {path} {words} {len(names)} {only}, first {min(names)}")
     return faults
+
+
+def neighbours_line(before: str | None, now: str | None) -> str | None:
+    """Return a line where the neighbours of the training set's pictures are not those of the checkpoint.
+
+    Args:
+        before, now: digests of the tables; None without one.
+    """
+    if before == now:
+        return None
+    there, here = _short(before or ""), _short(now or "")
+    return f"the neighbours of run.batches changed (table {there} in the checkpoint, {here} now)"
 
 
 def _short(fingerprint: str) -> str:

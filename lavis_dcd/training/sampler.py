@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.seeding import seed_for, seed_host
 from lavis_dcd.datasets.tree import collater_of, set_epoch
+from lavis_dcd.training.neighbourhoods import Neighbourhoods
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
@@ -28,9 +29,10 @@ class ResumableBatchSampler(Sampler[list[int]]):
         rank, world_size: this process among all.
         groups: per index (group, picture): the pictures of a group are dealt together, each with another of its
             captions every time, and whole groups change places. ``None`` deals every index by itself.
+        neighbourhoods: of which the batches are made, instead of groups.
 
     Raises:
-        UserError: the data set is too small for a single batch.
+        UserError: the data set is too small for a single batch, or the neighbours are of another one.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         groups: Sequence[tuple[Hashable, Hashable]] | None = None,
+        neighbourhoods: Neighbourhoods | None = None,
     ) -> None:
-        self.groups = groups
+        self.groups, self.neighbourhoods = groups, neighbourhoods
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
         self.epoch = self.skip = 0
@@ -53,6 +56,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
                 f"run.batch_size_train: {batch_size} x {world_size} process(es) is more than the {length} "
                 "training samples; lower it, or set run.drop_last=false"
             )
+        if neighbourhoods is not None:
+            neighbourhoods.check(length)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Choose the epoch, and how many of its batches to leave out at the start."""
@@ -64,16 +69,21 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return whole + (1 if rest and not self.drop_last else 0)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "order", self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        if self.groups is not None:
-            order = _together(order, self.groups, generator)
         step = self.batch_size * self.world_size
+        order = self._order(step)
         for number in range(self.skip, len(self)):
             batch = order[number * step : (number + 1) * step]
             batch += order[: -len(batch) % self.world_size]
             share = len(batch) // self.world_size
             yield batch[self.rank * share : (self.rank + 1) * share]
+
+    def _order(self, step: int) -> list[int]:
+        """Return all indices in the epoch's order, of which every ``step`` make a batch of all processes."""
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "order", self.epoch))
+        if self.neighbourhoods is not None:
+            return self.neighbourhoods.order(step, generator)
+        order: list[int] = torch.randperm(self.length, generator=generator).tolist()
+        return order if self.groups is None else _together(order, self.groups, generator)
 
 
 def _together(order: list[int], groups: Sequence[tuple[Hashable, Hashable]], generator: torch.Generator) -> list[int]:
@@ -134,9 +144,17 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         groups: Sequence[tuple[Hashable, Hashable]] | None = None,
+        neighbourhoods: Neighbourhoods | None = None,
     ) -> None:
         self._sampler = ResumableBatchSampler(
-            len(dataset), batch_size, seed, drop_last=drop_last, rank=rank, world_size=world_size, groups=groups
+            len(dataset),
+            batch_size,
+            seed,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            groups=groups,
+            neighbourhoods=neighbourhoods,
         )
         self._dataset = SeededDataset(dataset, seed)
         self._loader = DataLoader(

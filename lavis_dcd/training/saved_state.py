@@ -19,6 +19,7 @@ FIELDS = (
     *("model", "optimizer", "scheduler", "scaler", "health", "rng", "position", "best", "window"),
     *("config", "teacher_fingerprint", "rows", "as_built"),
 )
+OPTIONAL = ("neighbours",)  # of jobs whose batches are neighbourhoods
 _MOST = 2**53  # of a count: whole numbers up to here are exact as floats, too
 _LARGEST = 1e300
 
@@ -31,7 +32,7 @@ def check_content(content: Mapping[str, Any], step: int | None = None) -> None:
     """
     if lacking := [name for name in FIELDS if name not in content]:
         raise ValueError(f"state.json lacks {', '.join(lacking)}")
-    if foreign := [name for name in content if name not in FIELDS]:
+    if foreign := [name for name in content if name not in (*FIELDS, *OPTIONAL)]:
         raise ValueError(f"state.json has {', '.join(shown(name) for name in foreign[:5])}, which is foreign")
     _check_position(content["position"], step)
     now = content["position"]["global_step"]
@@ -127,6 +128,8 @@ def _check_origin(content: Mapping[str, Any]) -> None:
     for name in ("teacher_fingerprint", "as_built"):
         if not isinstance(content[name], str):
             raise ValueError(f"{name}: {shown(content[name])} is no text")
+    if not isinstance(content.get("neighbours", ""), str):
+        raise ValueError(f"neighbours: {shown(content['neighbours'])} is no text")
     for name, count in as_mapping(content["rows"], "rows").items():
         as_integer(count, f"rows.{shown(name)}")
 

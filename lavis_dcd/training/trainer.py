@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from lavis_dcd.training.best_checkpoint import BestCheckpoint
 from lavis_dcd.training.contracts import as_task
 from lavis_dcd.training.devices import MemoryPeaks, load_warnings, this_process
 from lavis_dcd.training.interrupt import InterruptGuard
+from lavis_dcd.training.job_neighbours import job_neighbourhoods
 from lavis_dcd.training.logs import MetricsLog, StepLog, log_file, progress
+from lavis_dcd.training.neighbourhoods import Neighbourhoods
 from lavis_dcd.training.resume_checks import Origin, fingerprint
 from lavis_dcd.training.run_folder import clear_run_manifest, export_model, hold, write_config, write_run_manifest
 from lavis_dcd.training.sampler import TrainLoader
@@ -219,8 +222,9 @@ class Trainer:
 
     def _set_up_training(self) -> None:
         run, process = self.run, self.process
+        neighbourhoods = self._find_neighbourhoods()
         dataset = self._task.wrap_training_set(self.datasets["train"], self.model)
-        self._loader = self._make_loader(dataset)
+        self._loader = self._make_loader(dataset, neighbourhoods)
         self.steps_per_epoch = -(-len(self._loader) // run.accum_grad_iters)
         all_steps = run.max_epoch * self.steps_per_epoch
         self.total_steps = min(all_steps, run.max_steps or all_steps)
@@ -236,10 +240,23 @@ class Trainer:
             self.total_steps,
             f"{trainable:,}",
         )
-        origin = self._resume_point.origin
-        self._state = JobState(self.output_dir, run, self._strategy, self._stepper, self._log.means, self._best, origin)
+        self._state = JobState(
+            self.output_dir,
+            run,
+            self._strategy,
+            self._stepper,
+            self._log.means,
+            self._best,
+            self._resume_point.origin,
+            None if neighbourhoods is None else neighbourhoods.table.digest(),
+        )
 
-    def _make_loader(self, dataset: Any) -> TrainLoader:
+    def _find_neighbourhoods(self) -> Neighbourhoods | None:
+        training_set, continued = self.datasets["train"], self._resume_point.continued
+        find = partial(self._task.neighbours, training_set, self.model, self.run)
+        return job_neighbourhoods(self.run, self.output_dir, self.process, continued, find)
+
+    def _make_loader(self, dataset: Any, neighbourhoods: Neighbourhoods | None) -> TrainLoader:
         run, process = self.run, self.process
         return TrainLoader(
             dataset,
@@ -250,8 +267,14 @@ class Trainer:
             pin_memory=process.device.type == "cuda",
             rank=process.rank,
             world_size=process.world_size,
-            groups=batch_groups(dataset, run.batch_by) if run.batch_by else None,
+            groups=self._groups(dataset),
+            neighbourhoods=neighbourhoods,
         )
+
+    def _groups(self, dataset: Any) -> list[tuple[Any, Any]] | None:
+        key = self.run.batch_key
+        where = "run.batch_by" if self.run.batches is None else "run.batches.by"
+        return None if key is None else batch_groups(dataset, key, where)
 
     def _evaluate_as_built(self) -> None:
         """Evaluate the model before its first step again, where a resumed job has no such evaluation of its data."""

@@ -254,6 +254,7 @@ class JobState:
         folder: the run folder.
         means: of the scalars since the last log line.
         origin: what the job is made of.
+        neighbours: the digest of the neighbours that batches are made of; None without them.
     """
 
     def __init__(
@@ -265,9 +266,11 @@ class JobState:
         means: ScalarMeans,
         best: BestCheckpoint,
         origin: Origin,
+        neighbours: str | None = None,
     ) -> None:
         self._folder, self._run, self._strategy = folder, run, strategy
         self._stepper, self._means, self._best, self._origin = stepper, means, best, origin
+        self._neighbours = neighbours
 
     def save(self, position: Position) -> None:
         """Write a checkpoint. Every process must call it: the main one writes what all have gathered.
@@ -288,6 +291,8 @@ class JobState:
             "as_built": origin.as_built,
             "rows": dict(origin.rows),
         }
+        if self._neighbours is not None:
+            content["neighbours"] = self._neighbours
         if not self._strategy.process.is_main:
             return
         path = checkpoint.step_file(self._folder, position.global_step)

@@ -410,6 +410,7 @@ def test_a_student_without_towers_cannot_take_them_over():
 QUICKSTART = "projects/dcd/quickstart.yaml"
 BANK = "model.candidates.source=bank"
 # options over the quickstart, and what is told of each; no data set and no model has been made by then
+ANY = "run.batch_by=null"  # the quickstart has one
 METHOD_FAULTS = [
     (["model.loss.alpha=2"], "model.loss.alpha: must lie in [0, 1], got 2.0"),
     (["model.loss.alpha=-0.1"], "model.loss.alpha: must lie in [0, 1], got -0.1"),
@@ -449,6 +450,11 @@ METHOD_FAULTS = [
     (["model.student_chunk_pairs=0"], "model.student_chunk_pairs: 0, at least 1 is needed"),
     (["run.k_test=8", "run.shortlist=techer"], "run.shortlist: 'techer' is none of this job's matchers: joint, te"),
     ([BANK, "run.k_test=8", "run.shortlist=teacher"], "run.shortlist: 'teacher' is none of this job's matchers: joint"),
+    ([ANY, BANK, "run.batches.by=teacher"], "run.batches.by: teacher, but with model.candidates.source: bank no teach"),
+    ([ANY, "run.batches.size=999"], "run.batches.size: 999 pictures are no neighbourhood within a batch of "),
+    ([ANY, "run.batches.share=0"], "run.batches.share: 0.0 is no share of a batch; it is above 0 and at most 1"),
+    ([ANY, "run.batches.by=family", "run.batches.size=6"], "run.batches.size: has no effect with by: family, a key"),
+    (["run.batches.by=teacher"], "run.batch_by: 'family' stands beside run.batches"),
     (["run.amp=fp16", "run.device=cpu"], "run.amp: fp16 needs CUDA; on a CPU set run.amp=bf16 or off"),
     (["model.student.init_from_teacher.layers=[0,-1]"], "model.student.init_from_teacher: layers: [0, -1] must not be"),
 ]  # fmt: skip
@@ -473,6 +479,22 @@ def test_a_fault_of_the_method_is_told_before_anything_is_built(job, nothing_is_
     assert train.main(["--cfg-path", QUICKSTART, "--options", *options]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert any(line.startswith(f"error: {start}") for line in lines), lines
+
+
+def test_a_model_without_a_teacher_has_no_neighbours_and_an_evaluation_no_batches(job):
+    options = ["run.batches.by=teacher", "run.batches.size=8"]
+    line = one(faults_of(job(SCENES), options), "run.batches.by: ")
+    assert line.startswith("run.batches.by: teacher, but meter_retrieval has no teacher; train it as a student")
+    assert load_config(job(SCENES), [*options, "run.evaluate=true"]).run.neighbourhoods is None
+    assert load_config(job(SCENES), ["run.batches.by=family"]).run.batch_key == "family"
+
+
+def test_a_neighbourhood_may_be_as_large_as_the_batch_of_all_processes(job, monkeypatch):
+    options = ["run.batch_by=null", "run.batch_size_train=8", "run.batches.size=16"]
+    assert one(faults_of(QUICKSTART, options), "run.batches.size: 16 pictures are no neighbourhood within a batch of 8")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert load_config(QUICKSTART, options).run.batches.size == 16
 
 
 def test_a_fault_of_the_third_variant_is_told_before_the_first_is_trained(job, nothing_is_built, capsys):

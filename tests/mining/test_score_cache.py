@@ -110,3 +110,12 @@ def test_a_model_of_another_task_is_not_wrapped(left):
     model = SimpleNamespace(needs_score_bank=True)
     with pytest.raises(UserError, match="build the model with this task"):
         DcdRetrievalTask({}).wrap_training_set(Drawn(), model)
+
+
+def test_batches_by_a_bank_load_it_whatever_the_candidates_are(left):
+    in_batch = job(left, source="in_batch")
+    assert KeptScores.of_job(in_batch) is None
+    by_key, by_bank = ({"batches": {"by": by}} for by in ("family", "bank"))
+    assert KeptScores.of_job(job(left, by_key, source="in_batch")) is None
+    assert len(KeptScores.of_job(job(left, by_bank, source="in_batch")).bank) == 4
+    assert KeptScores.of_job(job(left, {**by_bank, "evaluate": True}, source="in_batch")) is None

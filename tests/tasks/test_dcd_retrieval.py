@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from lavis_dcd.banks.feature_sets import BankedEvaluationSet, BankedTrainingSet
 from lavis_dcd.common.errors import UserError
+from lavis_dcd.common.schema import parse
+from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.datasets.rows import RetrievalEvalRows, RetrievalRows
 from lavis_dcd.evaluation.evaluator import Evaluator
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.models.dcd.config import DcdConfig
 from lavis_dcd.tasks import dcd_retrieval
 from lavis_dcd.tasks.dcd_retrieval import DcdRetrievalTask
 
@@ -349,3 +352,29 @@ def test_lavis_own_models_are_built_through_their_adapter(monkeypatch) -> None:
     section.arch = "other"
     monkeypatch.setattr(dcd_retrieval.BaseTask, "build_model", lambda self, cfg: "lavis")
     assert task.build_model(cfg) == "lavis"
+
+
+@pytest.mark.parametrize(
+    ("run", "line"),
+    [
+        ({}, "run.batches: is empty"),
+        ({"batches": {"by": "bank"}}, "run.batches.by: bank, but no score bank is loaded"),
+        ({"batches": {"by": "teacher"}}, "run.batches.by: teacher, but Pair has no teacher"),
+    ],
+)
+def test_neighbours_need_something_to_find_them_by(run, line) -> None:
+    config, sets = parse(RunConfig, run, "run"), {"train": Training()}
+    task = DcdRetrievalTask()
+    with pytest.raises(UserError, match=line):
+        task.neighbours(task.prepare(Pair(), sets, config)["train"], Pair(), config)
+
+
+def test_neighbours_by_the_teacher_of_a_model() -> None:
+    """Numbers that are next to each other, in the order of the training rows."""
+    model, sets = Pair(), {"train": Training()}
+    model.teacher.has_joint_space = True
+    model.config = DcdConfig(teacher={"arch": "meter_retrieval"}, student={"arch": "meter_retrieval"})
+    config, task = parse(RunConfig, {"batches": {"neighbours": 1, "guard": False}}, "run"), DcdRetrievalTask()
+    table = task.neighbours(task.prepare(model, sets, config)["train"], model, config)
+    assert len(table.picture_of_row) == len(sets["train"]) and len(table.apart) == 0
+    assert ((table.nearest[:, 0] - torch.arange(len(table.nearest))).abs() == 1).all()

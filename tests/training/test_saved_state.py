@@ -108,6 +108,7 @@ def test_a_sound_content_is_taken():
     check_content(content(3), 3)
     window = {"sums": {"loss": torch.tensor(float("nan"), dtype=torch.float64)}, "counts": {"loss": 2}}
     check_content(content(3, window=window, best={"step": 2, "metric": -1.5}))
+    check_content(content(3, neighbours="ab12"))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,7 @@ def test_a_sound_content_is_taken():
             {"position": {"epoch": 0, "step_in_epoch": 3, "global_step": -3, "world_size": 1}},
             "position.global_step: -3",
         ),
+        ({"neighbours": 3}, "neighbours: 3 is no text"),
         ({"position": {"epoch": 4, "step_in_epoch": 3, "global_step": 3, "world_size": 1}}, "position.epoch: 4"),
         ({"position": {"epoch": 0, "step_in_epoch": 3, "global_step": True, "world_size": 1}}, "position.global_step"),
         ({"position": {"epoch": 0, "step_in_epoch": 3, "global_step": 3, "world_size": 0}}, "position.world_size: 0"),
