@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,9 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
+from lavis_dcd.banks.feature_bank import FeatureBank
 from lavis_dcd.banks.feature_cache import with_kept_features
-from lavis_dcd.banks.feature_sets import BankedTrainingSet
+from lavis_dcd.banks.feature_sets import BankedTrainingSet, banked_sample
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.common.schema import parse, plain
@@ -23,6 +25,7 @@ from lavis_dcd.datasets.lavis_sets import with_opener
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
+from lavis_dcd.datasets.training_sample import TrainingSample
 from lavis_dcd.datasets.tree import is_evaluation_set
 from lavis_dcd.datasets.views import MatcherViews, with_views
 from lavis_dcd.evaluation.evaluator import Evaluation, EvaluationCache, Evaluator
@@ -37,10 +40,13 @@ from lavis_dcd.mining.score_cache import KeptScores
 from lavis_dcd.models.building import build_matcher
 from lavis_dcd.training.contracts import TrainTask
 
+log = logging.getLogger(__name__)
+
 # of ``run:``, all that this task reads
 RUN_KEYS = (
-    "seed", "evaluate", "verify", "picture_content", "cache_features", "cache_dtype", "k_test", "shortlist",
-    "coco_1k_folds", "batch_size_eval", "num_workers", "amp", "match_memory_mb", "eval_memory_mb",
+    "seed", "evaluate", "evaluate_teacher_on_train", "verify", "picture_content", "cache_features", "cache_dtype",
+    "k_test", "shortlist", "coco_1k_folds", "batch_size_eval", "num_workers", "amp", "match_memory_mb",
+    "eval_memory_mb",
 )  # fmt: skip
 
 
@@ -73,6 +79,9 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         self._evaluations = EvaluationCache()
         self._views = MatcherViews()
         self._scores: KeptScores | None = None
+        # of the job that is prepared, as far as it trains and keeps features
+        self._training: Any = None
+        self._bank: FeatureBank | None = None
 
     @classmethod
     def setup_task(cls, cfg: Any = None, **_: Any) -> DcdRetrievalTask:
@@ -133,8 +142,12 @@ class DcdRetrievalTask(TrainTask, BaseTask):
             self._scores.check(datasets)
         self._check_pair(datasets, config)
         views = self._views.by_name
+        self._training, self._bank = datasets.get("train"), None
         if config.cache_features != "off":
-            return with_kept_features(datasets, cast(dict[str, Matcher], self._matchers), views, config)
+            kept = with_kept_features(datasets, cast(dict[str, Matcher], self._matchers), views, config)
+            banked = kept.get("train")
+            self._bank = banked.bank if isinstance(banked, BankedTrainingSet) else None
+            return kept
         return {
             split: dataset if is_evaluation_set(dataset) or not views else with_views(dataset, views)
             for split, dataset in datasets.items()
@@ -231,6 +244,29 @@ class DcdRetrievalTask(TrainTask, BaseTask):
             known = ", ".join(["joint", *self._matchers])
             raise UserError(f"run.shortlist: {name!r} is none of this job's matchers: {known}")
         return self._matchers[name]
+
+    def training_sample(self, teacher: Matcher | Ensemble, like: Any, run: Any) -> Any | None:
+        """Return as many training pictures as ``like`` has, with as many captions of each as are usual there.
+
+        They are the same for every job on the same training set. Read as ``like`` is, or from the feature bank.
+
+        Returns:
+            None where ``run.evaluate_teacher_on_train`` says no, or says nothing and the pairs are not those of dual
+            encoders; and where the training set is too small, or of another shape than LAVIS's.
+        """
+        wanted = run_config(run).evaluate_teacher_on_train
+        wanted = teacher.family == "dual" if wanted is None else wanted
+        if not wanted or self._training is None or not len(like):
+            return None
+        size, captions = len(like), max(1, round(len(like.text) / len(like)))
+        try:
+            if self._bank is not None:
+                return banked_sample(TrainingSample(self._training, size, captions, seed=0), self._bank)
+            read = like.vis_processor, like.text_processor
+            return TrainingSample(self._training, size, captions, 0, *read)
+        except (AttributeError, ValueError) as error:
+            log.info("the teacher is not evaluated on training pictures: %s", error)
+            return None
 
     def gallery(
         self,
