@@ -65,13 +65,13 @@ class Memorised:
 
     def __str__(self) -> str:
         found = (
-            f"Of 100 captions of its training pictures, the teacher puts the picture first for {self.train_r1:.1f} "
-            f"(among {self.pictures:,}); of {self.split}, among as many, for {self.split_r1:.1f}."
+            f"Of 100 captions of the training set, the teacher puts the picture first for {self.train_r1:.1f} (among "
+            f"{self.pictures:,}); of {self.split}, among as many, for {self.split_r1:.1f}."
         )
         if self.is_far:
             return (
-                f"{found} It has memorised what it was trained on, so that its doubt says little about a training "
-                "query: weights by entropy or confidence (loss.weighting) have next to nothing to work with, and "
-                "softer scores (loss.teacher_temperature above 1) serve the student better."
+                f"{found} It has memorised the training set, so that its doubt says little about a training query: "
+                "weights by entropy or confidence (loss.weighting) have next to nothing to work with, and "
+                "softer scores (loss.teacher_temperature above 1) may serve the student better."
             )
         return f"{found} Its doubt about a training query says as much as about a new one."

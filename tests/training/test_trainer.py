@@ -124,7 +124,7 @@ def test_results_tell_what_the_teacher_knows_of_its_training_pictures(stubs, tmp
         trainer.train()
     results = json.loads((trainer.output_dir / "results.json").read_text())
     assert results["memorised"] == {"split": "test", "pictures": 70, "train_r1": 70.0, "split_r1": 5.0}
-    assert "of its training pictures, the teacher puts the picture first for 70.0 (among 70)" in caplog.text
+    assert "of the training set, the teacher puts the picture first for 70.0 (among 70)" in caplog.text
     found = [(line["split"], line["model"]) for line in lines(trainer.output_dir, "eval") if "pictures" in line]
     assert found == [("train", "teacher")]
     assert [row["name"] for row in results["rows"]] == ["teacher", "student before training", "student"]
