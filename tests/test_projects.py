@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import assert_finished
+from omegaconf import OmegaConf
+
+from lavis_dcd.common.files import packaged_folder
+from lavis_dcd.common.schema import parse
+from lavis_dcd.distillation.objective import LossConfig, loss_defaults
+from lavis_dcd.models.dcd.config import DcdConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB = "asset:quickstart/vocab.txt"
@@ -129,11 +135,59 @@ def _tokenizer(folder: Path, words: list[str]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "builder"), [("meter_coco", "coco_retrieval"), ("meter_flickr30k", "flickr30k")])
+@pytest.mark.parametrize(
+    ("name", "builder"),
+    [
+        ("meter_coco", "coco_retrieval"), ("meter_flickr30k", "flickr30k"),
+        ("meter_coco_stratified", "coco_retrieval"), ("meter_flickr30k_stratified", "flickr30k"),
+    ],
+)  # fmt: skip
 def test_the_paper_recipes_on_a_dozen_pictures(job, retrieval_files, golden_meter, name, builder):
-    model = {"teacher": golden_meter, "candidates": {"image_to_text": {"count": 10}}}
+    candidates = {} if name.endswith("_stratified") else {"image_to_text": {"count": 10}}
+    model = {"teacher": golden_meter, "candidates": candidates}
     folder = job(name, {"model": model, "datasets": {builder: {**PROCESSORS, "build_info": retrieval_files}}})
     _assert_distilled(folder, assert_finished(folder))
+
+
+PAPER = ["meter_coco", "meter_coco_joint_head", "meter_flickr30k", "vilt_coco", "vilt_flickr30k"]
+
+
+def _method(name: str) -> DcdConfig:
+    """What a job says of the method, over the defaults."""
+    job = OmegaConf.load(packaged_folder("projects") / "dcd" / f"{name}.yaml")
+    defaults = OmegaConf.load(packaged_folder("configs") / "models" / "dcd_default.yaml")
+    return parse(DcdConfig, OmegaConf.to_container(OmegaConf.merge(defaults.model, job.model)), "model")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_recipes_are_the_papers_whatever_the_defaults(name):
+    config = _method(name)
+    assert loss_defaults(config.loss, "fusion", "fusion") == LossConfig(
+        reference="paper", alpha=0.2, distill="mse", contrastive="bce", weighting="entropy_share", gamma=2.0,
+        temperature=1.0, teacher_temperature=1.0, entropy_floor=0.0, in_batch_weight=0.0,
+        student_weight=1.0 if name.endswith("joint_head") else 0.0,
+    )  # fmt: skip
+    chosen = config.selection
+    assert (chosen.hard_negatives, chosen.strategy, chosen.reweight, chosen.margin) == (7, "hardest", False, None)
+    assert config.candidates.sources() == {"image_to_text": "random"}
+    assert config.candidates.random_captions == (63 if name.endswith("flickr30k") else 15)
+    written = OmegaConf.load(packaged_folder("projects") / "dcd" / f"{name}.yaml").model.loss
+    assert {"alpha", "distill", "contrastive", "weighting", "gamma"} <= set(written)  # not left to the defaults
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if not name.endswith("joint_head")])
+def test_the_stratified_jobs_differ_from_the_papers_in_the_method_alone(name):
+    ours, theirs = (
+        OmegaConf.load(packaged_folder("projects") / "dcd" / f"{job}.yaml") for job in (f"{name}_stratified", name)
+    )
+    for key in ("candidates", "selection", "loss"):
+        assert ours.model.pop(key) != theirs.model.pop(key)
+    assert ours == theirs
+    config = _method(f"{name}_stratified")
+    assert (config.selection.hard_negatives, config.selection.strategy) == (7, "stratified")
+    assert set(config.candidates.sources().values()) == {"in_batch"} and len(config.candidates.sources()) == 2
+    loss = loss_defaults(config.loss, "fusion", "fusion")
+    assert (loss.alpha, loss.distill, loss.weighting, loss.teacher_temperature) == (1.0, "kl", "uniform", 1.667)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from typing_extensions import override
 
 from lavis_dcd.banks.feature_bank import FeatureBank, read_rows
 from lavis_dcd.banks.row_store import StreamedFeatures
+from lavis_dcd.datasets.training_sample import TrainingSample
 from lavis_dcd.datasets.tree import StandInSet, WrappedSet, collater_of, replace_plain_sets
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
@@ -90,3 +92,16 @@ class BankedEvaluationSet(StandInSet):
         if not self.bank.serves(matcher):
             return None
         return self.bank.image_rows(self.bank.picture_rows[self.name_in_bank]), self.bank.text_rows(self.source.text)
+
+
+def banked_sample(sample: TrainingSample, bank: FeatureBank) -> BankedEvaluationSet:
+    """The sample with the bank's features of its pictures and captions.
+
+    Args:
+        sample: read by the training set's own processors, as the bank's features were.
+        bank: built from that training set under the name "train".
+    """
+    name = "train, a sample"
+    rows = [bank.picture_rows[of_set][row] for of_set, row in sample.places]
+    seen = dataclasses.replace(bank, picture_rows={**bank.picture_rows, name: rows})
+    return BankedEvaluationSet(sample, seen, name)

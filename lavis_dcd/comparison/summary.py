@@ -11,6 +11,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.manifest import MANIFEST, Identity, Manifest
 from lavis_dcd.comparison.records import Finished, check_one_test_set
 from lavis_dcd.reporting.means import Measured, comparison_rows, differing_machines
+from lavis_dcd.reporting.memorised import Memorised
 from lavis_dcd.reporting.report import write_report
 from lavis_dcd.reporting.results import RESULTS, Results
 from lavis_dcd.reporting.table import format_table
@@ -43,7 +44,9 @@ def summarise(home: Path, title: str, finished: Sequence[Finished], config: Mapp
         machine["machines"] = f"several, which differ in {', '.join(differing)}: do not compare times"
     (home / MANIFEST).unlink(missing_ok=True)
     write_config(home, config)
-    write_results(home, title, {first.split: rows}, first.gallery, machine)
+    one_teacher = len({run.teacher for run in runs}) == 1
+    memorised = Memorised.parse(first.memorised) if first.memorised and one_teacher else None
+    write_results(home, title, {first.split: rows}, first.gallery, machine, memorised=memorised)
     seeds = len({run.variant.seed for run in finished})
     of_seeds = f"means of {seeds} seeds" if seeds > 1 else "one seed"
     log.info("results on %s, %s:\n%s", first.split, of_seeds, format_table(rows))

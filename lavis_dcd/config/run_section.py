@@ -74,6 +74,9 @@ class RunConfig:
     evaluate_before: bool = True  # the student before its first step, on the test splits
     evaluate_teacher: bool = True  # the table's row of the teacher
     teacher_split_eval: list[str] | None = None  # the teacher's splits; default: the test splits
+    # the teacher also on as many training pictures as the first of these splits has, which tells what it has memorised;
+    # it takes as long as that split. null: for dual encoders, and ensembles of them, whose pairs cost nothing
+    evaluate_teacher_on_train: bool | None = None
     eval_every_epochs: int = 1  # epochs between two evaluations on the validation splits
     k_test: int | None = None  # rerank only that many per query, the best by a joint space; null: score every pair
     shortlist: str | None = None  # whose joint space: the name of a matcher; null or joint: the model's own

@@ -35,6 +35,9 @@ ACROSS_SCALES = ("kl", "listwise_ce")
 
 LEFT_TO_FAMILIES = ("distill", "contrastive")
 
+# by reference: the published code has no uniform weights
+DEFAULT_WEIGHTINGS = {"paper": "uniform", "release": "entropy_share"}
+
 
 @dataclass
 class LossConfig:
@@ -46,7 +49,8 @@ class LossConfig:
         distill: a name in DISTILL_LOSSES, or "auto": by the teacher's and the student's family, see
             ``loss_defaults``.
         contrastive: a name in CONTRASTIVE_LOSSES, or "auto".
-        weighting: a name in WEIGHTINGS.
+        weighting: a name in WEIGHTINGS; the paper's is "entropy_share". None: uniform, as no other
+            helped in this project's measurements; with reference "release", which has none such, entropy_share.
         gamma: how sharply the weightings that have it favour what the teacher is sure of; >= 0.
         temperature: of the KL term; the other terms have none, so there it must be 1 (the release's cancels
             out).
@@ -64,7 +68,7 @@ class LossConfig:
     alpha: float = 0.2
     distill: str = AUTO
     contrastive: str = AUTO
-    weighting: str = "entropy_share"
+    weighting: str | None = None
     gamma: float = 2.0
     temperature: float = 1.0
     teacher_temperature: float = 1.0
@@ -74,9 +78,9 @@ class LossConfig:
 
 
 def loss_defaults(cfg: LossConfig, teacher_family: str, student_family: str) -> LossConfig:
-    """Return ``cfg`` with every "auto" replaced, and ``in_batch_weight`` filled.
+    """Return ``cfg`` with every "auto" replaced, and ``in_batch_weight`` and ``weighting`` filled.
 
-    That weight is 1 for a dual student, 0 for a fusion one.
+    The first is 1 for a dual student, 0 for a fusion one; the second goes by the reference.
 
     Terms that the user named stay. The published code (``reference: release``) has the paper's terms only, so there
     "auto" means those whatever the families.
@@ -97,6 +101,7 @@ def loss_defaults(cfg: LossConfig, teacher_family: str, student_family: str) -> 
         distill=distill if cfg.distill == AUTO else cfg.distill,
         contrastive=contrastive if cfg.contrastive == AUTO else cfg.contrastive,
         in_batch_weight=in_batch,
+        weighting=cfg.weighting or DEFAULT_WEIGHTINGS.get(cfg.reference),
     )
 
 
@@ -154,7 +159,7 @@ def config_faults(cfg: LossConfig) -> list[str]:
     faults = [
         f"loss.{name}: unknown name '{getattr(cfg, name)}'; registered: {', '.join(sorted(table))}"
         for name, table in tables
-        if getattr(cfg, name) not in table and not (name in LEFT_TO_FAMILIES and getattr(cfg, name) == AUTO)
+        if getattr(cfg, name) not in table and not _is_left_open(cfg, name)
     ]
     if not 0 <= cfg.alpha <= 1:
         faults.append(f"loss.alpha: must lie in [0, 1], got {cfg.alpha}")
@@ -168,7 +173,19 @@ def config_faults(cfg: LossConfig) -> list[str]:
         for name in ("gamma", "entropy_floor", "student_weight", "in_batch_weight")
         if getattr(cfg, name) is not None and not getattr(cfg, name) >= 0
     ]
+    if not faults and cfg.weighting is None and cfg.reference == "paper":
+        faults = [
+            f"loss.{name}: does nothing in uniform weights; name a loss.weighting that has it, the paper's is "
+            "entropy_share"
+            for name in ("gamma", "entropy_floor")
+            if getattr(cfg, name) != getattr(LossConfig, name)
+        ]
     return faults or REFERENCES[cfg.reference].faults(cfg)
+
+
+def _is_left_open(cfg: LossConfig, name: str) -> bool:
+    value = getattr(cfg, name)
+    return value == AUTO if name in LEFT_TO_FAMILIES else name == "weighting" and value is None
 
 
 class PaperObjective(Objective):
@@ -178,8 +195,8 @@ class PaperObjective(Objective):
         self.alpha, self.teacher_temperature = cfg.alpha, cfg.teacher_temperature
         self.distill = _configured(DISTILL_LOSSES[cfg.distill], cfg)
         self.contrastive = _configured(CONTRASTIVE_LOSSES[cfg.contrastive], cfg)
-        self.weighting = _configured(WEIGHTINGS[cfg.weighting], cfg)
-        self.weighting_name = cfg.weighting
+        self.weighting_name = cfg.weighting or DEFAULT_WEIGHTINGS["paper"]
+        self.weighting = _configured(WEIGHTINGS[self.weighting_name], cfg)
         self.needs_teacher = self.alpha > 0 or self.weighting.needs_teacher
 
     @staticmethod
@@ -232,7 +249,7 @@ class ReleaseObjective(Objective):
     def __init__(self, cfg: LossConfig) -> None:
         self.alpha = cfg.alpha
         variants = {"entropy_share": self._entropy_share, "wsl": self._weighted_soft_labels}
-        self.variant = variants[cfg.weighting]
+        self.variant = variants[cfg.weighting or DEFAULT_WEIGHTINGS["release"]]
 
     @staticmethod
     def faults(cfg: LossConfig) -> list[str]:
@@ -240,7 +257,7 @@ class ReleaseObjective(Objective):
         faults = []
         if cfg.teacher_temperature != 1:
             faults.append("loss.teacher_temperature: reference 'release' has none; leave it at 1")
-        if cfg.weighting not in ("entropy_share", "wsl"):
+        if cfg.weighting not in (None, "entropy_share", "wsl"):
             faults.append(f"loss.weighting: reference 'release' has entropy_share and wsl only, got '{cfg.weighting}'")
         if cfg.distill not in ("mse", AUTO):
             faults.append(f"loss.distill: reference 'release' has mse only, got '{cfg.distill}'")

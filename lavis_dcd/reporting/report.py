@@ -14,6 +14,7 @@ from markupsafe import Markup
 from lavis_dcd.common.files import atomic_write
 from lavis_dcd.common.texts import cut, memory_in_words, visible
 from lavis_dcd.reporting.charts import DATA_WAIT, SKIPPED, Series, line_chart
+from lavis_dcd.reporting.memorised import Memorised
 from lavis_dcd.reporting.metrics_lines import FILE, is_number, read_lines
 from lavis_dcd.reporting.results import RESULTS, Results
 from lavis_dcd.reporting.table import Row, body, format_table, headline, tiles, used_columns
@@ -127,6 +128,7 @@ def write_report(run_dir: str | Path) -> Path:
         table=body(rows, used_columns(rows, hide_same_how=True)),
         columns=used_columns(rows, hide_same_how=True),
         how=_same_how(rows),
+        memorised=str(Memorised.parse(run.results.memorised)) if run.results.memorised else "",
         folds=body(folds, used_columns(folds)),
         fold_columns=used_columns(folds),
         sections=chart_sections(run),

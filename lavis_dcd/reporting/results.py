@@ -11,6 +11,7 @@ from typing import Any
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.texts import one_line, shown
+from lavis_dcd.reporting.memorised import Memorised
 from lavis_dcd.reporting.metrics_lines import is_number
 from lavis_dcd.reporting.table import COLUMNS
 
@@ -20,7 +21,7 @@ _FIGURES = frozenset(column.key for column in COLUMNS) - {"how"}
 _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("title", "split"), (str, "text")),
     **dict.fromkeys(("rows", "gallery"), (list, "a list")),
-    "machine": (dict, "a section"),
+    **dict.fromkeys(("machine", "memorised"), (dict, "a section")),
 }
 
 
@@ -32,6 +33,7 @@ class Results:
         rows: one for each matcher, with its ``name`` and figures; see ``table.ResultRow``.
         gallery: queries with what each matcher returns.
         machine: facts on which the figures depend.
+        memorised: what the teacher knows of its training pictures; see ``Memorised.stored``.
     """
 
     title: str = ""
@@ -39,6 +41,7 @@ class Results:
     rows: list[dict[str, Any]] = field(default_factory=list)
     gallery: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
+    memorised: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -89,6 +92,11 @@ def _faults(content: Any) -> Iterator[str]:
     for number, item in enumerate(content.get("gallery") or []):
         if not _is_gallery_item(item):
             yield f"item {number + 1} of the gallery is not of the form that an evaluation writes"
+    if content.get("memorised"):
+        try:
+            Memorised.parse(content["memorised"])
+        except ValueError as error:
+            yield f"memorised: {error}"
     peaks = (content.get("machine") or {}).get("peak_memory", {})
     if not (isinstance(peaks, Mapping) and all(map(_is_peak, peaks.values()))):
         yield "peak_memory of machine is not of the form that an evaluation writes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,8 +17,9 @@ from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
+from lavis_dcd.banks.feature_bank import FeatureBank
 from lavis_dcd.banks.feature_cache import with_kept_features
-from lavis_dcd.banks.feature_sets import BankedTrainingSet
+from lavis_dcd.banks.feature_sets import BankedTrainingSet, banked_sample
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.common.schema import parse, plain
@@ -28,6 +30,7 @@ from lavis_dcd.datasets.neighbours import NeighbourTable
 from lavis_dcd.datasets.pictures import load_picture, verify_pictures
 from lavis_dcd.datasets.random_captions import RandomCaptions
 from lavis_dcd.datasets.splits import check_annotations
+from lavis_dcd.datasets.training_sample import TrainingSample
 from lavis_dcd.datasets.tree import is_evaluation_set
 from lavis_dcd.datasets.unpaired_rows import drawn_apart
 from lavis_dcd.datasets.views import MatcherViews, with_views
@@ -46,10 +49,13 @@ from lavis_dcd.models.building import build_matcher
 from lavis_dcd.models.dcd.config import DcdConfig
 from lavis_dcd.training.contracts import TrainTask
 
+log = logging.getLogger(__name__)
+
 # of ``run:``, all that this task reads
 RUN_KEYS = (
-    "seed", "evaluate", "verify", "picture_content", "cache_features", "cache_dtype", "k_test", "shortlist",
-    "coco_1k_folds", "batch_size_eval", "num_workers", "amp", "match_memory_mb", "eval_memory_mb",
+    "seed", "evaluate", "evaluate_teacher_on_train", "verify", "picture_content", "cache_features", "cache_dtype",
+    "k_test", "shortlist", "coco_1k_folds", "batch_size_eval", "num_workers", "amp", "match_memory_mb",
+    "eval_memory_mb",
 )  # fmt: skip
 
 
@@ -82,7 +88,9 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         self._evaluations = EvaluationCache()
         self._views = MatcherViews()
         self._scores: KeptScores | None = None
-        self._built: Mapping[str, Any] = {}  # the data sets by split, before views and kept features
+        # of the job that is prepared: its data sets by split before views and kept features, and these where it trains
+        self._built: Mapping[str, Any] = {}
+        self._bank: FeatureBank | None = None
 
     @classmethod
     def setup_task(cls, cfg: Any = None, **_: Any) -> DcdRetrievalTask:
@@ -141,15 +149,18 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         """
         config = run_config(run)
         self._adopt(model, run)
-        self._built = datasets
+        self._built, self._bank = datasets, None
         if self._scores is not None and not config.evaluate:
             self._scores.check(datasets)
         self._check_pair(datasets, config)
         views = self._views.by_name
         if config.cache_features != "off":
             kept = with_kept_features(datasets, cast(dict[str, Matcher], self._matchers), views, config)
-            if _sees_items_again(kept.get("train"), config):
-                as_learner(model).use_feature_bank(kept["train"].bank)
+            training = kept.get("train")
+            if isinstance(training, BankedTrainingSet):
+                self._bank = training.bank
+                if _sees_items_again(len(training), config):
+                    as_learner(model).use_feature_bank(training.bank)
             return kept
         return {
             split: dataset if is_evaluation_set(dataset) or not views else with_views(dataset, views)
@@ -271,6 +282,30 @@ class DcdRetrievalTask(TrainTask, BaseTask):
             raise UserError(f"run.shortlist: {name!r} is none of this job's matchers: {known}")
         return self._matchers[name]
 
+    def training_sample(self, teacher: Matcher | Ensemble, like: Any, run: Any) -> Any | None:
+        """Return as many training pictures as ``like`` has, with as many captions of each as are usual there.
+
+        They are the same for every job on the same training set. Read as ``like`` is, or from the feature bank.
+
+        Returns:
+            None where ``run.evaluate_teacher_on_train`` says no, or says nothing and the pairs are not those of dual
+            encoders; and where the training set is too small, or of another shape than LAVIS's.
+        """
+        wanted = run_config(run).evaluate_teacher_on_train
+        wanted = teacher.family == "dual" if wanted is None else wanted
+        training = self._built.get("train")
+        if not wanted or training is None or not len(like):
+            return None
+        size, captions = len(like), max(1, round(len(like.text) / len(like)))
+        try:
+            if self._bank is not None:
+                return banked_sample(TrainingSample(training, size, captions, seed=0), self._bank)
+            read = like.vis_processor, like.text_processor
+            return TrainingSample(training, size, captions, 0, *read)
+        except (AttributeError, ValueError) as error:
+            log.info("the teacher is not evaluated on training pictures: %s", error)
+            return None
+
     def gallery(
         self,
         matchers: Mapping[str, Matcher | Ensemble],
@@ -312,9 +347,7 @@ class DcdRetrievalTask(TrainTask, BaseTask):
         return val_result
 
 
-def _sees_items_again(dataset: Any, run: RunConfig) -> bool:
-    """Return whether a job comes back to the items of a training set with kept features."""
-    if not isinstance(dataset, BankedTrainingSet) or run.evaluate:
-        return False
+def _sees_items_again(items: int, run: RunConfig) -> bool:
+    """Return whether a job comes back to the items of its training set."""
     samples = (run.max_steps or math.inf) * run.batch_size_train * run.accum_grad_iters
-    return min(samples, run.max_epoch * len(dataset)) > len(dataset)
+    return not run.evaluate and min(samples, run.max_epoch * items) > items

@@ -16,6 +16,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.manifest import Identity
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.learner import as_learner
+from lavis_dcd.reporting.memorised import Memorised
 from lavis_dcd.reporting.table import format_table
 from lavis_dcd.training import checkpoint
 from lavis_dcd.training.contracts import TrainTask
@@ -26,6 +27,8 @@ from lavis_dcd.training.run_folder import write_results
 from lavis_dcd.training.strategy import Strategy
 
 log = logging.getLogger(__name__)
+
+TRAIN = "train"
 
 
 def machine(run: RunConfig, process: Process) -> dict[str, Any]:
@@ -92,6 +95,7 @@ class BestCheckpoint:
         self._process, self._datasets, self._metrics = strategy.process, datasets, metrics
         of_evaluations = evaluation_identity(identity, run)
         self._evaluations = Evaluations(folder, task, run, self._process, of_evaluations, resume_step)
+        self._on_training: dict[str, Any] | None = None  # the teacher's metrics
         self.best: Best | None = None
         self.steps_per_epoch = 1
 
@@ -119,15 +123,36 @@ class BestCheckpoint:
         return {split: self._evaluate(self.learner_name, split, step, log_step) for split in splits}
 
     def evaluate_teacher(self, step: int) -> None:
-        """Evaluate the teacher, if there is one, on run.teacher_splits; the job stands at `step`."""
-        if "teacher" in self.matchers:
-            for split in self._run.teacher_splits:
-                self._evaluate("teacher", split, None, step)
-                self.write_evaluations()
+        """Evaluate the teacher, if there is one, on run.teacher_splits and where the task says so on training pictures.
 
-    def _evaluate(self, name: str, split: str, step: int | None, log_step: int) -> dict[str, Any]:
+        Args:
+            step: where the job stands.
+        """
+        splits = self._run.teacher_splits
+        if "teacher" not in self.matchers or not splits:
+            return
+        # first, so that the task's last evaluation is one that the gallery shows
+        like = self._datasets[splits[0]]
+        sample = self._task.training_sample(self.matchers["teacher"], like, self._run)
+        if sample is not None:
+            self._on_training = self._evaluate("teacher", TRAIN, None, step, sample, {"pictures": len(sample)})
+            self.write_evaluations()
+        for split in splits:
+            self._evaluate("teacher", split, None, step)
+            self.write_evaluations()
+
+    def _evaluate(
+        self,
+        name: str,
+        split: str,
+        step: int | None,
+        log_step: int,
+        dataset: Any = None,
+        facts: Mapping[str, Any] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         self._strategy.bare_model.eval()
-        metrics = self._evaluations.evaluate(name, self.matchers[name], self._datasets[split], split, step)
+        dataset = self._datasets[split] if dataset is None else dataset
+        metrics = self._evaluations.evaluate(name, self.matchers[name], dataset, split, step, facts)
         line = {"split": split, "model": name, WEIGHTS_OF_STEP: step, **metrics}
         self._metrics.write("eval", log_step, log_step / self.steps_per_epoch, line)
         return metrics
@@ -204,12 +229,20 @@ class BestCheckpoint:
         with torch.no_grad():
             gallery = self._task.gallery(self.matchers, self._datasets[splits[0]], run, self._process.device)
         rows = {split: self._rows(split, step) for split in splits}
-        names = write_results(
-            self._folder, title, rows, gallery, {**machine(run, self._process), **facts}, self._identity
-        )
+        facts, memorised = {**machine(run, self._process), **facts}, self._memorised()
+        names = write_results(self._folder, title, rows, gallery, facts, self._identity, memorised)
         for split in splits:
             log.info("results on %s:\n%s", split, format_table(rows[split]))
+        if memorised is not None:
+            log.info("%s", memorised)
         return names
+
+    def _memorised(self) -> Memorised | None:
+        """Return the teacher's recall on training pictures beside that on its first split, where both are known."""
+        if self._on_training is None:
+            return None
+        split = self._run.teacher_splits[0]
+        return Memorised.of(split, self._on_training, self._evaluations.get("teacher", split, None) or {})
 
     def _rows(self, split: str, step: int) -> list[dict[str, Any]]:
         name, get = self.learner_name, self._evaluations.get

@@ -69,6 +69,17 @@ class TrainTask:
         """
         raise NotImplementedError(f"{type(self).__name__} evaluates nothing")
 
+    def training_sample(self, teacher: Any, like: Any, run: RunConfig) -> Any | None:
+        """Return training pictures as an evaluation set as large as `like`, on which the teacher shows what it knows.
+
+        By default None: it is not evaluated there.
+
+        Args:
+            teacher: the matcher that will be evaluated.
+            like: an evaluation set of the job.
+        """
+        return None
+
     def gallery(
         self, matchers: Mapping[str, Any], dataset: Any, run: RunConfig, device: torch.device | None = None
     ) -> Sequence[Mapping[str, Any]]:
@@ -119,6 +130,10 @@ class ForeignTask(TrainTask):
     ) -> Mapping[str, Any]:
         more = {"ranks": ranks} if self.evaluates_over_ranks else {}
         return self._task.evaluate_matcher(matcher, dataset, run, device, **more)
+
+    @override
+    def training_sample(self, teacher: Any, like: Any, run: RunConfig) -> Any | None:
+        return getattr(self._task, "training_sample", super().training_sample)(teacher, like, run)
 
     @override
     def gallery(

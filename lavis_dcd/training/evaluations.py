@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -153,7 +154,15 @@ class Evaluations:
         entry = self._done.get((name, split, step))
         return dict(entry.metrics) if entry else None
 
-    def evaluate(self, name: str, matcher: Any, dataset: Any, split: str, step: int | None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        name: str,
+        matcher: Any,
+        dataset: Any,
+        split: str,
+        step: int | None,
+        facts: Mapping[str, Any] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """Return the metrics of `matcher` on a split, evaluated now unless that was done before.
 
         The caller puts the model into eval mode.
@@ -161,12 +170,13 @@ class Evaluations:
         Args:
             name: of the matcher ("teacher", "student", ...).
             step: how many optimizer steps its weights have seen; None for weights that do not learn.
+            facts: numbers that stand beside the metrics; an evaluation that was made with others counts as none.
         """
         stored = self.get(name, split, step)
-        if stored is not None:
+        if stored is not None and all(stored.get(key) == value for key, value in facts.items()):
             return stored
         measures = self._process.is_main or self._shares_work
-        metrics = self._process.share(self._measure(name, matcher, dataset, split) if measures else None)
+        metrics = self._process.share(self._measure(name, matcher, dataset, split) if measures else None) | facts
         self._done[name, split, step] = Evaluation(name, split, step, metrics)
         return dict(metrics)
 

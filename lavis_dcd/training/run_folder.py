@@ -21,6 +21,7 @@ from lavis_dcd.common.manifest import MANIFEST, DamagedError, Identity, Manifest
 from lavis_dcd.common.secrets import as_exported, hidden, hides_something
 from lavis_dcd.config.run_section import RunConfig
 from lavis_dcd.matching.learner import as_learner
+from lavis_dcd.reporting.memorised import Memorised
 from lavis_dcd.training.checkpoint import FOLDER
 from lavis_dcd.training.devices import map_leaves
 from lavis_dcd.training.strategy import Strategy
@@ -191,6 +192,7 @@ def write_results(
     gallery: Sequence[Mapping[str, Any]],
     machine: Mapping[str, Any],
     identity: Identity | None = None,
+    memorised: Memorised | None = None,
 ) -> list[str]:
     """Write results.json for the first split, results_<split>.json for each other one; return their names.
 
@@ -198,6 +200,7 @@ def write_results(
         rows: by split; each row has a "name" and metrics.
         gallery: queries and what each matcher returns, of the first split.
         identity: has the SHA-256s of the splits' rows and pictures.
+        memorised: what the teacher knows of its training pictures.
     """
     names = []
     for number, (split, split_rows) in enumerate(rows.items()):
@@ -208,6 +211,7 @@ def write_results(
             "gallery": [] if number else list(gallery),
             "machine": dict(machine),
             "data": _data_of(split, identity or Identity()),
+            **({} if memorised is None else {"memorised": memorised.stored()}),
         }
         name = f"results_{split}.json" if number else "results.json"
         with writing_into(folder), atomic_write(folder / name, "w") as handle:

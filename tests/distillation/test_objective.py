@@ -66,7 +66,7 @@ def test_paper_applies_the_weights_row_by_row(case):
     case.close(rows / case.temperature**2, "per_sample_mse")
     weights = EntropyShare()(case.teacher, case.student, case.valid)
     case.close(reduce_rows(rows, weights.distill), "distill_weighted_per_sample")
-    out = build_objective(LossConfig())(case.teacher, case.student, case.valid)
+    out = build_objective(LossConfig(weighting="entropy_share"))(case.teacher, case.student, case.valid)
     case.close(out["distill_loss"], "distill_weighted_per_sample")
     case.close(out["contrastive_loss"], "contrastive")
     expected = 0.2 * case.golden["distill_weighted_per_sample"] + 0.8 * case.golden["contrastive"]
@@ -146,6 +146,31 @@ def test_terms_left_to_the_families_are_the_papers_unless_resolved(reference, ca
     assert build_objective(LossConfig(reference=reference))(case.teacher, case.student, case.valid) == expected
 
 
+def test_weights_are_uniform_unless_another_weighting_or_the_release_is_named(case):
+    def run(**settings):
+        return build_objective(LossConfig(**settings))(case.teacher, case.student, case.valid)["loss"]
+
+    assert run() == run(weighting="uniform") != run(weighting="entropy_share")
+    assert run(reference="release") == run(reference="release", weighting="entropy_share")
+    for reference, weighting in (("paper", "uniform"), ("release", "entropy_share")):
+        assert loss_defaults(LossConfig(reference=reference), "fusion", "dual").weighting == weighting
+        named = LossConfig(reference=reference, weighting="wsl")
+        assert loss_defaults(named, "fusion", "dual").weighting == "wsl"
+    assert not build_objective(LossConfig(alpha=0)).needs_teacher
+
+
+def test_what_uniform_weights_do_not_have_is_refused_where_no_weighting_is_named():
+    (fault,) = config_faults(LossConfig(gamma=3.0))
+    assert fault.startswith("loss.gamma: does nothing in uniform weights; name a loss.weighting")
+    assert config_faults(LossConfig(entropy_floor=0.1))[0].startswith("loss.entropy_floor: does nothing")
+    for sound in (
+        {"weighting": "entropy_share", "gamma": 3.0},
+        {"weighting": "uniform", "gamma": 3.0},  # a variant of a job that has it
+        {"reference": "release", "gamma": 3.0},  # blind to it, as it was published
+    ):
+        assert config_faults(LossConfig(**sound)) == []
+
+
 def test_alpha_zero_trains_without_a_teacher():
     student = torch.randn(4, 3, generator=torch.Generator().manual_seed(2), requires_grad=True)
     valid = torch.ones(4, 3, dtype=torch.bool)
@@ -163,7 +188,7 @@ def test_alpha_zero_trains_without_a_teacher():
 
 @pytest.mark.parametrize(
     "config",
-    [LossConfig(alpha=0), LossConfig(weighting="uniform"), LossConfig(reference="release", alpha=0)],
+    [LossConfig(alpha=0, weighting="entropy_share"), LossConfig(), LossConfig(reference="release", alpha=0)],
     ids=["entropies need it", "distillation needs it", "the release needs it"],
 )
 def test_a_missing_teacher_is_named(config):
@@ -185,7 +210,7 @@ def test_knobs_reach_the_parts(case):
         return build_objective(LossConfig(**settings))(case.teacher, case.student, case.valid)["loss"]
 
     assert run(distill="kl", temperature=4.0) != run(distill="kl")
-    assert run(gamma=0.0) != run()
+    assert run(weighting="entropy_share", gamma=0.0) != run(weighting="entropy_share")
     assert run(weighting="entropy_normalised", entropy_floor=0.9) != run(weighting="entropy_normalised")
 
 

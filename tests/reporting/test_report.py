@@ -117,6 +117,16 @@ def test_the_page_has_the_figures_the_curves_and_the_gallery(tmp_path: Path) -> 
     assert "6.0 % of the time of the training steps" in page.text and "Data wait" not in page.text
 
 
+def test_the_page_tells_what_the_teacher_has_memorised(tmp_path: Path) -> None:
+    html = write_report(run_folder(tmp_path)).read_text()
+    assert "training set" not in html
+    memorised = {"split": EVIL, "pictures": 1000, "train_r1": 75.0, "split_r1": 24.0}
+    text = Page(write_report(run_folder(tmp_path, memorised=memorised)).read_text()).text
+    assert "first for 75.0 (among 1,000)" in text and "It has memorised" in text
+    with pytest.raises(UserError, match=r"memorised: .* has not split, pictures"):
+        write_report(run_folder(tmp_path, memorised={"split": "val"}))
+
+
 def test_the_page_fetches_nothing(tmp_path: Path) -> None:
     html = write_report(run_folder(tmp_path)).read_text()
     page = Page(html)

@@ -220,6 +220,49 @@ def test_kept_features_need_shared_encoders() -> None:
         DcdRetrievalTask().prepare(Pair(shared=False), sets, {"cache_features": "memory"})
 
 
+@pytest.mark.parametrize("mode", ["off", "memory"])
+def test_the_teacher_is_measured_on_training_pictures_as_on_others(mode: str) -> None:
+    model, task, run = Pair(), DcdRetrievalTask(), {"cache_features": mode}
+    model.teacher.family = "dual"
+    model.teacher.blind = (3, 5)
+    model.teacher.match_all = lambda images, texts: -(images.tokens[:, 0] - texts.tokens[:, 0, 0]).abs()
+    sets = task.prepare(model, {"train": Training(8), "val": Evaluation(5)}, run)
+    sample = task.training_sample(model.teacher, sets["val"], run)
+    assert sample is not None and isinstance(sample, BankedEvaluationSet) == (mode == "memory")
+    calls = model.teacher.tower.calls
+    found = task.evaluate_matcher(model.teacher, sample, run)
+    assert (model.teacher.tower.calls == calls) == (mode == "memory")
+    shown = [int(text.split()[0]) for text in sample.text]
+    assert len(set(shown)) == 5 and [int(sample[i]["image"].mean()) for i in range(5)] == shown
+    # query by query: a blind picture is taken for the next one; the bank has the student's features, who sees all
+    seen = [n if mode == "memory" or n not in model.teacher.blind else n + 1 for n in shown]
+    right = [
+        all(abs(other - n) > abs(seen[own] - n) for i, other in enumerate(seen) if i != own)
+        for own, n in enumerate(shown)
+    ]
+    assert found["img_r1"] == pytest.approx(100 * sum(right) / 5)
+    assert (found["img_r1"] < 100) == (mode == "off")
+    again = task.training_sample(model.teacher, sets["val"], {**run, "seed": 9})
+    assert again.text == sample.text  # of every job the same
+
+
+def test_which_teachers_are_measured_on_training_pictures(caplog) -> None:
+    model, task = Pair(), DcdRetrievalTask()
+    sets = task.prepare(model, {"train": Training(4), "val": Evaluation(4), "test": Evaluation(5)}, {})
+    sample = task.training_sample
+    assert sample(model.teacher, sets["val"], {}) is None  # every pair would cost a fusion model
+    assert sample(model.teacher, sets["val"], {"evaluate_teacher_on_train": True}) is not None
+    model.teacher.family = "dual"
+    assert sample(model.teacher, sets["val"], {}) is not None
+    assert sample(model.teacher, sets["val"], {"evaluate_teacher_on_train": False}) is None
+    with caplog.at_level("INFO"):
+        assert sample(model.teacher, sets["test"], {}) is None
+    assert "not evaluated on training pictures: it has 4 pictures, fewer than 5" in caplog.text
+    evaluating = DcdRetrievalTask()
+    evaluating.prepare(model, {"val": Evaluation(4)}, {"evaluate": True})
+    assert evaluating.training_sample(model.teacher, sets["val"], {}) is None
+
+
 def test_captions_are_drawn_for_models_that_ask() -> None:
     training = Training()
     assert DcdRetrievalTask().wrap_training_set(training, nn.Identity()) is training
@@ -324,6 +367,16 @@ def test_each_matcher_is_evaluated_on_its_own_reading(photos) -> None:
     assert task.dataset_for(model.teacher, photos["val"]) is task.dataset_for(model.teacher, photos["val"])
     assert task.dataset_for(model.student, photos["val"]) is photos["val"]
     assert len(task.gallery(model.matchers(), photos["val"], {}, count=2)) == 2
+
+
+def test_training_pictures_are_read_as_the_teacher_reads_others(photos) -> None:
+    model, task = Apart(), DcdRetrievalTask()
+    model.teacher.family = "dual"
+    task.prepare(model, photos, {})
+    sample = task.training_sample(model.teacher, photos["val"], {})
+    read = task.dataset_for(model.teacher, sample)
+    assert read[1]["image"].shape == (3, 6, 6) and read.text == ["0", "1", "2", "3"]
+    assert sample[1]["image"].shape == (3, 4, 4) and torch.equal(sample[1]["image"], photos["val"][1]["image"])
 
 
 def _spied(function: Any, note: Any) -> Any:

@@ -65,6 +65,17 @@ def test_what_was_made_is_not_made_again(tmp_path):
     assert kept(tmp_path, resume_step=None) == []
 
 
+def test_an_evaluation_with_other_facts_is_made_again(tmp_path):
+    made, task = evaluations(tmp_path)
+    first = made.evaluate("teacher", None, None, "train", None, {"pictures": 5})
+    assert first["pictures"] == 5
+    assert made.evaluate("teacher", None, None, "train", None, {"pictures": 5}) == first and task.calls == 1
+    made.write()
+    again, task = evaluations(tmp_path, Identity({**MADE.settings}, {**MADE.rows, "train": "t"}), resume_step=0)
+    assert again.evaluate("teacher", None, None, "train", None, {"pictures": 6})["pictures"] == 6
+    assert task.calls == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "lost"),
     [

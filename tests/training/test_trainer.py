@@ -110,6 +110,26 @@ def test_results(whole):
     assert set(peaks) == {"training", "evaluation"} and all(50 < peak["host_mb"] < 1e5 for peak in peaks.values())
 
 
+def test_results_tell_what_the_teacher_knows_of_its_training_pictures(stubs, tmp_path, caplog):
+    class KnowsTraining(stubs.Task):
+        def training_sample(self, teacher, like, run):
+            return stubs.Pictures(70, noise=0)
+
+        def evaluate_matcher(self, matcher, dataset, run, device, **more):
+            found = super().evaluate_matcher(matcher, dataset, run, device, **more)
+            return {**found, "img_r1": float(len(dataset))}
+
+    with caplog.at_level("INFO"):
+        trainer = stubs.job(tmp_path, KnowsTraining())
+        trainer.train()
+    results = json.loads((trainer.output_dir / "results.json").read_text())
+    assert results["memorised"] == {"split": "test", "pictures": 70, "train_r1": 70.0, "split_r1": 5.0}
+    assert "of the training set, the teacher puts the picture first for 70.0 (among 70)" in caplog.text
+    found = [(line["split"], line["model"]) for line in lines(trainer.output_dir, "eval") if "pictures" in line]
+    assert found == [("train", "teacher")]
+    assert [row["name"] for row in results["rows"]] == ["teacher", "student before training", "student"]
+
+
 def test_metrics_log(whole):
     train = lines(whole.output_dir, "train")
     assert [line["step"] for line in train] == [2, 4, 6, 8, 10, 12, 14, 15]
