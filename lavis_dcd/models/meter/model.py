@@ -131,6 +131,10 @@ class MeterRetrieval(LayeredRetriever, TwoTowers):
         weight = self.config.fusion_weight
         return 1.0 if weight is None else weight
 
+    @fusion_weight.setter
+    def fusion_weight(self, weight: float) -> None:
+        self.config = dataclasses.replace(self.config, fusion_weight=weight)
+
     def joint_logits(self, images: ImageFeatures, texts: TextFeatures) -> Tensor | None:
         """Return the joint head's scaled cosines ``[I, T]`` with gradients; None without one."""
         if self.joint_head is None:
