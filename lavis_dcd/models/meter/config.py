@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lavis_dcd.models.dual_encoder.config import Pooling
+from lavis_dcd.models.pooling import PoolingName
 from lavis_dcd.models.retrieval_loss import RetrievalLossConfig
 from lavis_dcd.models.towers import TextConfig, VisionConfig
 
@@ -41,8 +41,8 @@ class JointHeadConfig:
     hidden: int = 512  # width between the projection's two layers
     dropout: float = 0.3  # of tokens, of the pooled vector and of the projection, in training
     temperature: float = 0.05  # where the learned temperature starts
-    image_pooling: Pooling = "mean"  # how a picture's tokens become one vector
-    text_pooling: Pooling = "mean"  # how a caption's tokens become one vector
+    image_pooling: PoolingName = "mean"  # how a picture's tokens become one vector
+    text_pooling: PoolingName = "mean"  # how a caption's tokens become one vector
     pooling_heads: int = 4  # of attention and attention_mean
 
 

@@ -10,8 +10,8 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.features import Features
-from lavis_dcd.models.dual_encoder.pooling import POOLINGS, Pooling, drop_tokens
 from lavis_dcd.models.meter.config import FusionConfig, JointHeadConfig
+from lavis_dcd.models.pooling import POOLINGS, Pooling, drop_tokens
 
 
 def fusion_layers(config: FusionConfig) -> nn.ModuleList:
