@@ -229,12 +229,10 @@ class CheckpointFormat(Generic[C]):
             return config
         left = [name for name in self.inherited if getattr(config, name) is None]
         taken = {name: getattr(saved.config, name) for name in left if getattr(saved.config, name) is not None}
-        if taken:
-            config = dataclasses.replace(config, **taken)  # type: ignore[type-var]
         if same_modules(self.portable(saved.config), self.portable(config), self.sections, self.no_modules):
-            return config
+            return dataclasses.replace(config, **taken) if taken else config  # type: ignore[type-var]
         modules = {name: copy.deepcopy(getattr(saved.config, name)) for name in self.sections}
-        merged: Any = dataclasses.replace(config, **modules)  # type: ignore[type-var]
+        merged: Any = dataclasses.replace(config, **modules, **taken)  # type: ignore[type-var]
         current: Any = config
         for name in self.sections:
             for key in set(_SWITCHES) & set(getattr(getattr(merged, name), "__dataclass_fields__", ())):

@@ -85,5 +85,3 @@ class MeterConfig:
             raise ValueError("fusion_score: false, and there is no joint_head: nothing would score a pair")
         if self.fusion_weight is not None and not 0 <= self.fusion_weight < math.inf:
             raise ValueError(f"fusion_weight: {self.fusion_weight} must be a number from 0 on")
-        if self.fusion_weight is not None and self.joint_head is None:
-            raise ValueError("fusion_weight: there is no joint_head whose score the fusion's would be added to")

@@ -74,6 +74,9 @@ class MeterRetrieval(LayeredRetriever, TwoTowers):
             self.image_positions = nn.Parameter(torch.zeros(1, self.vision_tower.num_tokens + 1, width))
         self._initialise()
         joint = config.joint_head
+        if joint is None and config.fusion_weight is not None:
+            raise UserError("model.fusion_weight: there is no joint_head whose score the fusion's would be added to; "
+                            "leave it out")  # fmt: skip
         self.joint_head = JointHead(self.vision_tower.width, self.text_tower.width, joint) if joint else None
         self.has_joint_space = joint is not None
         if config.fusion.init_from_text:

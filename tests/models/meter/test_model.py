@@ -272,6 +272,13 @@ def test_a_file_s_weight_holds_unless_the_job_says_another(tmp_path, given, expe
     assert model.fusion_weight == expected
 
 
+@pytest.mark.parametrize("given, expected", [(None, 0.5), (0.25, 0.25)])
+def test_a_section_that_leaves_all_to_the_file_gets_joint_head_and_weight(tmp_path, given, expected):
+    torch.save(MeterRetrieval.from_config(joint_section(fusion_weight=0.5)).checkpoint(), tmp_path / "teacher.pth")
+    model = MeterRetrieval.from_config({"finetuned": str(tmp_path / "teacher.pth"), "fusion_weight": given})
+    assert model.joint_head is not None and model.fusion_weight == expected
+
+
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
 def test_a_weight_that_no_sum_can_use_is_refused(weight):
     with pytest.raises(UserError, match="fusion_weight"):

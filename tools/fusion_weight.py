@@ -1,6 +1,6 @@
 """Recalls on a job's validation split by ``model.fusion_weight``, to choose it after a training.
 
-    python projects/benchmarks/fusion_weight.py --cfg-path projects/dcd/flickr8k_fusion_teacher.yaml --options \\
+    python tools/fusion_weight.py --cfg-path projects/dcd/flickr8k_fusion_teacher.yaml --options \\
         model.finetuned=output/flickr8k_fusion_teacher/model.pth
 
 The fusion scores the shortlist once; each further weight costs nothing.
