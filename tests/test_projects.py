@@ -204,6 +204,47 @@ def test_a_student_with_a_joint_head_of_its_own(job, retrieval_files, golden_met
     assert all(0.1 < line["student_loss"] < 5 for line in steps if line["kind"] == "train")
 
 
+# -- the fusion teacher of real photographs, on the scenes ---------------------------------------------------------
+
+
+def _on_scenes(name: str, job_id: str, model: dict) -> dict:
+    """A packaged job with a tiny METER's towers, and scenes in place of photographs."""
+    sections = OmegaConf.to_container(OmegaConf.load(packaged_folder("projects") / "dcd" / f"{name}.yaml"))
+    for key in ("vision", "text", "fusion"):
+        if key in sections["model"]:
+            kept = {k: v for k, v in sections["model"][key].items() if k in ("freeze", "init_from_text", "dropout")}
+            sections["model"][key] = {**TINY[key], **kept}
+    sections["model"] = OmegaConf.to_container(OmegaConf.merge(sections["model"], model))
+    given = ("seed", "max_epoch", "job_id", "batch_size_train", "log_freq")
+    keep = {k: v for k, v in sections["run"].items() if k not in given}
+    run = {**keep, "cache_features": "memory", "k_test": 3, "job_id": job_id, "eval_every_epochs": 1}
+    return {"model": sections["model"], "datasets": {"shape_scenes": SCENES["shape_scenes"]}, "run": run}
+
+
+@pytest.mark.slow
+def test_the_fusion_teacher_in_two_stages_and_its_students(job_file, tmp_path):
+    # as many layers as the tiny text tower has to start from, as wide inside
+    depth = {"vision": {"image_size": 64}, "fusion": {"layers": 1, "mlp_ratio": 2}}
+    job_file(_on_scenes("flickr8k_fusion_joint", "joint", depth))
+    runs = tmp_path / "output" / "job"
+    start = torch.load(runs / "joint" / "model.pth", weights_only=True)
+    second = {**depth, "finetuned": str(runs / "joint" / "model.pth"), "loss": {"group": 2, "queries": 4}}
+    job_file(_on_scenes("flickr8k_fusion_teacher", "teacher", second))
+    teacher = torch.load(runs / "teacher" / "model.pth", weights_only=True)
+    moved = {n for n, t in teacher["model"].items() if not torch.equal(t, start["model"][n])}
+    assert moved and not any(n.startswith(("joint_head", "vision_tower", "text_tower")) for n in moved)
+    assert start["config"]["fusion_weight"] == 0.0 and teacher["config"]["fusion_weight"] == 0.5
+    given = {"teacher": {"finetuned": str(runs / "teacher" / "model.pth"), "text": {"name": VOCAB}}}
+    job_file(_on_scenes("flickr8k_fusion_thinned", "thinned",
+                        {**given, **FEW_NEGATIVES, "student": {"init_from_teacher": {"layers": [0]}}}))  # fmt: skip
+    student = torch.load(runs / "thinned" / "student.pth", weights_only=True)
+    assert student["config"]["fusion_weight"] == 0.5
+    job_file(_on_scenes("flickr8k_fusion_students", "dual",
+                        {**given, **FEW_NEGATIVES, "candidates": {"source": "in_batch"}}))  # fmt: skip
+    found = assert_finished(runs / "dual")
+    assert found["student"]["fusion_parameters"] == 0 < found["teacher"]["fusion_parameters"]
+
+
 # -- COCO's official captions ------------------------------------------------------------------------------------
 
 

@@ -178,7 +178,7 @@ def read_section(module: Path, name: str) -> Section:
     for base in reversed(found.bases):
         if isinstance(base, ast.Name) and (home := _home_of(base.id, tree, module)) is not None:
             settings |= {s.name: s for s in read_section(home, base.id).settings}
-    constants = _constants(tree)
+    constants = _imported_constants(tree) | _constants(tree)
     settings |= {s.name: s for s in _settings(found, source, _arguments(text), constants)}
     for argument, meaning in _arguments(text).items():  # of inherited fields, said anew
         if argument in settings:
@@ -207,6 +207,19 @@ def _constants(tree: ast.Module) -> dict[str, ast.expr]:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
+
+
+def _imported_constants(tree: ast.Module) -> dict[str, ast.expr]:
+    """Of the names that a module takes from others of the package, those that are constants there."""
+    found: dict[str, ast.expr] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("lavis_dcd."):
+            continue
+        home = ROOT / ((node.module or "").replace(".", "/") + ".py")
+        if home.is_file():
+            of_home = _constants(ast.parse(home.read_text(encoding="utf-8")))
+            found |= {alias.name: of_home[alias.name] for alias in node.names if alias.name in of_home}
+    return found
 
 
 def _settings(

@@ -14,6 +14,7 @@ from lavis_dcd.distillation.candidates import CandidatePool, InBatch
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures, gather_rows
 from lavis_dcd.matching.recompute import match_recomputed
 from lavis_dcd.models.batch import BatchFeatures, info_nce, own_rows
+from lavis_dcd.models.pair_groups import draw_groups, group_pairs
 
 
 @dataclass
@@ -22,14 +23,21 @@ class RetrievalLossConfig:
 
     negatives: int = 4  # per query and direction
     queries: int | None = None  # fusion queries drawn per batch; None: every sample
+    # fusion queries drawn in groups of so many samples that the joint head takes for each other; all pairs of a group
+    # are scored, once, for both directions: more negatives a query at fewer pairs. null: ``negatives`` for each query
+    group: int | None = None
     pool: int = 16  # without a joint head: in-batch candidates scored to find the hard ones
     sharpness: float = 1.0  # with a joint head: negatives are drawn by softmax(sharpness * joint logits) ...
     sharpness_start: float = 0.2  # ... growing linearly from this over the run, for hard negatives alone stall it
-    joint_weight: float = 1.0  # weight of the joint head's InfoNCE
+    joint_weight: float = 1.0  # weight of the joint head's InfoNCE; 0: the joint head stays as it is
     # share of the run in which the joint head trains alone: towers that start at random learn from it many times
     # faster without the noise of a fusion that has nothing to attend to yet
     fusion_start: float = 0.0
     grad_chunk_pairs: int | None = None  # recompute the fusion in chunks of so many pairs to bound memory
+
+    def __post_init__(self) -> None:
+        if self.group is not None and self.group < 2:
+            raise ValueError(f"group: {self.group}, at least 2 samples tell a match from a negative")
 
 
 class TrainsOnPairs(Protocol):
@@ -73,12 +81,14 @@ class RetrievalLoss(nn.Module):
         Before ``fusion_start`` there is no ``fusion_loss``.
         """
         losses: dict[str, Tensor] = {}
-        logits = model.joint_logits(batch.images, batch.texts)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.joint_weight > 0):
+            logits = model.joint_logits(batch.images, batch.texts)
         if logits is not None:
             losses["joint_loss"] = self.config.joint_weight * info_nce(logits, batch)
         if model.scores_pairs and (logits is None or progress >= self.config.fusion_start):
             drawn_by = None if logits is None else logits.detach()
-            losses["fusion_loss"] = self._fusion_loss(model, batch, drawn_by, progress)
+            of_queries = self._fusion_loss if self.config.group is None else self._group_loss
+            losses["fusion_loss"] = of_queries(model, batch, drawn_by, progress)
         return {"loss": reduce(torch.add, losses.values()), **losses}
 
     def _fusion_loss(
@@ -103,6 +113,22 @@ class RetrievalLoss(nn.Module):
         target = torch.zeros(len(table), dtype=torch.long, device=table.device)
         return nnf.cross_entropy(table, target)
 
+    def _group_loss(self, model: TrainsOnPairs, batch: BatchFeatures, logits: Tensor | None, progress: float) -> Tensor:
+        groups = draw_groups(batch, self.config.group or 2, self.config.queries, logits, self._sharpness(progress))
+        rows, valid = group_pairs(batch, groups)
+        scores = match_recomputed(
+            model.fusion_scores, batch.images, batch.texts, rows[valid], self.config.grad_chunk_pairs
+        )
+        table = torch.full(valid.shape, torch.finfo(torch.float32).min, device=scores.device)
+        table = table.masked_scatter(valid, scores.float())
+        table = gather_rows(torch.stack([table, table.transpose(1, 2)], dim=1), batch.ranks).flatten(0, 2)
+        size = table.shape[1]
+        return nnf.cross_entropy(table, torch.arange(len(table), device=table.device) % size)
+
+    def _sharpness(self, progress: float) -> float:
+        start = self.config.sharpness_start
+        return start + (self.config.sharpness - start) * progress
+
     @torch.no_grad()
     def _negatives(
         self, model: TrainsOnPairs, batch: BatchFeatures, pool: CandidatePool, logits: Tensor | None, progress: float
@@ -110,9 +136,7 @@ class RetrievalLoss(nn.Module):
         """Columns of ``pool`` to train on, int64 ``[Q, 1 + K]``: 0, the match, and K drawn negatives."""
         hardness = torch.zeros(pool.valid.shape, device=pool.valid.device)
         if logits is not None:
-            start = self.config.sharpness_start
-            sharpness = start + (self.config.sharpness - start) * progress
-            hardness = sharpness * logits[pool.image_rows, pool.text_rows]
+            hardness = self._sharpness(progress) * logits[pool.image_rows, pool.text_rows]
         # Gumbel noise makes the K largest a draw without replacement from the softmax
         noisy = hardness - torch.empty_like(hardness).exponential_().log()
         noisy = noisy.masked_fill(~pool.valid, -torch.inf)[:, 1:]

@@ -173,6 +173,7 @@ class CheckpointFormat(Generic[C]):
         positions: name of the position embeddings that are interpolated to the model's image size.
         rename: (model, tensors of a file) -> tensors by the model's names, and the names left aside.
         adapt: (position embeddings ``[..., tokens, D]``, number of tokens) -> the same at another grid.
+        inherited: the keys that say no module, whose null stands for the file's value.
     """
 
     config_class: type[C]
@@ -182,6 +183,7 @@ class CheckpointFormat(Generic[C]):
     positions: str
     rename: Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Tensor], list[str]]]
     adapt: Callable[[Tensor, int], Tensor]
+    inherited: tuple[str, ...] = ()
 
     def read(self, path: Path) -> SavedWeights[C]:
         """Return tensors and, for a file of ours, the sizes in its configuration; raises as :func:`read`.
@@ -220,15 +222,17 @@ class CheckpointFormat(Generic[C]):
     def built_from(self, saved: SavedWeights[C], config: C) -> C:
         """Return what a model of ``config`` must be built from to take ``saved``.
 
-        That is ``config`` itself, unless the file says that it holds other modules: then the file's modules, with the
-        model's training switches (loss, freezing, memory) and tokenizer.
+        That is ``config`` itself, unless the file says that it holds other modules, or what ``config`` leaves to it:
+        then the file's modules, with the model's training switches (loss, freezing, memory) and tokenizer.
         """
         if saved.config is None:
             return config
+        left = [name for name in self.inherited if getattr(config, name) is None]
+        taken = {name: getattr(saved.config, name) for name in left if getattr(saved.config, name) is not None}
         if same_modules(self.portable(saved.config), self.portable(config), self.sections, self.no_modules):
-            return config
+            return dataclasses.replace(config, **taken) if taken else config  # type: ignore[type-var]
         modules = {name: copy.deepcopy(getattr(saved.config, name)) for name in self.sections}
-        merged: Any = dataclasses.replace(config, **modules)  # type: ignore[type-var]
+        merged: Any = dataclasses.replace(config, **modules, **taken)  # type: ignore[type-var]
         current: Any = config
         for name in self.sections:
             for key in set(_SWITCHES) & set(getattr(getattr(merged, name), "__dataclass_fields__", ())):

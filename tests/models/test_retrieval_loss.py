@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
+from lavis_dcd.models import pair_groups, retrieval_loss
 from lavis_dcd.models.batch import Batch, BatchFeatures, encode_batch, info_nce
 from lavis_dcd.models.meter import MeterRetrieval
 
@@ -102,3 +104,80 @@ def test_the_rebuilt_model_keeps_its_mode(tmp_path):
     model = tiny(False).eval()
     model.load_checkpoint(str(tmp_path / "m.pth"))
     assert model.config.fusion.layers == 2 and not model.training
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_of_the_whole_batch_gives_the_listwise_cross_entropy_of_all_pairs():
+    model = tiny(True, group=4, joint_weight=0.0).eval()
+    samples = batch([0, 1, 2, 3])
+    features = encode_batch(model, Batch.of(samples))
+    scores = model.fusion_scores(
+        features.images, features.texts, torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    ).view(4, 4)
+    expected = torch.nn.functional.cross_entropy(torch.cat([scores, scores.T]), torch.arange(4).repeat(2))
+    wanted = torch.autograd.grad(expected, model.rank_output.weight)[0]
+    loss = model(samples)["loss"]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.rank_output.weight)[0], wanted)
+
+
+def test_groups_equal_a_slow_sum_over_their_queries(monkeypatch):
+    model = tiny(True, group=3, queries=6, joint_weight=0.0).eval()
+    samples = batch([0, 1, 2, 3, 4, 4, 5])
+    features = encode_batch(model, Batch.of(samples))
+    drawn = []
+    monkeypatch.setattr(
+        retrieval_loss, "draw_groups", lambda *a: drawn.append(pair_groups.draw_groups(*a)) or drawn[-1]
+    )
+    torch.manual_seed(3)
+    loss = model(samples)["fusion_loss"]
+    image, text = features.match_pairs.unbind(1)
+    terms = []
+    for group in drawn[0].tolist():
+        for query in group:
+            for to_text in (True, False):
+                candidates = [query] + [
+                    s for s in group if s != query and features.image_ids[image[s]] != features.image_ids[image[query]]
+                ]
+                pairs = [(image[query], text[s]) if to_text else (image[s], text[query]) for s in candidates]
+                scores = model.fusion_scores(features.images, features.texts, torch.tensor(pairs))
+                terms.append(scores.logsumexp(0) - scores[0])
+    assert len(terms) == 12
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
+
+
+def test_each_pair_of_a_group_is_scored_once(monkeypatch):
+    model = tiny(True, group=3, queries=3, joint_weight=0.0)
+    scored = []
+    plain = model.fusion_scores
+    monkeypatch.setattr(model, "fusion_scores", lambda i, t, pairs: scored.append(pairs) or plain(i, t, pairs))
+    model(batch([0, 1, 2, 3, 4, 5]))
+    (pairs,) = scored
+    assert len(pairs) == len(pairs.unique(dim=0)) == 9
+
+
+def test_with_groups_too_a_single_picture_has_nothing_to_be_told_from():
+    for ids in ([0], [0, 0]):
+        losses = tiny(True, group=4)(batch(ids))
+        losses["loss"].backward()
+        assert float(losses["fusion_loss"].detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_joint_head_without_weight_gets_no_gradient_and_stays():
+    model = tiny(True, joint_weight=0.0, group=2)
+    assert model.find_unused_parameters
+    before = {name: tensor.clone() for name, tensor in model.joint_head.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    losses = model(batch([0, 1, 2, 3]))
+    losses["loss"].backward()
+    optimizer.step()
+    assert all(p.grad is None for p in model.joint_head.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.joint_head.state_dict().items())
+    torch.testing.assert_close(losses["loss"], losses["fusion_loss"])
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(UserError, match=r"model\.loss.*group: 1, at least 2"):
+        tiny(True, group=1)

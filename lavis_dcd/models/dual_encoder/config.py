@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from lavis_dcd.models.pooling import PoolingName
 from lavis_dcd.models.towers import TextConfig, VisionConfig
-
-Pooling = Literal["mean", "cls", "attention", "mean_max", "attention_mean"]
 
 
 @dataclass
@@ -24,8 +22,8 @@ class HeadConfig:
     hidden_dropout: float = 0.4  # between the projection's two layers
     token_dropout: float = 0.3  # share of the tokens left out of the pooling in training; cls keeps its token
     temperature: float = 0.05  # where the learned temperature starts; it stays at or above 0.01
-    image_pooling: Pooling = "mean"  # how a picture's tokens become one vector
-    text_pooling: Pooling = "mean"  # how a caption's tokens become one vector
+    image_pooling: PoolingName = "mean"  # how a picture's tokens become one vector
+    text_pooling: PoolingName = "mean"  # how a caption's tokens become one vector
     pooling_heads: int = 4  # of attention and attention_mean
 
     def __post_init__(self) -> None:

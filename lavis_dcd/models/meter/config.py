@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lavis_dcd.models.pooling import PoolingName
 from lavis_dcd.models.retrieval_loss import RetrievalLossConfig
 from lavis_dcd.models.towers import TextConfig, VisionConfig
 
@@ -21,7 +23,8 @@ class FusionConfig:
     shortcuts: bool = True  # the exact ones; false: every layer in full for every pair
     grad_checkpoint: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
     compile: bool = False  # torch.compile the layers: minutes at the first batches, then perhaps faster
-    init_from_text: bool = False  # start from the text tower's upper layers; new cross-attention begins at zero
+    # start from the text tower's upper layers, which read its tokens as they are; new cross-attention begins at zero
+    init_from_text: bool = False
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width < 1 or self.width % self.heads:
@@ -36,8 +39,11 @@ class JointHeadConfig:
 
     dim: int = 256  # of the joint space
     hidden: int = 512  # width between the projection's two layers
-    dropout: float = 0.3  # of the projection, in training
+    dropout: float = 0.3  # of tokens, of the pooled vector and of the projection, in training
     temperature: float = 0.05  # where the learned temperature starts
+    image_pooling: PoolingName = "mean"  # how a picture's tokens become one vector
+    text_pooling: PoolingName = "mean"  # how a caption's tokens become one vector
+    pooling_heads: int = 4  # of attention and attention_mean
 
 
 @dataclass
@@ -57,6 +63,9 @@ class MeterConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     joint_head: JointHeadConfig | None = None  # true: with its defaults
     fusion_score: bool = True  # false: the score is the joint head's alone (a dual encoder)
+    # with a joint head: the score is its scaled cosine + fusion_weight * the fusion's logit; the loss takes each by
+    # itself, so this is best searched after training, on validation data; null: the checkpoint's, else 1
+    fusion_weight: float | None = None
     loss: RetrievalLossConfig = field(default_factory=RetrievalLossConfig)
     match_memory_mb: float = 1024.0  # activations of one chunk of ``match`` without gradients, MiB
     # parameter-name prefixes that learn at run.head_lr_multiplier times the base rate
@@ -74,3 +83,5 @@ class MeterConfig:
     def __post_init__(self) -> None:
         if not self.fusion_score and self.joint_head is None:
             raise ValueError("fusion_score: false, and there is no joint_head: nothing would score a pair")
+        if self.fusion_weight is not None and not 0 <= self.fusion_weight < math.inf:
+            raise ValueError(f"fusion_weight: {self.fusion_weight} must be a number from 0 on")

@@ -18,7 +18,7 @@ from lavis_dcd.matching.contract import pair_chunks
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
 from lavis_dcd.models.batch import Batch, encode_batch
 from lavis_dcd.models.meter.config import MeterConfig
-from lavis_dcd.models.meter.fusion import JointHead, Pooler, fusion_layers, start_from_text
+from lavis_dcd.models.meter.fusion import JointHead, Pooler, fusion_layers, read_tokens_as_they_are, start_from_text
 from lavis_dcd.models.meter.stack import CoAttentionStack, EncodedItems
 from lavis_dcd.models.meter.weights import METER_FILES
 from lavis_dcd.models.retrieval_loss import RetrievalLoss
@@ -74,6 +74,9 @@ class MeterRetrieval(LayeredRetriever, TwoTowers):
             self.image_positions = nn.Parameter(torch.zeros(1, self.vision_tower.num_tokens + 1, width))
         self._initialise()
         joint = config.joint_head
+        if joint is None and config.fusion_weight is not None:
+            raise UserError("model.fusion_weight: there is no joint_head whose score the fusion's would be added to; "
+                            "leave it out")  # fmt: skip
         self.joint_head = JointHead(self.vision_tower.width, self.text_tower.width, joint) if joint else None
         self.has_joint_space = joint is not None
         if config.fusion.init_from_text:
@@ -82,12 +85,15 @@ class MeterRetrieval(LayeredRetriever, TwoTowers):
                 raise UserError("model.fusion.init_from_text: needs a text tower of BERT's kind (bert, roberta), not "
                                 f"{config.text.family}; leave it out")  # fmt: skip
             start_from_text(self.cross_modal_text_layers, self.cross_modal_image_layers, blocks)
+            read_tokens_as_they_are(self.cross_modal_text_transform, self.token_type_embeddings)
         for tower, frozen in ((self.vision_tower, config.vision.freeze), (self.text_tower, config.text.freeze)):
             if frozen:
                 tower.requires_grad_(False)
         self.retrieval_loss = RetrievalLoss(config.loss)
-        # the fusion's, before it starts or where its score does not count
-        self.find_unused_parameters = config.loss.fusion_start > 0 or not config.fusion_score
+        # the fusion's, before it starts or where its score does not count; a joint head's that stays as it is
+        self.find_unused_parameters = (
+            config.loss.fusion_start > 0 or not config.fusion_score or config.loss.joint_weight == 0
+        )
 
     def _initialise(self) -> None:
         """METER's initialisation: normal(0, 0.02) weights, zero biases, in everything but the towers."""
@@ -122,6 +128,16 @@ class MeterRetrieval(LayeredRetriever, TwoTowers):
         """Return whether the co-attention scores pairs; without it the joint head does alone."""
         return self.config.fusion_score
 
+    @property
+    def fusion_weight(self) -> float:
+        """Return the weight of the fusion's logit beside the joint head's scaled cosine."""
+        weight = self.config.fusion_weight
+        return 1.0 if weight is None else weight
+
+    @fusion_weight.setter
+    def fusion_weight(self, weight: float) -> None:
+        self.config = dataclasses.replace(self.config, fusion_weight=weight)
+
     def joint_logits(self, images: ImageFeatures, texts: TextFeatures) -> Tensor | None:
         """Return the joint head's scaled cosines ``[I, T]`` with gradients; None without one."""
         if self.joint_head is None:
@@ -147,7 +163,10 @@ class MeterRetrieval(LayeredRetriever, TwoTowers):
             return self.fusion_scores(images, texts, pairs)
         if not self.config.fusion_score:
             return self.joint_pair_scores(images, texts, pairs)
-        return self.fusion_scores(images, texts, pairs) + self.joint_pair_scores(images, texts, pairs)
+        if not self.fusion_weight:
+            return self.joint_pair_scores(images, texts, pairs)
+        fusion = self.fusion_weight * self.fusion_scores(images, texts, pairs)
+        return fusion + self.joint_pair_scores(images, texts, pairs)
 
     def joint_pair_scores(self, images: ImageFeatures, texts: TextFeatures, pairs: Tensor) -> Tensor:
         """The joint head's scaled cosine of each pair, ``[P]``."""

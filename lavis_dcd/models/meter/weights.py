@@ -115,5 +115,6 @@ METER_FILES = CheckpointFormat(
     },
     positions="vision_tower.vit.embeddings.position_embedding.weight",
     rename=_rename,
+    inherited=("fusion_weight",),
     adapt=adapt_positions,
 )

@@ -222,3 +222,69 @@ def test_a_fusion_starts_from_text_blocks_of_berts_kind_only():
     section["fusion"]["init_from_text"] = True
     with pytest.raises(UserError, match=r"model\.fusion\.init_from_text: needs a text tower of BERT's kind"):
         MeterRetrieval.from_config(section)
+
+
+# -- the weight of the fusion ----------------------------------------------------------------------------------------
+
+
+def joint_section(**more) -> dict:
+    return tiny_section(joint_head={"dim": 8, "hidden": 8, "dropout": 0.0}, finetuned=None, **more)
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 0.5, 1.0, 3.0])
+def test_a_pair_s_score_is_the_cosine_and_the_weighted_fusion(weight, recorded):
+    torch.manual_seed(0)
+    model = MeterRetrieval.from_config(joint_section(fusion_weight=weight)).eval()
+    images, texts = (features for features in all_features(model, recorded))
+    pairs = all_pairs(recorded)
+    expected = torch.stack(
+        [
+            (1.0 if weight is None else weight) * model.fusion_scores(images, texts, pair[None])[0]
+            + model.joint_head.scale * (model.embed_images(images)[pair[0]] * model.embed_texts(texts)[pair[1]]).sum()
+            for pair in pairs
+        ]
+    )
+    parameters = {n: p for n, p in model.named_parameters() if n.startswith(("rank_output", "joint_head.image.4"))}
+    mix = torch.linspace(-1, 1, len(pairs))
+    wanted = torch.autograd.grad((expected * mix).sum(), list(parameters.values()), allow_unused=True)
+    scores = model.match(images, texts, pairs)
+    torch.testing.assert_close(scores, expected, **CLOSE)
+    found = torch.autograd.grad((scores * mix).sum(), list(parameters.values()), allow_unused=True)
+    for name, one, other in zip(parameters, found, wanted, strict=True):
+        one, other = (torch.zeros_like(parameters[name]) if g is None else g for g in (one, other))
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_without_weight_the_fusion_does_not_run(recorded, monkeypatch):
+    model = MeterRetrieval.from_config(joint_section(fusion_weight=0.0)).eval()
+    monkeypatch.setattr(model, "fusion_scores", None)
+    assert len(model.match(*all_features(model, recorded), all_pairs(recorded))) == 64
+
+
+@pytest.mark.parametrize("given, expected", [(None, 0.5), (0.25, 0.25), (0.0, 0.0)])
+def test_a_file_s_weight_holds_unless_the_job_says_another(tmp_path, given, expected):
+    saved = MeterRetrieval.from_config(joint_section(fusion_weight=0.5)).checkpoint()
+    torch.save(saved, tmp_path / "teacher.pth")
+    section = {**joint_section(fusion_weight=given), "finetuned": str(tmp_path / "teacher.pth")}
+    assert MeterRetrieval.from_config(section).fusion_weight == expected
+    model = MeterRetrieval.from_config(joint_section(fusion_weight=given))
+    model.load_checkpoint(str(tmp_path / "teacher.pth"))
+    assert model.fusion_weight == expected
+
+
+@pytest.mark.parametrize("given, expected", [(None, 0.5), (0.25, 0.25)])
+def test_a_section_that_leaves_all_to_the_file_gets_joint_head_and_weight(tmp_path, given, expected):
+    torch.save(MeterRetrieval.from_config(joint_section(fusion_weight=0.5)).checkpoint(), tmp_path / "teacher.pth")
+    model = MeterRetrieval.from_config({"finetuned": str(tmp_path / "teacher.pth"), "fusion_weight": given})
+    assert model.joint_head is not None and model.fusion_weight == expected
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_a_weight_that_no_sum_can_use_is_refused(weight):
+    with pytest.raises(UserError, match="fusion_weight"):
+        MeterRetrieval.from_config(joint_section(fusion_weight=weight))
+
+
+def test_a_weight_without_a_joint_head_is_refused():
+    with pytest.raises(UserError, match="fusion_weight: there is no joint_head"):
+        MeterRetrieval.from_config(tiny_section(finetuned=None, fusion_weight=0.5))
