@@ -8,13 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.files import atomic_path, update_with_tensors
+from lavis_dcd.common.tensor_files import load_tensors
 
 _NOT_LETTERS = re.compile(r"[\W_]+")
 
@@ -80,15 +81,11 @@ class NeighbourTable:
         """Read the table in a file.
 
         Raises:
-            ValueError: the file is damaged, or holds something else.
-            OSError: it cannot be read.
+            ValueError: there is no such file, or it is damaged, or holds something else.
         """
         try:
-            tensors: dict[str, Any] = load_file(str(path))
-            return cls(**tensors)
-        except OSError:
-            raise
-        except Exception as error:  # what safetensors, and the constructor of another content, may raise
+            return cls(**load_tensors(path))
+        except (UserError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no neighbours of pictures ({error})") from error
 
 

@@ -74,11 +74,11 @@ def _table(
 
 def _kept(path: Path, digest: str) -> NeighbourTable | None:
     """Return the table in a file; None where there is none, or another one."""
+    if not path.exists():
+        return None
     try:
         table = NeighbourTable.load(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         log.warning("%s: the neighbours are found anew (%s)", path, error)
         return None
     return table if table.digest() == digest else None
