@@ -309,14 +309,14 @@ def test_a_table_survives_its_file(tmp_path):
     table = NeighbourTable.of(
         torch.tensor([0, 0, 1, 2]), torch.tensor([[1, 2], [0, -1], [1, 0]], dtype=torch.int32), [[0, 2]]
     )
-    table.save(tmp_path / "table")
-    again = NeighbourTable.load(tmp_path / "table")
+    table.save(tmp_path / "table.safetensors")
+    again = NeighbourTable.load(tmp_path / "table.safetensors")
     assert again.digest() == table.digest() and torch.equal(again.nearest, table.nearest)
     other = replace(table, apart=torch.tensor([0, 1], dtype=torch.int32))
     assert other.digest() != table.digest()
-    (tmp_path / "table").write_bytes(b"nothing")
+    (tmp_path / "table.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no neighbours of pictures"):
-        NeighbourTable.load(tmp_path / "table")
+        NeighbourTable.load(tmp_path / "table.safetensors")
 
 
 @pytest.mark.parametrize(
