@@ -55,6 +55,20 @@ def teacher(meter: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def dual_teacher(dual: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A dual encoder on frozen towers, with weights in a file, that a student may start from, too."""
+    import torch
+
+    from lavis_dcd.models.building import build_matcher
+
+    frozen = {**dual, **{side: {**dual[side], "freeze": True} for side in ("vision", "text")}}
+    torch.manual_seed(3)
+    file = tmp_path / "dual_teacher.pth"
+    torch.save(build_matcher(frozen, "model").checkpoint(), file)
+    return {**frozen, "load_finetuned": True, "finetuned": str(file)}
+
+
+@pytest.fixture
 def dual(towers: dict[str, Any]) -> dict[str, Any]:
     """A dual encoder without dropout."""
     head = {"dim": 8, "hidden": 0, "dropout": 0.0, "hidden_dropout": 0.0, "token_dropout": 0.0}
