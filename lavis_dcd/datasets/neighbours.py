@@ -49,17 +49,29 @@ class NeighbourTable:
             raise ValueError(f"a row's picture is none of {pictures}")
         if not _within(self.nearest, -1, pictures) or not _within(self.apart, 0, pictures):
             raise ValueError(f"a neighbour is none of {pictures} pictures")
-        starts = self.apart_starts.tolist()
-        if not starts or starts[0] != 0 or starts[-1] != len(self.apart) or starts != sorted(starts):
+        starts = self.apart_starts
+        if not len(starts) or starts[0] != 0 or starts[-1] != len(self.apart) or bool((starts.diff() < 0).any()):
             raise ValueError("the groups of pictures to keep apart do not follow each other")
 
     @classmethod
-    def of(cls, picture_of_row: Tensor, nearest: Tensor, apart: Iterable[Sequence[int]] = ()) -> NeighbourTable:
-        """Make a table with groups of pictures to keep apart, each as a list."""
+    def of(
+        cls,
+        picture_of_row: Tensor,
+        nearest: Tensor,
+        apart: Iterable[Sequence[int]] = (),
+        pairs: Tensor | None = None,
+    ) -> NeighbourTable:
+        """Make a table.
+
+        Args:
+            apart: groups of pictures to keep apart.
+            pairs: int64 ``[M, 2]``, further groups, of two pictures each.
+        """
         groups = [list(group) for group in apart]
+        pairs = torch.empty(0, 2, dtype=torch.int64) if pairs is None else pairs
         members = torch.tensor([picture for group in groups for picture in group], dtype=torch.int32)
-        ends = torch.tensor([0, *map(len, groups)], dtype=torch.int64).cumsum(0)
-        return cls(picture_of_row, nearest, members, ends)
+        sizes = torch.cat([torch.tensor([0, *map(len, groups)]), torch.full((len(pairs),), 2)])
+        return cls(picture_of_row, nearest, torch.cat([members, pairs.flatten().int()]), sizes.cumsum(0))
 
     def digest(self) -> str:
         """Return the SHA-256 of all that the table holds."""

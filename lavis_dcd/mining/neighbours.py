@@ -67,7 +67,7 @@ def neighbours_by_teacher(
         features = ReadFeatures(datasets["train"], readers, pairing, resources)
     spaces = joint_spaces(matchers, features, pairing, resources.amp)
     nearest, pairs = nearest_pictures(spaces, [w for _, w in chosen], batches.neighbours, batches.margin)
-    return NeighbourTable.of(pairing.image_of_row, nearest, [*_guarded(batches, datasets, pairing), *pairs])
+    return NeighbourTable.of(pairing.image_of_row, nearest, _guarded(batches, datasets, pairing), pairs)
 
 
 def neighbours_by_bank(batches: BatchesConfig, bank: ScoreBank, datasets: Mapping[str, Any]) -> NeighbourTable:
@@ -91,8 +91,10 @@ def neighbours_by_bank(batches: BatchesConfig, bank: ScoreBank, datasets: Mappin
 
 def nearest_pictures(
     spaces: Sequence[JointSpace], weights: Sequence[float], count: int, margin: float | None = None
-) -> tuple[Tensor, list[list[int]]]:
+) -> tuple[Tensor, Tensor]:
     """Return the nearest pictures of each, int32 ``[P, min(count, P - 1)]``, and the pairs that ``margin`` parts.
+
+    The pairs, int64 ``[M, 2]``, are among those of a picture with its nearest ones.
 
     Of several teachers, the nearness by each is divided by the spread of its scores and weighted, and all are given
     their mean spread back, so that the sum is on the scale of a teacher's scores. The table of all pairs is made block
@@ -229,10 +231,10 @@ def _check_finite(scores: Tensor) -> None:
         )
 
 
-def _distinct_pairs(pairs: Sequence[Tensor]) -> list[list[int]]:
+def _distinct_pairs(pairs: Sequence[Tensor]) -> Tensor:
     if not pairs:
-        return []
-    distinct: list[list[int]] = torch.unique(torch.cat(list(pairs)).sort(dim=1).values, dim=0).tolist()
+        return torch.empty(0, 2, dtype=torch.int64)
+    distinct: Tensor = torch.unique(torch.cat(list(pairs)).sort(dim=1).values, dim=0)
     return distinct
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from lavis_dcd.banks.score_bank import BankTable, ScoreBank
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.manifest import Identity
 from lavis_dcd.config.batches_section import BatchesConfig
-from lavis_dcd.datasets.neighbours import NeighbourTable, pictures_with_equal_captions
 from lavis_dcd.datasets.rows import RetrievalRows
 from lavis_dcd.datasets.views import View
 from lavis_dcd.distillation.candidates import IMAGE_TO_TEXT, TEXT_TO_IMAGE
@@ -176,13 +174,6 @@ def test_the_margin_parts_pictures_that_score_as_their_own():
     assert {tuple(pair) for pair in table.apart.view(-1, 2).tolist()} == expected
 
 
-def test_pictures_with_equal_captions_are_kept_apart():
-    of_row = torch.tensor([0, 0, 1, 2, 3, 3, 4])
-    captions = ["A dog runs.", "two cats", "a dog, runs", "a dog", "Two  Cats!", "a DOG runs", "..."]
-    assert pictures_with_equal_captions(of_row, captions) == [[0, 1, 3], [0, 3]]
-    assert pictures_with_equal_captions(torch.tensor([0, 1]), ["...", "!"]) == []  # no words to compare
-
-
 def test_the_guard_is_in_the_table_unless_it_is_off():
     train, matcher, config = training_set((1, 1, 1)), LetterMatcher(seed=1), DcdConfig(teacher={"arch": "a"})
     for row in train.annotation[:2]:
@@ -228,7 +219,7 @@ def test_a_picture_with_several_vectors():
     nearest, pairs = nearest_pictures([JointSpace(Several(), images, captions)], [1.0], 5)
     scores = [[max(float(v @ captions[j]) for v in images[i]) for j in range(6)] for i in range(6)]
     assert_nearest(nearest, slow_nearness(scores), 5)
-    assert pairs == []
+    assert pairs.shape == (0, 2)
 
 
 # -- by a score bank
@@ -303,35 +294,3 @@ def test_a_bank_of_other_rows_is_refused():
     bank = ScoreBank(Identity({}, {}, {}), {}, {IMAGE_TO_TEXT: table})
     with pytest.raises(UserError, match=r"run\.batches\.by: bank, but the score bank has 3 rows and .* set 16"):
         neighbours_by_bank(BatchesConfig(by="bank"), bank, {"train": training_set()})
-
-
-def test_a_table_survives_its_file(tmp_path):
-    table = NeighbourTable.of(
-        torch.tensor([0, 0, 1, 2]), torch.tensor([[1, 2], [0, -1], [1, 0]], dtype=torch.int32), [[0, 2]]
-    )
-    table.save(tmp_path / "table.safetensors")
-    again = NeighbourTable.load(tmp_path / "table.safetensors")
-    assert again.digest() == table.digest() and torch.equal(again.nearest, table.nearest)
-    other = replace(table, apart=torch.tensor([0, 1], dtype=torch.int32))
-    assert other.digest() != table.digest()
-    (tmp_path / "table.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no neighbours of pictures"):
-        NeighbourTable.load(tmp_path / "table.safetensors")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"picture_of_row": torch.tensor([0, 3])},
-        {"picture_of_row": torch.tensor([0, 1], dtype=torch.int32)},
-        {"nearest": torch.tensor([[1], [5]], dtype=torch.int32)},
-        {"nearest": torch.tensor([[1], [-2]], dtype=torch.int32)},
-        {"apart": torch.tensor([0, 1, 2], dtype=torch.int32)},
-        {"apart_starts": torch.tensor([0, 3, 2])},
-        {"apart_starts": torch.tensor([1, 2])},
-    ],
-)
-def test_a_table_that_does_not_fit_together_is_refused(change):
-    table = NeighbourTable.of(torch.tensor([0, 1]), torch.tensor([[1], [0]], dtype=torch.int32), [[0, 1]])
-    with pytest.raises(ValueError, match=r"neighbour|picture|groups"):
-        replace(table, **change)
