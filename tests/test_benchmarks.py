@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +137,55 @@ def test_bounded_evaluations_need_less_memory_for_equal_scores(benchmark: Run, t
     assert len(table_rows(printed)) == len(rows) and not list(files.iterdir())
 
 
+@pytest.mark.slow
+def test_pairs_budget_trains_each_run_once_and_keeps_the_teachers_scores_as_they_are(
+    benchmark: Run, tmp_path: Path
+) -> None:
+    folder, curves, lines = tmp_path / "runs", tmp_path / "curves.svg", tmp_path / "runs.csv"
+    sizes = ("--quick", "--students", "dual,thinned", "--strategies", "stratified,all", "--pairs", "2")
+    options = (*sizes, "--folder", str(folder), "--threads", "1", "--chart", str(curves), "--csv", str(lines))
+    content, printed = benchmark("pairs_budget", *options)
+    check_header(content, printed, "pairs_budget")
+    found = [(row["student"], row["strategy"], row["pairs"]) for row in content["rows"]]
+    assert found == [(s, *of) for s in ("dual", "thinned") for of in (("stratified", 2), ("all", None))]
+    for row in content["rows"]:
+        assert (row["steps"], row["seeds"], row["spread"]) == (2, 1, None) and 0 < row["r_sum"] <= 600
+    teachers = {row["student"]: row["teacher_r_sum"] for row in content["rows"]}
+    assert teachers["dual"] == teachers["thinned"] > 0
+    with lines.open(encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+    assert [float(run["r_sum"]) for run in runs] == [row["r_sum"] for row in content["rows"]]
+    for run in runs:
+        recalls = [float(run[f"{side}_r{k}"]) for side in ("txt", "img") for k in (1, 5, 10)]
+        assert sum(recalls) == pytest.approx(float(run["r_sum"]))
+    titles = [element.text for element in ET.parse(curves).iter("{http://www.w3.org/2000/svg}title")]
+    assert f"stratified, K 2: {content['rows'][0]['r_sum']:.1f}" in titles
+
+    # both students saw the same batches of two steps, which the teacher scored once
+    kept = sorted((folder / "scores").rglob("*.npz"))
+    assert len(kept) == 2
+    for file in (folder / "rows").glob("scenes-dual-*.json"):
+        written = json.loads(file.read_text())
+        file.write_text(json.dumps({**written, "r_sum": 1.0}))
+    for file in (folder / "rows").glob("scenes-thinned-stratified-*.json"):
+        file.unlink()
+    shutil.rmtree(folder / "pairs_budget" / "scenes-thinned-stratified-2-seed0")
+    again, _ = benchmark("pairs_budget", *options)
+    # runs that are done are read, and the one that is trained anew on kept scores ends where it ended on computed ones
+    assert [row["r_sum"] for row in again["rows"]] == [1.0, 1.0, *(row["r_sum"] for row in content["rows"][2:])]
+    kept[0].unlink()
+    (folder / "rows" / "scenes-thinned-all-seed0.json").unlink()
+    shutil.rmtree(folder / "pairs_budget" / "scenes-thinned-all-seed0")
+    anew, _ = benchmark("pairs_budget", *options)
+    assert anew["rows"][3]["r_sum"] == content["rows"][3]["r_sum"]
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
+        ("pairs_budget", ["--pairs", "8,0"], "--pairs: 8,0 must be whole numbers of at least 1"),
+        ("pairs_budget", ["--strategies", "hardest,softest"], "--strategies: unknown softest"),
+        ("pairs_budget", ["--data", "flickr8k", "--quick"], "--quick: there are no quick jobs"),
         ("evaluation_memory", ["--images", "1"], "--images, --image-tokens, --text-tokens: at least 2"),
         ("evaluation", ["--images", "4", "--texts", "7"], "--texts: 7"),
         ("training_step", ["--rows", "plain,fastest"], "--rows: unknown fastest"),
@@ -158,3 +206,55 @@ def test_wrong_options_are_told_in_a_line(
     for helper in folder.glob("*.py"):  # their names are plain words
         sys.modules.pop(helper.stem, None)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.fixture
+def pairs_budget(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The names in ``pairs_budget.py``."""
+    folder = repo_root / "projects" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    yield runpy.run_path(str(folder / "pairs_budget.py"))
+    for helper in folder.glob("*.py"):
+        sys.modules.pop(helper.stem, None)
+
+
+def test_pairs_budget_averages_over_seeds_and_draws_what_it_averaged(
+    pairs_budget: dict[str, Any], tmp_path: Path
+) -> None:
+    sums = {("random", 4): [200.0, 210.0, 205.0], ("random", 16): [220.0, 230.0, 240.0], ("all", None): [250.0]}
+    figures = [
+        {"student": "dual", "strategy": strategy, "pairs": pairs, "seed": seed, "r_sum": value, "steps": 10,
+         "seconds": 2.0, "cpu_seconds": 1.0, "teacher_r_sum": 300.0 if (strategy, seed) == ("all", 0) else None}
+        for (strategy, pairs), values in sums.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    rows = pairs_budget["averaged"](figures)
+    assert [(row["r_sum"], row["spread"], row["seeds"]) for row in rows] == [
+        (205.0, 5.0, 3), (230.0, 10.0, 3), (250.0, None, 1)
+    ]  # fmt: skip
+    assert {row["teacher_r_sum"] for row in rows} == {300.0}
+    file = tmp_path / "curves.svg"
+    pairs_budget["draw"](pairs_budget["panels"](rows), file)
+    svg = "{http://www.w3.org/2000/svg}"
+    drawing = ET.parse(file)
+    titles = {element.text for element in drawing.iter(f"{svg}title")}
+    assert {"random, K 4: 205.0 ± 5.0", "random, K 16: 230.0 ± 10.0", "all pairs: 250.0", "teacher: 300.0"} <= titles
+    (line,) = (element.get("points") for element in drawing.iter(f"{svg}polyline"))
+    (x4, y4), (x16, y16) = (map(float, point.split(",")) for point in line.split())
+    assert x4 < x16 and y4 > y16
+    # a level's distance from a point on the same scale as two points' distance from each other
+    levels = {element.find(f"{svg}title").text: float(element.get("y1")) for element in drawing.iter(f"{svg}line")
+              if element.find(f"{svg}title") is not None}  # fmt: skip
+    assert (y16 - levels["all pairs: 250.0"]) / (y4 - y16) == pytest.approx((250 - 230) / (230 - 205), abs=0.01)
+
+
+def test_pairs_budget_plans_whole_curves_seed_by_seed(pairs_budget: dict[str, Any]) -> None:
+    plan = pairs_budget["planned"](["dual"], ["random", "all"], [4, 8], [0, 1])
+    expected = [f"dual-{what}-seed{seed}" for seed in (0, 1) for what in ("random-4", "random-8", "all")]
+    assert [budget.name for budget in plan] == expected
+
+
+def test_a_student_of_half_depth_keeps_the_first_and_the_last_layer(pairs_budget: dict[str, Any]) -> None:
+    assert pairs_budget["Budget"]("dual", "all", None, 0).selection == {"hard_negatives": None}
+    half_of = sys.modules["pairs_jobs"].half_of
+    assert [half_of(layers) for layers in (1, 2, 4, 6, 12)] == [[0], [1], [0, 3], [0, 3, 5], [0, 2, 4, 7, 9, 11]]
