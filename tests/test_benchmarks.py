@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lavis.common.registry import registry
 
 EXACT = 1e-4
 Run = Callable[..., tuple[dict[str, Any], str]]
@@ -216,6 +219,29 @@ def pairs_budget(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[d
     yield runpy.run_path(str(folder / "pairs_budget.py"))
     for helper in folder.glob("*.py"):
         sys.modules.pop(helper.stem, None)
+    for arch in ("dcd_kept_scores", "dcd_fresh_student"):
+        registry.mapping["model_name_mapping"].pop(arch, None)
+
+
+def test_a_fresh_student_has_the_teachers_towers_and_its_own_fusion(pairs_budget: dict[str, Any]) -> None:
+    make_job, budget = sys.modules["pairs_jobs"].make_job, pairs_budget["Budget"]
+    importlib.import_module("kept_scores")
+    models = {}
+    for student in ("thinned", "fresh"):
+        section = make_job("scenes", budget(student, "stratified", 2, 0)).model
+        models[student] = registry.get_model_class(section.arch).from_config(section)
+    thinned, fresh = models["thinned"], models["fresh"]
+    assert fresh.student.vision_tower is fresh.teacher.vision_tower
+    assert fresh.student.text_tower is fresh.teacher.text_tower
+    assert not any(parameter.requires_grad for parameter in fresh.student.text_tower.parameters())
+    ours, theirs = (dict(model.student.named_parameters()) for model in (fresh, thinned))
+    assert ours.keys() == theirs.keys()
+    learned = {name for name, parameter in ours.items() if parameter.requires_grad and parameter.dim() > 1}
+    started = {name for name in learned if torch.equal(theirs[name], ours[name])}
+    assert learned and not started
+    layers = len(fresh.teacher.cross_modal_text_layers)
+    assert len(fresh.student.cross_modal_text_layers) == len(thinned.student.cross_modal_text_layers) == layers // 2
+    assert fresh.config.selection.strategy == "stratified" and fresh.loss_config.distill == "kl"
 
 
 def test_pairs_budget_averages_over_seeds_and_draws_what_it_averaged(

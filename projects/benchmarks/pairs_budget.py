@@ -27,7 +27,7 @@ from pairs_run import Figures, Runs
 
 from lavis_dcd.common.errors import UserError
 
-DEFAULT_PAIRS = {"scenes": (4, 16), "flickr8k": (4, 8, 16, 32, 64)}
+DEFAULT_PAIRS = {"scenes": (2, 8), "flickr8k": (4, 8, 16, 32, 64)}
 DEFAULT_SEEDS = {"scenes": (0,), "flickr8k": (0, 1, 2)}
 COLUMNS = {
     "student": "student|s", "strategy": "candidates|s", "pairs": "K|,d", "r_sum": "R-sum|.1f", "spread": "spread|.1f",
