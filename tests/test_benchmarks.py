@@ -250,7 +250,8 @@ def test_pairs_budget_averages_over_seeds_and_draws_what_it_averaged(
     sums = {("random", 4): [200.0, 210.0, 205.0], ("random", 16): [220.0, 230.0, 240.0], ("all", None): [250.0]}
     figures = [
         {"student": "dual", "strategy": strategy, "pairs": pairs, "seed": seed, "r_sum": value, "steps": 10,
-         "seconds": 2.0, "cpu_seconds": 1.0, "teacher_r_sum": 300.0 if (strategy, seed) == ("all", 0) else None}
+         "seconds": 2.0, "cpu_seconds": 1.0, "teacher": "one",
+         "teacher_r_sum": 300.0 if (strategy, seed) == ("all", 0) else None}
         for (strategy, pairs), values in sums.items()
         for seed, value in enumerate(values)
     ]  # fmt: skip

@@ -56,7 +56,7 @@ def averaged(figures: Sequence[Figures]) -> list[dict[str, Any]]:
     groups: dict[tuple, list[Figures]] = defaultdict(list)
     for one in figures:
         groups[one["student"], one["strategy"], one["pairs"]].append(one)
-    teachers = {one["student"]: one["teacher_r_sum"] for one in figures if one["teacher_r_sum"] is not None}
+    teachers = {one["teacher"]: one["teacher_r_sum"] for one in figures if one["teacher_r_sum"] is not None}
     rows = []
     for (student, strategy, pairs), group in groups.items():
         sums = [one["r_sum"] for one in group]
@@ -65,7 +65,7 @@ def averaged(figures: Sequence[Figures]) -> list[dict[str, Any]]:
                 **{"student": student, "strategy": strategy, "pairs": pairs, "r_sum": fmean(sums)},
                 **{"spread": stdev(sums) if len(sums) > 1 else None, "seeds": len(sums)},
                 **{key: round(fmean(one[key] for one in group)) for key in ("steps", "seconds", "cpu_seconds")},
-                "teacher_r_sum": teachers.get(student),
+                "teacher_r_sum": teachers.get(group[0]["teacher"]),
             }
         )
     return rows

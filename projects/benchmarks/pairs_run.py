@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from pairs_jobs import Budget, make_job
+from pairs_jobs import Budget, make_job, teacher_of
 
 from lavis_dcd.common.errors import UserError
 from lavis_dcd.common.manifest import digest_of
@@ -53,7 +53,8 @@ class Runs:
         from lavis_dcd.job import run_job
 
         job = self._job(budget)
-        with_teacher = not any(self._file("rows", budget, "json").parent.glob(f"{self.data}-{budget.student}-*.json"))
+        teacher = teacher_of(self.data, budget.student)
+        with_teacher = all(row["teacher"] != teacher or row["teacher_r_sum"] is None for row in self._rows())
         OmegaConf.update(job, "run.evaluate_teacher", with_teacher, force_add=True)
         path = self._file("jobs", budget, "yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,11 +66,15 @@ class Runs:
             run_job(str(path), again, (), evaluate=False)
         figures = {
             **{"data": self.data, "student": budget.student, "strategy": budget.strategy, "pairs": budget.pairs},
-            **{"seed": budget.seed, **_results(place), "settings": self._digest(budget)},
+            **{"seed": budget.seed, "teacher": teacher, **_results(place), "settings": self._digest(budget)},
             **{"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used},
         }
         self._write(budget, figures)
         return figures
+
+    def _rows(self) -> list[Figures]:
+        files = sorted((self.folder / "rows").glob(f"{self.data}-*.json"))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
     def _job(self, budget: Budget) -> Any:
         job = make_job(self.data, budget, self.quick, self.options)
