@@ -198,8 +198,14 @@ class BestCheckpoint:
         if not splits:
             log.info("nothing to evaluate: run.valid_splits and run.test_splits are empty")
             return []
+        # the gallery scores whatever has no scores yet: a teacher that the job does not evaluate is left out
+        shown = {
+            name: matcher
+            for name, matcher in self.matchers.items()
+            if name != "teacher" or splits[0] in run.teacher_splits
+        }
         with torch.no_grad():
-            gallery = self._task.gallery(self.matchers, self._datasets[splits[0]], run, self._process.device)
+            gallery = self._task.gallery(shown, self._datasets[splits[0]], run, self._process.device)
         rows = {split: self._rows(split, step) for split in splits}
         names = write_results(
             self._folder, title, rows, gallery, {**machine(run, self._process), **facts}, self._identity
