@@ -226,8 +226,14 @@ class BestCheckpoint:
                 "weights are those of the last step"
             )
             return []
+        # the gallery scores whatever has no scores yet: a teacher that the job does not evaluate is left out
+        shown = {
+            name: matcher
+            for name, matcher in self.matchers.items()
+            if name != "teacher" or splits[0] in run.teacher_splits
+        }
         with torch.no_grad():
-            gallery = self._task.gallery(self.matchers, self._datasets[splits[0]], run, self._process.device)
+            gallery = self._task.gallery(shown, self._datasets[splits[0]], run, self._process.device)
         rows = {split: self._rows(split, step) for split in splits}
         facts, memorised = {**machine(run, self._process), **facts}, self._memorised()
         names = write_results(self._folder, title, rows, gallery, facts, self._identity, memorised)

@@ -130,6 +130,14 @@ def test_results_tell_what_the_teacher_knows_of_its_training_pictures(stubs, tmp
     assert [row["name"] for row in results["rows"]] == ["teacher", "student before training", "student"]
 
 
+def test_a_teacher_that_is_not_evaluated_is_not_in_the_gallery_either(stubs, tmp_path):
+    trainer = stubs.job(tmp_path, max_epoch=1, evaluate_teacher=False)
+    trainer.train()
+    results = json.loads((trainer.output_dir / "results.json").read_text())
+    assert results["gallery"] == [{"query": "q", "names": ["student"]}]
+    assert "teacher" not in [row["name"] for row in results["rows"]]
+
+
 def test_metrics_log(whole):
     train = lines(whole.output_dir, "train")
     assert [line["step"] for line in train] == [2, 4, 6, 8, 10, 12, 14, 15]
