@@ -38,6 +38,7 @@ class Panel:
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 252, 260
 _LEFT, _TOP, _BETWEEN, _RIGHT, _BOTTOM = 60, 136, 56, 30, 66
+_LEAST_SPAN = 24.0  # of R-sum: what seeds move fills no axis
 _APART = 3.0  # pixels between the error bars of neighbouring curves
 # colour and mark, which tell curves apart in print too
 _LOOKS = {
@@ -106,7 +107,8 @@ def _drawn(panel: Panel, left: float, names: Sequence[str]) -> list[str]:
     counts = sorted({count for count, _, _ in points})
     ends = [value + sign * (spread or 0) for _, value, spread in points for sign in (-1, 1)]
     low, high = min([*ends, *panel.levels.values()]), max([*ends, *panel.levels.values()])
-    low, high = low - 0.04 * (high - low or low), high + 0.04 * (high - low or high)
+    pad = max(0.04 * (high - low), (_LEAST_SPAN - (high - low)) / 2)
+    low, high = low - pad, high + pad
     marks = [mark for mark in ticks(low, high, about=7) if low <= mark <= high]
     x_of = _scale(math.log2(counts[0]), math.log2(counts[-1]), left + 18, left + _PLOT_WIDTH - 18)
     y_of = _scale(low, high, _TOP + _PLOT_HEIGHT, _TOP)
