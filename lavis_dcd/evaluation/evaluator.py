@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import logging
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lavis_dcd.banks.encoding import EvaluationSet, ImageRows, TextRows, scoring_mode
+from lavis_dcd.banks.encoding import EvaluationSet
 from lavis_dcd.common.processes import ALONE, ProcessGroup
 from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.distillation.ensemble import Combination
 from lavis_dcd.evaluation.encodings import DatasetOf, Encodings, FeaturePair
-from lavis_dcd.evaluation.exhaustive import (
-    UNBOUNDED,
-    ScoringSettings,
-    image_block,
-    rows_that_fit,
-    score_exhaustive,
-    text_block,
-)
+from lavis_dcd.evaluation.exhaustive import ScoringSettings, score_exhaustive
 from lavis_dcd.evaluation.metrics import coco_1k_five_folds, retrieval_metrics
 from lavis_dcd.evaluation.shortlist import Shortlist, require_joint_space, score_joint
+from lavis_dcd.evaluation.timing import milliseconds_per_pair, milliseconds_to_embed_and_compare, milliseconds_to_match
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble, members_of, weights_of
 from lavis_dcd.matching.features import gather_rows
@@ -45,7 +36,7 @@ class Evaluation(Mapping[str, Any]):
     """Figures and scores of a matcher on a set; as a mapping, its figures.
 
     Args:
-        metrics: those of ``retrieval_metrics``, and ``fusion_parameters``, ``ms_per_pair``, ``how``.
+        metrics: those of ``retrieval_metrics``, and ``fusion_parameters``, ``ms_per_pair``, ``ms_per_search``, ``how``.
         scores_i2t: float32 ``[I, T]``.
         scores_t2i: float32 ``[T, I]``.
     """
@@ -105,10 +96,11 @@ class Evaluator:
             ValueError: a score is not a finite number.
         """
         maker = self._shortlist_maker(matcher, shortlist)
-        scores_i2t, scores_t2i, milliseconds = self._scored(matcher, dataset, maker, timed=True)
+        times = Times() if self._ranks.rank == 0 else None
+        scores_i2t, scores_t2i = self._scored(matcher, dataset, maker, times)
         metrics = self._metrics(scores_i2t, scores_t2i, dataset)
         metrics["fusion_parameters"] = matcher.fusion_parameters()
-        metrics["ms_per_pair"] = milliseconds
+        metrics |= asdict(times or Times())
         metrics["how"] = self._how(matcher, exhaustive=maker is None)
         return Evaluation(metrics, scores_i2t, scores_t2i)
 
@@ -121,8 +113,7 @@ class Evaluator:
             ShortlistError, UserError, ValueError: as :meth:`evaluate`.
         """
         maker = self._shortlist_maker(matcher, shortlist)
-        scores_i2t, scores_t2i, _ = self._scored(matcher, dataset, maker, timed=False)
-        return scores_i2t, scores_t2i
+        return self._scored(matcher, dataset, maker)
 
     def _shortlist_maker(
         self, matcher: Matcher | Ensemble, shortlist: Matcher | Ensemble | None
@@ -135,20 +126,23 @@ class Evaluator:
         return maker
 
     def _scored(
-        self, matcher: Matcher | Ensemble, dataset: EvaluationSet, maker: Matcher | Ensemble | None, timed: bool
-    ) -> tuple[Tensor, Tensor, float]:
-        """Return scores ``[I, T]`` and ``[T, I]``, and the members' milliseconds per pair together."""
+        self,
+        matcher: Matcher | Ensemble,
+        dataset: EvaluationSet,
+        maker: Matcher | Ensemble | None,
+        times: Times | None = None,
+    ) -> Tables:
+        """Return scores ``[I, T]`` and ``[T, I]``; what the members take together is added to ``times``."""
         members = members_of(matcher)
         uses = [*([] if maker is None else members_of(maker)), *members]
-        milliseconds = 0.0
         with Encodings(uses, dataset, self._dataset_of, self._protocol, self._device, self._ranks) as encodings:
-            shortlist = None if maker is None else self._shortlist(maker, encodings)
+            shortlist = None if maker is None else self._shortlist(maker, encodings, times)
             combined = _Combined(weights_of(matcher))
             for member in members:
                 features = encodings.take(member)
                 # before the tables, so that the rows drawn for it do not stand beside one
-                if timed and self._ranks.rank == 0:
-                    milliseconds += milliseconds_per_pair(member, *features, self._settings)
+                if times is not None:
+                    self._take_time(times, member, features, len(dataset))
                 tables = self._member_scores(member, features, shortlist)
                 del features  # a member's that nobody needs again would stand beside the combined tables
                 combined.add(tables)
@@ -156,16 +150,30 @@ class Evaluator:
         scores_i2t, scores_t2i = combined.tables()
         if shortlist is not None:
             scores_i2t, scores_t2i = shortlist.tables(scores_i2t, scores_t2i, in_place=True)
-        return scores_i2t, scores_t2i, milliseconds
+        return scores_i2t, scores_t2i
 
-    def _shortlist(self, maker: Matcher | Ensemble, encodings: Encodings) -> Shortlist:
+    def _shortlist(self, maker: Matcher | Ensemble, encodings: Encodings, times: Times | None) -> Shortlist:
         """Return the best items by the joint spaces of ``maker``'s members together."""
         combined = _Combined(weights_of(maker))
         for member in members_of(maker):
-            scores = self._joint_scores(member, encodings.take(member))
+            features = encodings.take(member)
+            scores = self._joint_scores(member, features)
+            if times is not None:
+                pictures = self._ranks.size * len(features[0])  # about those of all processes
+                times.ms_per_search += milliseconds_to_embed_and_compare(member, *features, self._settings, pictures)
+            del features
             combined.add(_both_directions(gather_rows(scores, self._ranks)))
             del scores
         return Shortlist.of(*combined.tables(), self._protocol.k_test or 0)
+
+    def _take_time(self, times: Times, member: Matcher, features: FeaturePair, pictures: int) -> None:
+        """Add what a pair and a search among ``pictures`` take ``member``; its shortlist is counted already."""
+        times.ms_per_pair += milliseconds_per_pair(member, *features, self._settings)
+        if member.family == "dual":
+            times.ms_per_search += milliseconds_to_embed_and_compare(member, *features, self._settings, pictures)
+        else:
+            reranked = min(pictures, self._protocol.k_test or pictures)
+            times.ms_per_search += milliseconds_to_match(member, *features, self._settings, reranked)
 
     def _joint_scores(self, member: Matcher, features: FeaturePair) -> Tensor:
         """Return the joint space's scores of this process's pictures, ``[I, T]``."""
@@ -193,6 +201,14 @@ class Evaluator:
     def _how(self, matcher: Matcher | Ensemble, exhaustive: bool) -> str:
         how = "exhaustive" if exhaustive else self._protocol.how
         return f"ensemble of {len(matcher.members)}, {how}" if isinstance(matcher, Ensemble) else how
+
+
+@dataclass
+class Times:
+    """The members' milliseconds together, each figure as a row of the results has it."""
+
+    ms_per_pair: float = 0.0
+    ms_per_search: float = 0.0
 
 
 def _the_set_itself(matcher: Matcher, dataset: EvaluationSet) -> EvaluationSet:
@@ -255,53 +271,3 @@ def _weights_state(matcher: Matcher | Ensemble) -> list[tuple[int, int]]:
         return []
     # not of state_dict(), which would take a sharded model's whole weights away
     return [(t.data_ptr(), t._version) for t in (*matcher.parameters(), *matcher.buffers())]
-
-
-def milliseconds_per_pair(
-    matcher: Matcher,
-    images: ImageRows,
-    texts: TextRows,
-    settings: ScoringSettings = UNBOUNDED,
-    pairs: int = 256,
-    repeats: int = 5,
-) -> float:
-    """Return the median milliseconds per pair on cached features, after one untimed call.
-
-    A fusion model's ``match`` scores pairs that are drawn, with a fixed seed, from the given rows. A dual encoder's
-    ``match_all`` scores all pairs of the rows drawn: that is how it is used, and what makes it cheap. Moving the
-    rows to the device is not counted.
-
-    Args:
-        settings: no more rows are drawn than take ``memory_mb`` MiB, in float32.
-        pairs: pairs in one call of ``match``; of a dual encoder, rows drawn on either side.
-        repeats: timed calls; the median is reported.
-    """
-    generator = torch.Generator().manual_seed(0)
-    rows, columns = (
-        torch.randint(len(side), (min(pairs, rows_that_fit(side, settings.memory_mb)),), generator=generator).unique()
-        for side in (images, texts)
-    )
-    chosen = torch.stack([torch.randint(len(n), (pairs,), generator=generator) for n in (rows, columns)], dim=1)
-    with scoring_mode(matcher, settings.amp_of(matcher)) as device:
-        pictures, captions = image_block(images, rows, device), text_block(texts, columns, device)
-        chosen = chosen.to(device)
-        if matcher.family == "dual":
-            score, scored = partial(matcher.match_all, pictures, captions), len(pictures) * len(captions)
-        else:
-            score, scored = partial(matcher.match, pictures, captions, chosen), pairs
-        _timed(score, device)
-        seconds = [_timed(score, device) for _ in range(repeats)]
-    return 1000 * statistics.median(seconds) / scored
-
-
-def _timed(score: Callable[[], Tensor], device: torch.device) -> float:
-    _wait_for(device)
-    start = time.perf_counter()
-    score()
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

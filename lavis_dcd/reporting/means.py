@@ -13,7 +13,7 @@ from lavis_dcd.common.errors import UserError
 from lavis_dcd.reporting.results import Results
 
 TEACHER, BEFORE = "teacher", " before training"  # rows that are no learner's: the second is the end of a name
-_AVERAGED = re.compile(r"(_r\d+|r_sum|r_mean|ms_per_pair|median_rank)$")
+_AVERAGED = re.compile(r"(_r\d+|r_sum|r_mean|ms_per_(?:pair|search)|median_rank)$")
 # facts without which figures, times above all, are not those of one machine
 _OF_MACHINE = ("system", "processor", "cores", "threads", "device", "gpu", "precision", "torch")
 

@@ -168,7 +168,7 @@ def metrics(tmp_path: Path) -> Callable[..., list[dict]]:
     def read(name: str, kind: str) -> list[dict]:
         file = tmp_path / "output" / "job" / name / "metrics.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        skipped = ("time", "data_wait", "ms_per_pair", "seconds")
+        skipped = ("time", "data_wait", "ms_per_pair", "ms_per_search", "seconds")
         return [{k: v for k, v in line.items() if k not in skipped} for line in lines if line["kind"] == kind]
 
     return read

@@ -46,7 +46,7 @@ def compare(name: str, matcher, count: int, protocol: EvaluationProtocol, ranks:
     expected = Evaluator(protocol).evaluate(matcher, alone)
     found = Evaluator(protocol, ranks=ranks).evaluate(matcher, shared)
     on_disk = Evaluator(replace(protocol, eval_memory_mb=1e-3), ranks=ranks).evaluate(matcher, Noise(count))
-    figures = {key for key in expected if key not in ("ms_per_pair",)}
+    figures = {key for key in expected if key not in ("ms_per_pair", "ms_per_search")}
     return {
         "case": f"{name}, {count} pictures, {expected['how']}",
         "difference": max(

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lavis_dcd.cli import guarded
 from lavis_dcd.config.run_section import EvaluationProtocol
 from lavis_dcd.evaluation import evaluator as evaluation
-from lavis_dcd.evaluation.evaluator import EvaluationCache, Evaluator, milliseconds_per_pair
+from lavis_dcd.evaluation.evaluator import EvaluationCache, Evaluator
 from lavis_dcd.evaluation.metrics import coco_1k_five_folds, retrieval_metrics
 from lavis_dcd.evaluation.shortlist import ShortlistError
+from lavis_dcd.evaluation.timing import milliseconds_per_pair
 from lavis_dcd.matching.contract import Matcher
 from lavis_dcd.matching.ensemble import Ensemble
 from lavis_dcd.matching.features import ImageFeatures, TextFeatures
@@ -35,8 +36,8 @@ def test_an_evaluation_is_the_mapping_of_its_figures() -> None:
     expected = retrieval_metrics(found.scores_i2t, found.scores_t2i, numbers.txt2img, numbers.img2txt)
     assert expected.items() <= dict(found).items()
     assert found["txt_r1"] == 75.0 and found["how"] == "exhaustive"
-    assert found["fusion_parameters"] == 1 and found["ms_per_pair"] > 0
-    assert set(found) == {*expected, "fusion_parameters", "ms_per_pair", "how"}
+    assert found["fusion_parameters"] == 1 and found["ms_per_pair"] > 0 and found["ms_per_search"] > 0
+    assert set(found) == {*expected, "fusion_parameters", "ms_per_pair", "ms_per_search", "how"}
 
 
 def test_a_shortlist_spares_pairs_and_finds_the_same_matches() -> None:
@@ -257,7 +258,8 @@ def test_the_scores_alone_are_those_of_the_evaluation(monkeypatch: pytest.Monkey
     for protocol in (EvaluationProtocol(), EvaluationProtocol(k_test=3)):
         expected = Evaluator(protocol).evaluate(matcher, numbers)
         with monkeypatch.context() as patch:
-            patch.setattr(evaluation, "milliseconds_per_pair", lambda *_: pytest.fail("timed"))
+            for name in ("milliseconds_per_pair", "milliseconds_to_match", "milliseconds_to_embed_and_compare"):
+                patch.setattr(evaluation, name, lambda *_: pytest.fail("timed"))
             scores = Evaluator(protocol).scores(matcher, numbers)
         assert torch.equal(scores[0], expected.scores_i2t) and torch.equal(scores[1], expected.scores_t2i)
 
