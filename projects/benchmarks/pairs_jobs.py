@@ -90,7 +90,7 @@ def make_job(data: str, budget: Budget, quick: bool = False, options: Sequence[s
 
 # -- the students on the drawn scenes --------------------------------------------------------------------------------
 
-_SCENES = {"train": 600, "val": 48, "test": 6}
+_SCENES = {"train": 600, "val": 96, "test": 6}
 _QUICK = {
     "datasets": {"shape_scenes": {"build_info": {"scenes": {"train": 60, "val": 12, "test": 12}}}},
     "run": {"max_steps": 2},

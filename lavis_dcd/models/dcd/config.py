@@ -95,8 +95,8 @@ class SelectionConfig:
 
     hard_negatives: int | None = 7  # K, per query; null: all of the pool
     # hardest: by teacher score, the paper's choice | random | mixed: a share of the hardest, the others random |
-    # stratified: evenly over the range of the teacher's scores. A student from random weights with 8 candidates needs
-    # stratified, as it sees no easy ones among the hardest; one that starts from its teacher's layers takes either
+    # stratified: evenly over the range of the teacher's scores. A dual encoder from random weights needs
+    # stratified with 8 candidates (it sees no easy ones among the hardest), and takes either with 32
     strategy: str = "hardest"
     hard_share: float = 0.5  # of strategy mixed: the share of K that is the hardest
     # count each candidate for all of the pool that are nearest to it in the teacher's score, so that a softmax over the
