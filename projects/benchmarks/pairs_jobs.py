@@ -138,7 +138,7 @@ def _flickr8k(student: str) -> tuple[str, dict[str, Any]]:
     steps, rate = {"thinned": (150, 1.0e-4), "fresh": (450, 5.0e-4)}[student]
     changes = {"teacher": {"finetuned": path}, "student": student_section}
     run = {"max_epoch": 100, "max_steps": steps, "eval_every_epochs": 100, "init_lr": rate, "k_test": 16}
-    return "flickr8k_dcd", {"model": changes, "run": run}
+    return "flickr8k_fusion_thinned", {"model": changes, "run": run}
 
 
 def teacher_of(data: str, student: str) -> str:
