@@ -18,6 +18,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import setuptools  # noqa: F401  replaces distutils, before threads of torch's compiler import the two at the same time
+from hypothesis import settings
+
+# a test never fails by the clock: the machine may be busy
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 
