@@ -84,12 +84,17 @@ class UnpairedBuilder(RetrievalBuilder):
     @override
     def file_faults(cls, info: UnpairedInfo, path: str) -> list[str]:
         found = [] if os.path.isdir(info.folder) else [f"{path}.root: {info.folder} is not a folder"]
+        where = f"in {Path.cwd()}" if info.root is None else f"in {info.folder}, nor in {Path.cwd()}"
         found += [
-            f"{path}.pictures: {source} is neither a folder nor a file"
-            for source in info.picture_sources
-            if not os.path.exists(source)
+            f"{path}.pictures: there is no folder or file {source} {where}"
+            for source in _listed(info.pictures)
+            if not os.path.exists(place(source, info.root))
         ]
-        found += [f"{path}.texts: {file} is not a file" for file in info.text_files if not os.path.isfile(file)]
+        found += [
+            f"{path}.texts: there is no file {file} {where}"
+            for file in _listed(info.texts)
+            if not os.path.isfile(place(file, info.root))
+        ]
         return found
 
     @override
