@@ -87,13 +87,13 @@ class UnpairedBuilder(RetrievalBuilder):
         where = f"in {Path.cwd()}" if info.root is None else f"in {info.folder}, nor in {Path.cwd()}"
         found += [
             f"{path}.pictures: there is no folder or file {source} {where}"
-            for source in _listed(info.pictures)
-            if not os.path.exists(place(source, info.root))
+            for source, there in zip(_listed(info.pictures), info.picture_sources, strict=True)
+            if not os.path.exists(there)
         ]
         found += [
             f"{path}.texts: there is no file {file} {where}"
-            for file in _listed(info.texts)
-            if not os.path.isfile(place(file, info.root))
+            for file, there in zip(_listed(info.texts), info.text_files, strict=True)
+            if not os.path.isfile(there)
         ]
         return found
 

@@ -45,6 +45,7 @@ class Teachers:
         except ValueError as error:
             raise UserError(f"model.teachers: {error}") from error
         self._bank: FeatureBank | None = None
+        self._keeping: list[Matcher] = []
         self._vectors: dict[int, KeptVectors] = {}
         self._modules = [module_of(matcher) for matcher in self.matchers]
         for module in self._modules:
@@ -85,7 +86,7 @@ class Teachers:
         serving = [m for m in self.matchers if m.scores_by_embeds and bank.serves(m)]
         need = sum(KeptVectors.nbytes(matcher, bank) for matcher in serving)
         if need <= megabytes * 2**20:
-            self._bank = bank if serving else None
+            self._bank, self._keeping = bank, serving
         else:
             log.info("the teachers' vectors would take %s, more than model.teacher_vectors_mb: they are computed at "
                      "each step", size_in_words(need))  # fmt: skip
@@ -154,11 +155,9 @@ class Teachers:
 
     def _kept(self, matcher: Matcher, features: BatchFeatures) -> KeptVectors | None:
         """Return the vectors of a teacher, made now if they are not there yet; None where none are to be kept."""
-        bank = self._bank
-        if bank is None or not matcher.scores_by_embeds or not bank.serves(matcher):
-            return None
-        if features.images.rows is None or features.texts.rows is None:
+        numbered = features.images.rows is not None and features.texts.rows is not None
+        if self._bank is None or matcher not in self._keeping or not numbered:
             return None
         if id(matcher) not in self._vectors:
-            self._vectors[id(matcher)] = KeptVectors(matcher, bank, self._amp)
+            self._vectors[id(matcher)] = KeptVectors(matcher, self._bank, self._amp)
         return self._vectors[id(matcher)]
